@@ -1,0 +1,151 @@
+"""Reading and writing of NIfTI and PNG files.
+
+A file that cannot be used gives one InputError that names it and says how to mend it. A file is written under
+another name and renamed when complete, so that nobody ever sees half of one.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from lightm.data import nifti, png
+from lightm.data.volume import Volume
+from lightm.errors import InputError, LightMError
+
+SUFFIXES = (".nii.gz", ".nii", ".png")
+
+Kind = Literal["image", "label"]
+
+# A label made by resampling or by another program may hold 0.99999997 for 1.
+_ROUNDING = 1e-3
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def file_suffix(path: Path | str) -> str | None:
+    """Return which of SUFFIXES a file's name ends with (in any case), or None."""
+    name = Path(path).name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
+    """Read a .nii, .nii.gz or .png file as a volume.
+
+    kind="image": real voxels, dtype as stored (float32 where the header scales them). kind="label": whole numbers
+    as uint8 or int16; floats within 0.001 of a whole number are rounded. A fourth axis of length 1 is dropped;
+    an RGB PNG is read as grey when its channels are equal.
+
+    Raises InputError, naming the file, for one that is missing, empty, truncated, corrupt, of another format, of
+    more than 2^31 voxels, of more than three axes, with NaN or infinite voxels, or, for labels, with other than
+    whole numbers. Cost: the voxels once, and once more while a scaled file is converted.
+    """
+    path = Path(path)
+    suffix = file_suffix(path)
+    if suffix is None:
+        raise InputError(f"{path}: not a format that can be read; expected a name that ends in {', '.join(SUFFIXES)}")
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened ({error.strerror or error}); check the path") from None
+    if not path.is_file():
+        raise InputError(f"{path}: a folder where a file is needed; give the file itself")
+    if size == 0:
+        raise InputError(f"{path}: the file is empty (0 bytes); copy or export it again")
+    try:
+        volume = png.read(path, kind) if suffix == ".png" else nifti.read(path, suffix == ".nii.gz")
+    except MemoryError:
+        raise InputError(f"{path}: not enough memory to read its voxels; resample or crop the file") from None
+    try:
+        _check_finite(volume.data)
+        return volume.like(as_label(volume.data)) if kind == "label" else volume
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) -> None:
+    """Write a volume to a .nii, .nii.gz or .png file, complete or not at all.
+
+    kind="label" stores whole numbers as uint8, or int16 where they need it; kind=None does so for bool and int64
+    arrays, which no scanner makes, and keeps every other dtype. NIfTI keeps affine and codes, units millimetres;
+    the same volume gives the same bytes. PNG takes 2D arrays of whole numbers from 0 to 255, or uint16.
+    Missing folders are made. Raises InputError for what the format cannot hold, LightMError when writing fails.
+    """
+    path = Path(path)
+    suffix = file_suffix(path)
+    if suffix is None:
+        raise InputError(f"{path}: not a format that can be written; use a name that ends in {', '.join(SUFFIXES)}")
+    try:
+        _check_finite(volume.data)
+        if kind == "label" or (kind is None and volume.data.dtype in (np.bool_, np.int64, np.uint64)):
+            volume = volume.like(as_label(volume.data))
+        encode = png.encoder(volume) if suffix == ".png" else nifti.encoder(volume, suffix == ".nii.gz")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    with atomic_file(path) as stream:
+        encode(stream)
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes its name only when the block ends without an error.
+
+    Missing folders are made. Raises LightMError when the disk refuses.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as stream:
+            yield stream
+        os.replace(temporary, path)
+    except OSError as error:
+        raise LightMError(
+            f"{path}: cannot be written ({error.strerror or error}); check the folder's rights and the free space"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def as_label(data: np.ndarray) -> np.ndarray:
+    """Return a label map as uint8, or int16 where its values need it.
+
+    Raises InputError for values further than 0.001 from whole numbers, or outside int16.
+    """
+    if data.dtype.kind == "f":
+        rounded = np.rint(data)
+        off = np.abs(data - rounded) > _ROUNDING
+        if off.any():
+            value = float(data[off][0])
+            raise InputError(
+                f"a label map holds whole numbers, found {value:.6g} ({int(off.sum())} such voxels); "
+                "it may be an image or a probability map: threshold it, or resample labels with nearest neighbour"
+            )
+        data = rounded
+    low, high = int(data.min()), int(data.max())
+    if low >= 0 and high <= 255:
+        return data.astype(np.uint8, copy=False)
+    if low < -32768 or high > 32767:
+        raise InputError(f"label values from {low} to {high}; values between 0 and 32767 are expected, renumber them")
+    return data.astype(np.int16, copy=False)
+
+
+def _check_finite(data: np.ndarray) -> None:
+    if data.dtype.kind != "f":
+        return
+    low, high = float(data.min()), float(data.max())  # NaN comes through both
+    if np.isfinite(low) and np.isfinite(high) and max(-low, high) <= _FLOAT32_MAX:
+        return
+    bad = ~(np.abs(data) <= _FLOAT32_MAX)
+    place = tuple(int(i) for i in np.argwhere(bad)[0])
+    axes = "z, y, x"[-3 * data.ndim + 2 :]
+    raise InputError(
+        f"{int(bad.sum())} voxels are NaN or infinite, the first at ({axes}) = {place}; "
+        "replace them, for example with numpy.nan_to_num, and save the file again"
+    )

@@ -1,0 +1,138 @@
+"""Which cases there are to predict: from a file, a folder of images or a dataset, by names alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence, Set
+from pathlib import Path
+
+from lightm.data.cases import Case
+from lightm.data.io import SUFFIXES, file_suffix
+from lightm.errors import InputError, did_you_mean
+
+_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
+_DATASET_FOLDERS = ("imagesTs", "imagesTr", "images")
+
+
+def find_cases(inputs: Path, channels: Sequence[str], *, cases: Iterable[str] | None = None) -> list[Case]:
+    """Return the cases in `inputs`, sorted by id, each with one file per channel; reads no voxel.
+
+    inputs: an image file; a folder of CASE_0000.EXT, CASE_0001.EXT, ... (with one channel CASE.EXT will do);
+    or a dataset, a folder with imagesTs, imagesTr or images: its imagesTs (or images) is taken, or, with
+    `cases`, the named cases from any of them.
+
+    Raises InputError, naming file and case, for a path that does not exist, no image, a missing or surplus
+    channel, a case that is there twice, a name without channel number, or a case that is not there.
+    """
+    inputs = Path(inputs)
+    if cases is not None:
+        cases = {cases} if isinstance(cases, str) else set(cases)
+    if inputs.is_file():
+        found = _single(inputs, channels)
+    elif inputs.is_dir():
+        found = _from_folders(inputs, _image_folders(inputs, named=cases is not None), channels, cases)
+    else:
+        raise InputError(f"{inputs}: no such file or folder; give an image, a folder of images or a dataset")
+    if cases is None:
+        return found
+    by_id = {case.id: case for case in found}
+    for name in sorted(cases):
+        if name not in by_id:
+            raise InputError(f"{inputs}: no case '{name}' among {len(by_id)} cases{did_you_mean(name, by_id)}")
+    return [by_id[name] for name in sorted(cases)]
+
+
+def _image_folders(inputs: Path, *, named: bool) -> list[Path]:
+    folders = [inputs / name for name in _DATASET_FOLDERS if (inputs / name).is_dir()]
+    if not folders:
+        return [inputs]
+    if named:
+        return folders
+    chosen = [folder for folder in folders if folder.name != "imagesTr"]
+    if not chosen:
+        raise InputError(
+            f"{inputs}: a dataset without imagesTs; name the cases to predict, or give {inputs / 'imagesTr'} itself"
+        )
+    return chosen[:1]
+
+
+def _from_folders(inputs: Path, folders: list[Path], channels: Sequence[str], wanted: Set[str] | None) -> list[Case]:
+    files = sorted(
+        file
+        for folder in folders
+        for file in folder.iterdir()
+        if file_suffix(file) and not file.name.startswith(".") and file.is_file()
+    )
+    if not files:
+        raise InputError(f"{folders[0]}: no image; expected files that end in {', '.join(SUFFIXES)}")
+    groups = _grouped(files, channels, wanted)
+    return [_case(case_id, groups[case_id], channels) for case_id in sorted(groups)]
+
+
+def _single(file: Path, channels: Sequence[str]) -> list[Case]:
+    stem, suffix = _split(file)
+    match = _CHANNEL.match(stem)
+    if len(channels) == 1:
+        return [Case(stem.removesuffix("_0000"), (file,))]
+    if match is None:
+        raise InputError(
+            f"{file}: the model needs {len(channels)} channels ({', '.join(channels)}); name the files "
+            f"{stem}_0000{suffix}, {stem}_0001{suffix}, ... in one folder and give the first"
+        )
+    siblings = {
+        int(other["channel"]): path
+        for path in sorted(file.parent.glob("*" + suffix))
+        if (other := _CHANNEL.match(_split(path)[0])) and other["case"] == match["case"]
+    }
+    return [_case(match["case"], siblings, channels)]
+
+
+def _grouped(files: list[Path], channels: Sequence[str], wanted: Set[str] | None) -> dict[str, dict[int, Path]]:
+    """Return {case: {channel: file}}; with `wanted`, of those cases only."""
+    numbered = {stem.removesuffix("_0000") for stem, _ in map(_split, files) if stem.endswith("_0000")}
+    groups: dict[str, dict[int, Path]] = {}
+    for file in files:
+        stem, suffix = _split(file)
+        match = _CHANNEL.match(stem)
+        # With one channel a trailing number may belong to the name, as in scan_0017, unless scan_0000 is there too.
+        if match is not None and (len(channels) > 1 or match["case"] in numbered):
+            case_id, channel = match["case"], int(match["channel"])
+        elif len(channels) == 1:
+            case_id, channel = stem, 0
+        else:
+            if wanted is None:
+                raise InputError(
+                    f"{file}: the name has no channel number, but the model needs {len(channels)} channels "
+                    f"({', '.join(channels)}); rename it to {stem}_0000{suffix}, the others _0001 and so on"
+                )
+            continue
+        if wanted is not None and case_id not in wanted:
+            # Still listed, so that a misspelt name can be told from a missing one.
+            groups.setdefault(case_id, {})
+            continue
+        twin = groups.setdefault(case_id, {}).setdefault(channel, file)
+        if twin is not file:
+            raise InputError(f"{file}: case '{case_id}' is there twice, also as {twin}; keep one of them")
+    return groups
+
+
+def _case(case_id: str, files: dict[int, Path], channels: Sequence[str]) -> Case:
+    if not files:
+        return Case(case_id, ())
+    any_file = next(iter(files.values()))
+    for index, channel in enumerate(channels):
+        if index not in files:
+            missing = any_file.with_name(f"{case_id}_{index:04d}{_split(any_file)[1]}")
+            raise InputError(f"{missing}: channel {index} ('{channel}') of case '{case_id}' is missing; add the file")
+    surplus = sorted(index for index in files if index >= len(channels))
+    if surplus:
+        raise InputError(
+            f"{files[surplus[0]]}: channel {surplus[0]} of case '{case_id}', but the model takes {len(channels)} "
+            f"({', '.join(channels)}); remove the file"
+        )
+    return Case(case_id, tuple(files[index] for index in range(len(channels))))
+
+
+def _split(file: Path) -> tuple[str, str]:
+    suffix = file_suffix(file) or file.suffix
+    return file.name[: len(file.name) - len(suffix)], file.name[len(file.name) - len(suffix) :]

@@ -1,0 +1,151 @@
+"""What every loss shares: the checks of its two tensors, the ignore mask, and arithmetic in float32.
+
+A loss is called with raw `logits` (B, K, *spatial), K >= 2, and `target` (B, *spatial) holding class indices;
+255 marks voxels that take no part. `SegmentationLoss.forward` checks and prepares both once, whatever the
+number of terms; a loss only writes `compute`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from lightm.errors import InputError
+
+IGNORE_INDEX = 255
+
+
+class Prepared:
+    """Checked tensors of one call: `logits` at least float32, `target` int64, `valid` (None: all are)."""
+
+    def __init__(self, logits: Tensor, target: Tensor, valid: Tensor | None) -> None:
+        self.logits = logits
+        self.target = target
+        self.valid = valid
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """Softmax over classes (B, K, *spatial), exactly zero on ignored voxels; computed once per call."""
+        probabilities = torch.softmax(self.logits, dim=1)
+        if self.valid is None:
+            return probabilities
+        return probabilities.masked_fill(~self.valid.unsqueeze(1), 0.0)
+
+
+class SegmentationLoss(nn.Module):
+    """Base of the losses: `forward(logits, target)` -> scalar (float32; float64 when the logits are float64).
+
+    Half precision and bfloat16 are cast to float32 and autocast is switched off inside: sums over a million
+    voxels and terms like eps = 1e-5 do not fit in 16 bits. Ignored voxels get a gradient of exactly zero,
+    even when their logits are not finite.
+    """
+
+    def __init__(self, *, spatial_dims: int, num_classes: int, ignore_index: int = IGNORE_INDEX) -> None:
+        super().__init__()
+        if spatial_dims not in (2, 3):
+            raise InputError(f"loss: spatial_dims={spatial_dims!r}; expected 2 or 3")
+        if num_classes < 2:
+            raise InputError(f"loss: num_classes={num_classes!r}; expected at least 2, background included")
+        if 0 <= ignore_index < num_classes:
+            raise InputError(f"loss: ignore_index={ignore_index} is one of the {num_classes} classes")
+        self.spatial_dims = spatial_dims
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of `logits` (B, K, *spatial) against class indices `target` (B, *spatial).
+
+        Raises InputError for shapes, types or class indices that do not fit.
+        """
+        with torch.autocast(device_type=logits.device.type, enabled=False):
+            return self.compute(self._prepare(logits, target))
+
+    def compute(self, batch: Prepared) -> Tensor:
+        """Return the scalar loss of checked tensors."""
+        raise NotImplementedError
+
+    def _prepare(self, logits: Tensor, target: Tensor) -> Prepared:
+        if logits.ndim != self.spatial_dims + 2 or logits.shape[1] != self.num_classes:
+            raise InputError(
+                f"loss: logits have shape {tuple(logits.shape)}; expected (batch, "
+                f"{self.num_classes} classes, {self.spatial_dims} spatial axes)"
+            )
+        if target.shape != (logits.shape[0], *logits.shape[2:]):
+            raise InputError(
+                f"loss: target has shape {tuple(target.shape)}; expected "
+                f"{(logits.shape[0], *logits.shape[2:])}, class indices without a channel axis"
+            )
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise InputError(f"loss: target has dtype {target.dtype}; expected integer class indices")
+        if not target.numel():
+            raise InputError(f"loss: logits of shape {tuple(logits.shape)} hold no voxel")
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        target = target.long()
+        low, high = (int(value) for value in torch.aminmax(target))
+        valid: Tensor | None = None
+        if not 0 <= low <= high < self.num_classes:
+            valid = target != self.ignore_index
+            counted = target.masked_fill(~valid, 0)
+            low, high = (int(value) for value in torch.aminmax(counted))
+            if not 0 <= low <= high < self.num_classes:
+                raise InputError(
+                    f"loss: target holds class index {low if low < 0 else high}; expected "
+                    f"0..{self.num_classes - 1}, or {self.ignore_index} for voxels to ignore"
+                )
+            # Zeroed here rather than masked later: NaN times zero would still be NaN in the gradient.
+            logits = logits.masked_fill(~valid.unsqueeze(1), 0.0)
+        return Prepared(logits, target, valid)
+
+
+def number(name: str, value: float, *, positive: bool = False) -> float:
+    """Return `value` as a float; InputError unless it is finite and not negative (with `positive`: above 0).
+
+    Strings of digits pass: YAML reads `1e-5`, without a dot, as text.
+    """
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        result = -1.0
+    if not 0 <= result < float("inf") or (positive and result == 0):
+        expected = "a positive number, such as 1e-5" if positive else "a finite number that is not negative"
+        raise InputError(f"loss: {name}={value!r}; expected {expected}")
+    return result
+
+
+def numbers(name: str, values: Sequence[float], count: int) -> tuple[float, ...]:
+    """Return `values` as floats; InputError unless they are `count` finite numbers that are not negative."""
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
+        raise InputError(f"loss: {name}={values!r}; expected a list of {count} numbers")
+    return tuple(number(name, value) for value in values)
+
+
+class WeightedSum(SegmentationLoss):
+    """Weighted sum of losses, `sum_i weights[i] * losses[i]`, over tensors that are checked once."""
+
+    def __init__(self, losses: Sequence[SegmentationLoss], weights: Sequence[float] | None = None) -> None:
+        if not losses:
+            raise InputError("loss: a weighted sum needs at least one loss")
+        first = losses[0]
+        super().__init__(
+            spatial_dims=first.spatial_dims, num_classes=first.num_classes, ignore_index=first.ignore_index
+        )
+        for loss in losses:
+            if (loss.spatial_dims, loss.num_classes, loss.ignore_index) != (
+                first.spatial_dims,
+                first.num_classes,
+                first.ignore_index,
+            ):
+                raise InputError("loss: the parts of a sum differ in spatial_dims, num_classes or ignore_index")
+        self.losses = nn.ModuleList(losses)
+        self.weights = numbers("weights", (1.0,) * len(losses) if weights is None else weights, len(losses))
+
+    def compute(self, batch: Prepared) -> Tensor:
+        total = batch.logits.new_zeros(())
+        for weight, loss in zip(self.weights, self.losses, strict=True):
+            if weight:
+                total = total + weight * loss.compute(batch)  # type: ignore[operator]
+        return total

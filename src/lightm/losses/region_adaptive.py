@@ -1,0 +1,121 @@
+"""Adaptive region-specific loss (ARSL): a Tversky loss per region, weighted by the region's own errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightm.errors import InputError
+from lightm.losses.base import IGNORE_INDEX, Prepared, SegmentationLoss, number
+from lightm.losses.regions import Grid, per_axis, soft_counts
+
+DEFAULT_REGIONS = 16
+EMPTY_VOXELS = 0.5
+
+
+class AdaptiveRegion(SegmentationLoss):
+    """ARSL (Chen et al., "Adaptive region-specific loss", IEEE TPAMI 45(11):13408, 2023).
+
+    Per class and region,
+
+        alpha = A + B * (FP+eps)/(FP+FN+eps)        beta = A + B * (FN+eps)/(FP+FN+eps)
+        loss  = 1 - (TP+eps) / (TP + alpha*FP + beta*FN + eps)          (A = 0.3, B = 0.4)
+
+    with soft TP, FP, FN summed over the region's voxels. Sums, not the means that some implementations pool:
+    with means, eps would weigh as much as eps * (voxels of a region) does here.
+
+    - `regions` (default 16): regions along each axis, one number or one per axis, lengths differing by at
+      most one voxel. `region_size`: their size in voxels instead, the last one of an axis holding what is
+      left. Every voxel is in exactly one region.
+    - `reduction`: "mean" over samples, classes and regions; "sum" over regions, mean over samples and
+      classes.
+    - `detach`: alpha and beta carry no gradient. By default they do.
+    - `eps` (default 1e-5 voxels): small enough that a region holding half a voxel of error is counted in
+      full. A region without foreground then gives a loss near 1 and hardly any gradient as soon as it holds
+      more than a trace of prediction; it dilutes the mean.
+    - `skip_empty`: leaves regions out of the reduction that hold no foreground and less than half a voxel of
+      predicted probability. With all of them empty the loss is 0. By default they are kept, as published.
+    - `batch`: TP, FP, FN summed over the samples before the ratios; `include_background`: class 0 as well.
+
+    Regions that lie wholly under the ignore mask never count. Cost: as Dice, plus the region table.
+    """
+
+    def __init__(
+        self,
+        *,
+        spatial_dims: int,
+        num_classes: int,
+        ignore_index: int = IGNORE_INDEX,
+        regions: int | Sequence[int] | None = None,
+        region_size: int | Sequence[int] | None = None,
+        a: float = 0.3,
+        b: float = 0.4,
+        eps: float = 1e-5,
+        reduction: str = "mean",
+        detach: bool = False,
+        batch: bool = False,
+        include_background: bool = False,
+        skip_empty: bool = False,
+    ) -> None:
+        super().__init__(spatial_dims=spatial_dims, num_classes=num_classes, ignore_index=ignore_index)
+        if regions is not None and region_size is not None:
+            raise InputError("loss: give regions (how many along an axis) or region_size (in voxels), not both")
+        if reduction not in ("mean", "sum"):
+            raise InputError(f"loss: reduction={reduction!r}; expected 'mean' or 'sum'")
+        self.regions = per_axis("regions", DEFAULT_REGIONS if regions is None else regions, spatial_dims)
+        self.region_size = None if region_size is None else per_axis("region_size", region_size, spatial_dims)
+        self.a, self.b, self.eps = number("a", a), number("b", b), number("eps", eps, positive=True)
+        self.reduction, self.detach, self.batch = reduction, detach, batch
+        self.include_background, self.skip_empty = include_background, skip_empty
+
+    def grid(self, shape: Sequence[int]) -> Grid:
+        """Return the grid of regions over a volume of `shape` voxels."""
+        if self.region_size is not None:
+            return Grid.by_size(shape, self.region_size)
+        return Grid.by_count(shape, self.regions)
+
+    def coefficients(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and beta averaged over samples and regions, one value per class, no gradient.
+
+        Regions that the loss leaves out are left out here; a class without a region gives NaN.
+        """
+        with torch.no_grad(), torch.autocast(device_type=logits.device.type, enabled=False):
+            tp, fp, fn, kept = self._counts(self._prepare(logits, target))
+            axes = (0, *range(2, tp.ndim))
+            kept = torch.ones_like(tp) if kept is None else kept.to(tp.dtype)
+            alpha, beta = ((weight * kept).sum(axes) / kept.sum(axes) for weight in self._weights(fp, fn))
+            return alpha, beta
+
+    def compute(self, batch: Prepared) -> Tensor:
+        tp, fp, fn, kept = self._counts(batch)
+        alpha, beta = self._weights(fp, fn)
+        loss = 1 - (tp + self.eps) / (tp + alpha * fp + beta * fn + self.eps)
+        if kept is not None:
+            loss = loss * kept
+        if self.reduction == "sum":
+            return loss.flatten(2).sum(2).mean()
+        return loss.mean() if kept is None else loss.sum() / kept.sum().clamp(min=1)
+
+    def _weights(self, fp: Tensor, fn: Tensor) -> tuple[Tensor, Tensor]:
+        if self.detach:
+            fp, fn = fp.detach(), fn.detach()
+        errors = fp + fn + self.eps
+        return self.a + self.b * (fp + self.eps) / errors, self.a + self.b * (fn + self.eps) / errors
+
+    def _counts(self, batch: Prepared) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return TP, FP, FN (B or 1, classes, *grid) and which of these regions count (None: all)."""
+        grid = self.grid(batch.target.shape[1:])
+        first = 0 if self.include_background else 1
+        tp, fp, fn = soft_counts(batch.probabilities, batch.target, grid, first=first)
+        voxels = None if batch.valid is None else grid.sum(batch.valid.to(tp.dtype)).unsqueeze(1)
+        if self.batch:
+            tp, fp, fn = (count.sum(0, keepdim=True) for count in (tp, fp, fn))
+            voxels = None if voxels is None else voxels.sum(0, keepdim=True)
+        kept = None if voxels is None else (voxels > 0).expand_as(tp)
+        if self.skip_empty:
+            with torch.no_grad():
+                filled = ((tp + fn) >= EMPTY_VOXELS) | ((tp + fp) >= EMPTY_VOXELS)
+            kept = filled if kept is None else kept & filled
+        return tp, fp, fn, kept

@@ -1,0 +1,153 @@
+"""A regular grid of regions over a volume, and soft TP, FP, FN summed per region.
+
+Every voxel belongs to exactly one region. An axis that the grid does not divide gets shorter regions, never
+overlapping ones. Such an axis is at most two runs of equal regions, so that region sums are plain reshape +
+sum: no unfolding, no index table, no differences of running sums (which would lose digits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Region sizes along each spatial axis, in voxels; `sizes[a]` sums to the length of axis a."""
+
+    sizes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Grid:
+        """One region that is the whole volume."""
+        return cls(tuple((length,) for length in shape))
+
+    @classmethod
+    def by_count(cls, shape: Sequence[int], counts: Sequence[int]) -> Grid:
+        """`counts[a]` regions along axis a, longer ones first, lengths differing by at most one voxel.
+
+        An axis shorter than its count gets one region per voxel.
+        """
+        sizes = []
+        for length, count in zip(shape, counts, strict=True):
+            count = min(count, length)
+            short, longer = divmod(length, count)
+            sizes.append((short + 1,) * longer + (short,) * (count - longer))
+        return cls(tuple(sizes))
+
+    @classmethod
+    def by_size(cls, shape: Sequence[int], lengths: Sequence[int]) -> Grid:
+        """Regions of `lengths[a]` voxels along axis a; the last one holds what is left."""
+        sizes = []
+        for length, size in zip(shape, lengths, strict=True):
+            full, rest = divmod(length, size)
+            sizes.append((size,) * full + ((rest,) if rest else ()))
+        return cls(tuple(sizes))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of regions along each axis."""
+        return tuple(len(sizes) for sizes in self.sizes)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum `values` (..., *spatial) over every region: (..., *self.shape).
+
+        The first spatial axis goes first: it is the strided one, whose sum runs over contiguous rows, and it
+        leaves the slow sums over short rows a fraction of the data.
+        """
+        for position, sizes in enumerate(self.sizes):
+            axis = values.ndim - len(self.sizes) + position
+            values = _sum_runs(values, axis, sizes)
+        return values
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Give every voxel its region's value: (..., *self.shape) -> (..., *spatial), the adjoint of
+        `sum`."""
+        for position in reversed(range(len(self.sizes))):
+            axis = values.ndim - len(self.sizes) + position
+            sizes = torch.tensor(self.sizes[position], device=values.device)
+            total = sum(self.sizes[position])
+            values = torch.repeat_interleave(values, sizes, dim=axis, output_size=total)
+        return values
+
+
+def _sum_runs(values: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
+    parts = []
+    start = done = 0
+    while done < len(sizes):
+        size = sizes[done]
+        count = 1
+        while done + count < len(sizes) and sizes[done + count] == size:
+            count += 1
+        run = values.narrow(axis, start, size * count)
+        parts.append(run if size == 1 else run.unflatten(axis, (count, size)).sum(axis + 1))
+        start += size * count
+        done += count
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+
+
+class _SoftCounts(torch.autograd.Function):
+    """TP, FP, FN per class and region; keeps no one-hot target, neither forward nor for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, probabilities: Tensor, target: Tensor, grid: Grid, first: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(target)
+        ctx.grid, ctx.first, ctx.shape = grid, first, probabilities.shape
+        counts: tuple[list[Tensor], ...] = ([], [], [])
+        for index in range(first, probabilities.shape[1]):
+            p = probabilities[:, index]
+            g = (target == index).to(p.dtype)
+            hit = p * g
+            counts[0].append(grid.sum(hit))
+            # Differences voxel by voxel, which are exact; those of two large sums could turn negative.
+            counts[1].append(grid.sum(p - hit))
+            counts[2].append(grid.sum(g.sub_(hit)))
+        return tuple(torch.stack(parts, dim=1) for parts in counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (target,) = ctx.saved_tensors
+        grad_tp, grad_fp, grad_fn = grads
+        grad = torch.empty(ctx.shape, dtype=grad_tp.dtype, device=grad_tp.device)
+        grad[:, : ctx.first] = 0
+        for index in range(ctx.first, ctx.shape[1]):
+            at = index - ctx.first
+            inside = ctx.grid.spread(grad_tp[:, at] - grad_fn[:, at])
+            outside = ctx.grid.spread(grad_fp[:, at])
+            grad[:, index] = torch.where(target == index, inside, outside)
+        return grad, None, None, None
+
+
+def soft_counts(probabilities: Tensor, target: Tensor, grid: Grid, *, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return soft TP, FP, FN per sample, class and region, summed (not averaged) over the region's voxels.
+
+        TP = sum p*g      FP = sum p*(1-g)      FN = sum (1-p)*g
+
+    `probabilities` (B, K, *spatial) floating, zero on ignored voxels; `target` (B, *spatial) int64. Classes
+    from `first` on. Each result is (B, K - first, *grid.shape). Differentiable once with respect to
+    `probabilities`. Cost: one pass per class and a few temporaries of one class's size.
+    """
+    # A byte per voxel is kept for the backward pass, not eight.
+    compact = target.to(torch.uint8) if probabilities.shape[1] < 256 else target
+    tp, fp, fn = _SoftCounts.apply(probabilities, compact, grid, first)
+    return tp, fp, fn
+
+
+def per_axis(name: str, value: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
+    """Return `value` once per spatial axis; InputError unless it is one positive integer or one per axis."""
+    values: tuple[Any, ...] = tuple(value) if isinstance(value, (list, tuple)) else (value,) * spatial_dims
+    if len(values) != spatial_dims or not all(
+        isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values
+    ):
+        raise InputError(
+            f"loss: {name}={value!r}; expected one positive integer, or {spatial_dims} of them (one per axis)"
+        )
+    return values

@@ -1,0 +1,211 @@
+"""Blocks of the LightM networks, all channels-last.
+
+Glossary (code: symbol, source). Shapes are (B, *S, C) inside the networks and (B, L, C) inside a state-space
+layer, with L = Z*Y*X tokens in raster order.
+
+=============  ==========================================  ===================================
+code           symbol                                      source
+=============  ==========================================  ===================================
+channels       C, width of a layer's input                 LightM-UNet, arXiv 2403.05246
+inner          E = expand * C, width inside of the VSS     Mamba, arXiv 2312.00752, section 3.4
+state_size     N, states a channel                         Mamba, section 3.2
+dt_rank        R = ceil(C / 16)                            Mamba, section 3.6
+taps           K, taps of the causal convolution           Mamba, figure 3
+skip_scale     s, scale of the residual                    LightM-UNet, Eq. 1
+=============  ==========================================  ===================================
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightm import ops
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+def without_decay(*parameters: nn.Parameter) -> None:
+    """Mark parameters that weight decay must leave alone: those of the state space, of convolutions, scales."""
+    for parameter in parameters:
+        parameter.no_decay = True  # type: ignore[attr-defined]
+
+
+def init_conv(weight: Tensor, bias: Tensor) -> None:
+    """Initialise a causal depthwise convolution of K taps (last axis) as Mamba does: uniform in 1 / sqrt(K)."""
+    bound = 1 / math.sqrt(weight.shape[-1])
+    nn.init.uniform_(weight, -bound, bound)
+    nn.init.uniform_(bias, -bound, bound)
+
+
+def init_dt_bias(bias: Tensor) -> None:
+    """Initialise dt_proj's bias as Mamba does (section 3.6): softplus(bias) is log-uniform in [1e-3, 1e-1]."""
+    log_dt = torch.empty_like(bias).uniform_(math.log(DT_MIN), math.log(DT_MAX))
+    dt = log_dt.exp().clamp(min=DT_FLOOR)
+    with torch.no_grad():
+        bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+class DWConv(nn.Module):
+    """Depthwise convolution of 3^d, then a pointwise one: (B, *S, in_channels) -> (B, *S, out_channels).
+
+    `kernel_size=1` gives the head's form: a scale for each channel, then the pointwise product.
+    Parameters: in * kernel_size^d + in * out, plus in + out with `bias`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        spatial_dims: int,
+        *,
+        kernel_size: int = 3,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if kernel_size not in (1, 3):
+            raise ValueError(f"kernel_size {kernel_size}: a DWConv here is of 1 or 3")
+        self.kernel_size = kernel_size
+        self.depthwise = nn.Parameter(torch.empty(*(kernel_size,) * spatial_dims, in_channels))
+        self.depthwise_bias = nn.Parameter(torch.zeros(in_channels)) if bias else None
+        self.pointwise = nn.Linear(in_channels, out_channels, bias=bias)
+        bound = math.sqrt(1.0 / kernel_size**spatial_dims)
+        nn.init.uniform_(self.depthwise, -bound, bound)
+        without_decay(self.depthwise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_size == 1:
+            x = x * self.depthwise.reshape(-1)
+        else:
+            x = ops.depthwise_conv(x, self.depthwise)
+        if self.depthwise_bias is not None:
+            x = x + self.depthwise_bias
+        return self.pointwise(x)
+
+
+class VSS(nn.Module):
+    """State-space module: out = Linear(LayerNorm(SSM(SiLU(DWConv(Linear(W))))) * SiLU(Linear(W))).
+
+    Source: LightM-UNet, Eq. 3; the released code has no LayerNorm after the SSM (`inner_norm=False`), and then
+    this is Mamba's layer (arXiv 2312.00752, figure 3). The DWConv is Mamba's causal convolution over tokens.
+
+    (B, L, C) -> (B, L, C). Time and memory grow linearly with L.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        state_size: int = 16,
+        expand: int = 2,
+        taps: int = 4,
+        dt_rank: int | None = None,
+        inner_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        inner = expand * channels
+        self.inner, self.state_size = inner, state_size
+        self.dt_rank = math.ceil(channels / 16) if dt_rank is None else dt_rank
+        self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(inner, taps))
+        self.conv_bias = nn.Parameter(torch.empty(inner))
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * state_size, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1, state_size + 1, dtype=torch.float32)).repeat(inner, 1))
+        self.d_skip = nn.Parameter(torch.ones(inner))
+        self.norm = nn.LayerNorm(inner) if inner_norm else None
+        self.out_proj = nn.Linear(inner, channels, bias=False)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        init_conv(self.conv_weight, self.conv_bias)
+        init_dt_bias(self.dt_proj.bias)
+        without_decay(self.A_log, self.conv_weight)
+
+    def forward(self, w: Tensor) -> Tensor:
+        x, z = self.in_proj(w).chunk(2, dim=-1)  # (B, L, E) each
+        u = ops.causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu")
+        dt_low, B, C = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
+        # the bias of dt_proj goes into the scan, which adds it before its softplus
+        delta = F.linear(dt_low, self.dt_proj.weight)
+        y = ops.selective_scan(
+            u,
+            delta,
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            d_skip=self.d_skip,
+            z=z if self.norm is None else None,
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+        )
+        if self.norm is not None:
+            y = self.norm(y) * F.silu(z)
+        return self.out_proj(y)
+
+
+class RVM(nn.Module):
+    """Residual Vision Mamba layer: M~ = VSS(LayerNorm(M)) + s * M; out = Linear(LayerNorm(M~)).
+
+    Source: LightM-UNet, Eq. 1-2 (Eq. 1 of the report prints "+ s", its text and the released code add s times the
+    layer's input). `vector_scale=False` and `one_norm=True` give the released code's layer: a scalar s, and one
+    LayerNorm used twice.
+
+    (B, *S, C) -> (B, *S, out_channels).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        *,
+        state_size: int = 16,
+        expand: int = 2,
+        inner_norm: bool = True,
+        vector_scale: bool = True,
+        one_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm_in = nn.LayerNorm(channels)
+        self.vss = VSS(channels, state_size=state_size, expand=expand, inner_norm=inner_norm)
+        self.skip_scale = nn.Parameter(torch.ones(channels if vector_scale else 1))
+        self.norm_out = None if one_norm else nn.LayerNorm(channels)
+        self.proj = nn.Linear(channels, out_channels)
+
+    def forward(self, m: Tensor) -> Tensor:
+        tokens = m.flatten(1, -2)  # (B, L, C)
+        mixed = torch.addcmul(self.vss(self.norm_in(tokens)), tokens, self.skip_scale)
+        norm_out = self.norm_in if self.norm_out is None else self.norm_out
+        return self.proj(norm_out(mixed)).unflatten(1, m.shape[1:-1])
+
+
+class GroupNormReLU(nn.Module):
+    """GroupNorm and ReLU on channels-last data, without a copy into another layout."""
+
+    def __init__(self, channels: int, groups: int = 8) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(x.movedim(-1, 1))).movedim(1, -1)
+
+
+class DecoderStage(nn.Module):
+    """Pointwise C -> C/2, linear upsampling by 2, + skip; then norm, ReLU, DWConv 3^d + s * input, norm, ReLU.
+
+    Source: LightM-UNet, section 2.4 and figure 1. (B, *S, C), (B, *2S, C/2) -> (B, *2S, C/2).
+    """
+
+    def __init__(self, channels: int, spatial_dims: int, *, groups: int = 8, vector_scale: bool = True) -> None:
+        super().__init__()
+        half = channels // 2
+        self.reduce = nn.Linear(channels, half, bias=False)
+        self.norm1 = GroupNormReLU(half, groups)
+        self.conv = DWConv(half, half, spatial_dims)
+        self.skip_scale = nn.Parameter(torch.ones(half if vector_scale else 1))
+        self.norm2 = GroupNormReLU(half, groups)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = ops.upsample_linear2(self.reduce(x)) + skip
+        return self.norm2(torch.addcmul(self.conv(self.norm1(x)), x, self.skip_scale))

@@ -1,0 +1,152 @@
+"""A trained model on disk: a folder of `model.safetensors`, `model.json` and `card.md`. Loading executes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightm import __version__
+from lightm.errors import InputError
+from lightm.nets.presets import create
+
+SCHEMA_VERSION = 1
+_KEYS = {"schema_version", "lightm_version", "network", "plan", "training", "weights_sha256"}
+
+
+def save_model(
+    folder: Path,
+    *,
+    network: dict[str, Any],
+    state_dict: dict[str, Tensor],
+    plan: dict[str, Any],
+    training: dict[str, Any],
+) -> Path:
+    """Write a model folder; the folder appears complete or not at all, and replaces an older one.
+
+    Arguments: `network`: name, spatial_dims, in_channels, out_channels and options, as `create` takes them;
+    `state_dict`: the weights; `plan`: the plan as plain values; `training`: a summary (data set, recipe, scores).
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        weights = temporary / "model.safetensors"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}, weights)
+        description = {
+            "schema_version": SCHEMA_VERSION,
+            "lightm_version": __version__,
+            "network": network,
+            "plan": plan,
+            "training": training,
+            "weights_sha256": _sha256(weights),
+        }
+        (temporary / "model.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        (temporary / "card.md").write_text(_card(description), encoding="utf-8")
+        temporary.chmod(0o755)
+        if folder.exists():
+            older = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.replace(folder, older / folder.name)
+            os.replace(temporary, folder)
+            shutil.rmtree(older)
+        else:
+            os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Read a model folder: the network in evaluation mode on the CPU, and the content of its `model.json`.
+
+    Raises InputError, naming the file, for a missing, damaged or foreign folder, a newer schema, weights whose
+    checksum differs, or weights of another network. Executes nothing from the folder.
+    """
+    folder = Path(folder)
+    info = _read_description(folder)
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise InputError(f"{weights}: the weights are missing; a model folder holds model.safetensors")
+    if _sha256(weights) != info["weights_sha256"]:
+        raise InputError(f"{weights}: its checksum differs from that in model.json; the file is damaged or exchanged")
+    try:
+        state = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{weights}: not a readable safetensors file ({error})") from error
+    described = dict(info["network"])
+    options = described.pop("options", {})
+    with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's generator is left alone
+        try:
+            network = create(**described, **options)
+        except TypeError as error:
+            raise InputError(f"{folder / 'model.json'}: its 'network' is not complete ({error})") from error
+    expected = network.state_dict()
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    shapes = [n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape]
+    if missing or unknown or shapes:
+        raise InputError(
+            f"{weights}: weights of another network than '{described.get('name')}': {len(missing)} missing "
+            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(shapes)} of another shape {shapes[:3]}"
+        )
+    network.load_state_dict(state)
+    return network.eval(), info
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / "model.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: not a model folder, model.json is missing; give the folder `model` of a run")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(info, dict) or not isinstance(info.get("schema_version"), int):
+        raise InputError(f"{path}: not a LightM model description, its schema_version is missing")
+    if info["schema_version"] > SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: schema version {info['schema_version']} is newer than {SCHEMA_VERSION}, the newest that LightM "
+            f"{__version__} knows; install a newer lightm-unet"
+        )
+    missing = _KEYS - info.keys()
+    if missing or not isinstance(info["network"], dict) or not isinstance(info["plan"], dict):
+        raise InputError(f"{path}: not a complete model description, {sorted(missing) or 'network and plan'} missing")
+    return info
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _card(info: dict[str, Any]) -> str:
+    network, plan, training = info["network"], info["plan"], info["training"]
+    lines = [
+        f"# {network['name']} for {plan.get('dataset', 'an unnamed data set')}",
+        "",
+        "For research. Not for clinical decisions.",
+        "",
+        f"- network: {network['name']}, {network['spatial_dims']}D, {network['in_channels']} image channel(s), "
+        f"{network['out_channels']} classes, background included",
+        f"- labels: {', '.join(f'{name} = {value}' for name, value in plan.get('labels', {}).items())}",
+        f"- voxel spacing in mm: {plan.get('spacing_mm')}; patch: {plan.get('patch_size')}",
+        f"- LightM {info['lightm_version']}, weights SHA-256 {info['weights_sha256']}",
+        "",
+        "## Training",
+        "",
+        *(f"- {key}: {value}" for key, value in training.items()),
+        "",
+    ]
+    return "\n".join(lines)

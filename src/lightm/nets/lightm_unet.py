@@ -1,0 +1,143 @@
+"""LightM-UNet as the paper and the report describe it (arXiv 2403.05246), in 2D and 3D from one code path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from lightm import ops
+from lightm.nets.blocks import RVM, DecoderStage, DWConv, GroupNormReLU
+from lightm.nets.spm import SPM
+
+LAYERS = ("rvm", "spm", "spm-shared")
+POOLINGS = ("max", "avg", "add")
+
+
+class LightMUNet(nn.Module):
+    """LightM-UNet: depthwise stem, Mamba encoder, Mamba bottleneck, depthwise decoder.
+
+    Source: LightM-UNet, arXiv 2403.05246, section 2. Stem at full resolution; encoder blocks of `encoder_layers`
+    RVM layers, the last of a block projecting C -> 2C, then max pooling by 2; `bottleneck_layers` RVM layers (the
+    report names three and four); a decoder stage for each encoder block; head: norm, ReLU, DWConv 1.
+    Unlike the released code there is an RVM LayerNorm after the SSM, two LayerNorms a layer and a vector s.
+
+    Arguments:
+        spatial_dims: 2 or 3.
+        in_channels: image channels.
+        out_channels: classes, background included.
+        filters: C0, channels of the stem; a multiple of `groups`.
+        encoder_layers: RVM layers of every encoder block.
+        bottleneck_layers: RVM layers of the bottleneck.
+        state_size: N of the state-space module.
+        expand: E / C of the state-space module.
+        groups: groups of every GroupNorm.
+        layer: "rvm" (the paper's), "spm" (four narrow VSS side by side) or "spm-shared" (one VSS for all parts).
+        parts: parts of an SPM layer.
+        pooling: "max", "avg", or "add": the sum of both (the report's Pooling Add, Figure 6).
+
+    Input (B, in_channels, *S) of any float type, every size a multiple of `2 ** len(encoder_layers)`; output
+    (B, out_channels, *S), raw logits. Raises ValueError for other sizes. Cost: linear in the number of voxels.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        filters: int = 32,
+        encoder_layers: Sequence[int] = (1, 2, 2),
+        bottleneck_layers: int = 4,
+        state_size: int = 16,
+        expand: int = 2,
+        groups: int = 8,
+        layer: str = "rvm",
+        parts: int = 4,
+        pooling: str = "max",
+    ) -> None:
+        super().__init__()
+        _check(spatial_dims, in_channels, out_channels, filters, encoder_layers, bottleneck_layers, groups)
+        if layer not in LAYERS:
+            raise ValueError(f"layer '{layer}': one of {', '.join(LAYERS)}")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling '{pooling}': one of {', '.join(POOLINGS)}")
+        self.spatial_dims, self.in_channels, self.pooling = spatial_dims, in_channels, pooling
+        self.divisor = 2 ** len(encoder_layers)
+
+        def build(channels: int, out: int) -> nn.Module:
+            if layer == "rvm":
+                return RVM(channels, out, state_size=state_size, expand=expand)
+            shared = layer == "spm-shared"
+            return SPM(channels, out, parts=parts, shared=shared, state_size=state_size, expand=expand)
+
+        self.stem = DWConv(in_channels, filters, spatial_dims)
+        self.encoder = nn.ModuleList()
+        width = filters
+        for count in encoder_layers:
+            block = [*(build(width, width) for _ in range(count - 1)), build(width, 2 * width)]
+            self.encoder.append(nn.Sequential(*block))
+            width *= 2
+        self.bottleneck = nn.Sequential(*(build(width, width) for _ in range(bottleneck_layers)))
+        self.decoder = nn.ModuleList()
+        for _ in encoder_layers:
+            self.decoder.append(DecoderStage(width, spatial_dims, groups=groups))
+            width //= 2
+        self.head_norm = GroupNormReLU(width, groups)
+        self.head = DWConv(width, out_channels, spatial_dims, kernel_size=1, bias=True)
+
+    def forward(self, image: Tensor) -> Tensor:
+        self._check_input(image)
+        x = self.stem(image.movedim(1, -1).contiguous())
+        skips = []
+        for block in self.encoder:
+            skips.append(x)
+            x = self._pool(block(x))
+        x = self.bottleneck(x)
+        for stage in self.decoder:
+            x = stage(x, skips.pop())
+        return self.head(self.head_norm(x)).movedim(-1, 1)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        if self.pooling == "max":
+            return ops.max_pool2(x)
+        average = ops.avg_pool2(x)
+        return average if self.pooling == "avg" else ops.max_pool2(x) + average
+
+    def _check_input(self, image: Tensor) -> None:
+        if image.ndim != self.spatial_dims + 2 or image.shape[1] != self.in_channels:
+            axes = "Z, Y, X" if self.spatial_dims == 3 else "Y, X"
+            raise ValueError(
+                f"input of shape {tuple(image.shape)}; this network expects (B, {self.in_channels}, {axes})"
+            )
+        for axis, size in zip("ZYX"[-self.spatial_dims :], image.shape[2:], strict=True):
+            if size % self.divisor or size == 0:
+                low = size // self.divisor * self.divisor
+                near = f"{low} or {low + self.divisor}" if low else f"{self.divisor}"
+                raise ValueError(
+                    f"input size {tuple(image.shape[2:])}: {axis}={size} is not divisible by {self.divisor} "
+                    f"({len(self.encoder)} poolings); pad it to {near}"
+                )
+
+
+def _check(
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    filters: int,
+    encoder_layers: Sequence[int],
+    bottleneck_layers: int,
+    groups: int,
+) -> None:
+    if spatial_dims not in (2, 3):
+        raise ValueError(f"spatial_dims {spatial_dims}: a network is 2D or 3D; use 2 or 3")
+    if in_channels < 1:
+        raise ValueError(f"in_channels {in_channels}: an image has at least one channel")
+    if out_channels < 2:
+        raise ValueError(f"out_channels {out_channels}: background and at least one class are needed, so 2 or more")
+    if filters < groups or filters % groups:
+        raise ValueError(f"filters {filters} are not divisible by the {groups} groups of GroupNorm")
+    if not encoder_layers or min(encoder_layers) < 1:
+        raise ValueError(f"encoder_layers {tuple(encoder_layers)}: every encoder block needs a layer")
+    if bottleneck_layers < 0:
+        raise ValueError(f"bottleneck_layers {bottleneck_layers}: 0 or more")

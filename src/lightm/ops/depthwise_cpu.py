@@ -1,0 +1,66 @@
+"""The depthwise convolution on the CPU: kernels spread over images and planes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightm.ops.depthwise_kernels import forward_kernel, weight_kernel
+from lightm.ops.jit import LANES
+from lightm.ops.planes import for_rows, image_bytes, pieces, plane_sizes
+
+
+def to_tiles(by_tap: Tensor) -> Tensor:
+    """Weights (taps, C) in the kernels' order, flat."""
+    taps, channels = by_tap.shape
+    whole = channels - channels % LANES
+    tiles = by_tap[:, :whole].reshape(taps, -1, LANES).transpose(0, 1)
+    return torch.cat((tiles.reshape(-1), by_tap[:, whole:].t().reshape(-1)))
+
+
+def from_tiles(flat: Tensor, taps: int) -> Tensor:
+    """Undo `to_tiles`: (taps, C)."""
+    channels = flat.numel() // taps
+    whole = channels - channels % LANES
+    tiles = flat[: whole * taps].reshape(-1, taps, LANES).transpose(0, 1).reshape(taps, whole)
+    return torch.cat((tiles, flat[whole * taps :].reshape(-1, taps).t()), dim=1)
+
+
+def run_forward(x: Tensor, weight: Tensor) -> Tensor:
+    """The convolution of x (Bt, *spatial, C) with weight (3,)*d + (C,), in x's dtype."""
+    out = torch.empty(x.shape)
+    if not x.numel():
+        return out.to(x.dtype)
+    rows, sizes, channels = x.float().contiguous(), plane_sizes(x), x.shape[-1]
+    tiles = to_tiles(weight.float().reshape(-1, channels))
+    zeros = torch.zeros(sizes[2] * channels)
+    run = forward_kernel(x.dim() - 2)
+
+    def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
+        at = entry * image_bytes(x)
+        of, to = rows.data_ptr() + at, out.data_ptr() + at
+        run(of, to, tiles.data_ptr(), zeros.data_ptr(), z, first, last, *sizes, channels)
+
+    for_rows(x, work)
+    return out.to(x.dtype)
+
+
+def run_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of (x, weight)."""
+    axes = x.dim() - 2
+    dx = run_forward(grad_y, weight.flip(tuple(range(axes)))).to(x.dtype)
+    if not x.numel():
+        return dx, torch.zeros_like(weight)
+    rows, grad = x.float().contiguous(), grad_y.float().contiguous()
+    sizes, channels, taps = plane_sizes(x), x.shape[-1], 3**axes
+    zeros = torch.zeros(sizes[2] * channels)
+    shares = torch.zeros((pieces(x), taps * channels))
+    run = weight_kernel(axes)
+
+    def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
+        at = entry * image_bytes(x)
+        of, to = rows.data_ptr() + at, shares[piece].data_ptr()
+        run(of, grad.data_ptr() + at, to, zeros.data_ptr(), z, first, last, *sizes, channels)
+
+    for_rows(x, work)
+    return dx, from_tiles(shares.sum(0), taps).reshape(weight.shape).to(weight.dtype)

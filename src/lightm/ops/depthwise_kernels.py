@@ -1,0 +1,173 @@
+"""Kernels of the depthwise convolution with 3 taps an axis on channels-last data: one (y, x) plane at a time.
+
+A row is X voxels of C float32 channels. An output row takes from 9 input rows (3 in 2D); rows outside the image
+are a row of zeros. Every input vector is loaded once a row and used for the three outputs beside it; the 27 (9)
+weights of a tile of channels stay in registers. Weights are stored tile by tile: the taps of channels c.. start at
+float c * taps, each tap LANES (in the remainder: one) floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from numba.core import types
+from numba.extending import intrinsic
+
+from lightm.ops.jit import LANES, device_function, kernel
+from lightm.ops.vector import (
+    emit_fma,
+    emit_load,
+    full,
+    load,
+    load_rows,
+    store,
+    store_rows,
+)
+
+
+@intrinsic
+def _spread(typing: Any, rows: Any, at: Any, weights: Any, before: Any, here: Any) -> Any:
+    """_spread(rows, at, weights, before, here): inputs at byte `at` of every row, added to the three outputs
+    they reach: returns (output before, output here, output after)."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        addresses, offset, taps, before, here = args
+        after = None
+        for r in range(rows.count):
+            value = emit_load(builder, builder.add(builder.extract_value(addresses, r), offset), here.type.count)
+            left, middle, right = (builder.extract_value(taps, 3 * r + k) for k in range(3))
+            before = emit_fma(builder, value, right, before)
+            here = emit_fma(builder, value, middle, here)
+            after = builder.fmul(value, left) if after is None else emit_fma(builder, value, left, after)
+        return context.make_tuple(builder, sig.return_type, [before, here, after])
+
+    return types.UniTuple(here, 3)(rows, types.int64, weights, before, here), generate
+
+
+@intrinsic
+def _gather(typing: Any, rows: Any, at: Any, sums: Any, before: Any, here: Any, after: Any) -> Any:
+    """_gather(rows, at, sums, before, here, after): the taps' gradients with the inputs at byte `at` of every row
+    added, given the outputs' gradients beside it."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        addresses, offset, taps, *grads = args
+        result = []
+        for r in range(rows.count):
+            value = emit_load(builder, builder.add(builder.extract_value(addresses, r), offset), grads[0].type.count)
+            for k in range(3):
+                tap = builder.extract_value(taps, 3 * r + k)
+                result.append(emit_fma(builder, value, grads[2 - k], tap))
+        return context.make_tuple(builder, sig.return_type, result)
+
+    return sums(rows, types.int64, sums, before, here, after), generate
+
+
+@device_function
+def _row(x, zeros, z, y, depth, height, row):  # type: ignore[no-untyped-def]
+    """Address of the input row (z, y), or of the zeros outside."""
+    if z < 0 or z >= depth or y < 0 or y >= height:
+        return zeros
+    return x + (z * height + y) * row
+
+
+@device_function
+def _rows_3d(x, zeros, z, y, depth, height, row):  # type: ignore[no-untyped-def]
+    return (
+        _row(x, zeros, z - 1, y - 1, depth, height, row),
+        _row(x, zeros, z - 1, y, depth, height, row),
+        _row(x, zeros, z - 1, y + 1, depth, height, row),
+        _row(x, zeros, z, y - 1, depth, height, row),
+        _row(x, zeros, z, y, depth, height, row),
+        _row(x, zeros, z, y + 1, depth, height, row),
+        _row(x, zeros, z + 1, y - 1, depth, height, row),
+        _row(x, zeros, z + 1, y, depth, height, row),
+        _row(x, zeros, z + 1, y + 1, depth, height, row),
+    )
+
+
+@device_function
+def _rows_2d(x, zeros, z, y, depth, height, row):  # type: ignore[no-untyped-def]
+    return (
+        _row(x, zeros, z, y - 1, depth, height, row),
+        _row(x, zeros, z, y, depth, height, row),
+        _row(x, zeros, z, y + 1, depth, height, row),
+    )
+
+
+@device_function
+def _output_row(rows, weights, out, step, width, lanes):  # type: ignore[no-untyped-def]
+    zero = full(0.0, lanes)
+    before, here = zero, zero
+    for i in range(width):
+        before, here, after = _spread(rows, i * step, weights, before, here)
+        if i > 0:
+            store(out + (i - 1) * step, before)
+        before, here = here, after
+    store(out + (width - 1) * step, before)
+
+
+@device_function
+def _weight_row(rows, sums, grad, step, width, lanes):  # type: ignore[no-untyped-def]
+    zero = full(0.0, lanes)
+    before, here = zero, load(grad, lanes)
+    for i in range(width):
+        after = load(grad + (i + 1) * step, lanes) if i + 1 < width else zero
+        sums = _gather(rows, i * step, sums, before, here, after)
+        before, here = here, after
+    return sums
+
+
+@lru_cache(maxsize=None)
+def forward_kernel(axes: int) -> Callable[..., Any]:
+    """The forward kernel in 2 or 3 dimensions."""
+    rows_of = _rows_3d if axes == 3 else _rows_2d
+    taps = 3**axes
+
+    @kernel
+    def depthwise_forward(  # type: ignore[no-untyped-def]
+        x, out, weight, zeros, z, first, last, depth, height, width, channels
+    ):
+        """Write rows first..last-1 of plane z of the output of one image (depth is 1 in 2D)."""
+        step = 4 * channels
+        row = step * width
+        whole = channels - channels % LANES
+        for y in range(first, last):
+            to = out + (z * height + y) * row
+            for c in range(0, whole, LANES):
+                rows = rows_of(x + 4 * c, zeros, z, y, depth, height, row)
+                _output_row(rows, load_rows(weight + 4 * c * taps, taps, LANES), to + 4 * c, step, width, LANES)
+            for c in range(whole, channels):
+                rows = rows_of(x + 4 * c, zeros, z, y, depth, height, row)
+                _output_row(rows, load_rows(weight + 4 * c * taps, taps, 1), to + 4 * c, step, width, 1)
+
+    return depthwise_forward
+
+
+@lru_cache(maxsize=None)
+def weight_kernel(axes: int) -> Callable[..., Any]:
+    """The kernel of the weights' gradient in 2 or 3 dimensions."""
+    rows_of = _rows_3d if axes == 3 else _rows_2d
+    taps = 3**axes
+
+    @kernel
+    def depthwise_weight(  # type: ignore[no-untyped-def]
+        x, grad, dweight, zeros, z, first, last, depth, height, width, channels
+    ):
+        """Add the share of these rows of output plane z of one image; dweight is in the weights' order."""
+        step = 4 * channels
+        row = step * width
+        whole = channels - channels % LANES
+        for y in range(first, last):
+            of = grad + (z * height + y) * row
+            for c in range(0, whole, LANES):
+                rows = rows_of(x + 4 * c, zeros, z, y, depth, height, row)
+                at = dweight + 4 * c * taps
+                store_rows(at, _weight_row(rows, load_rows(at, taps, LANES), of + 4 * c, step, width, LANES))
+            for c in range(whole, channels):
+                rows = rows_of(x + 4 * c, zeros, z, y, depth, height, row)
+                at = dweight + 4 * c * taps
+                store_rows(at, _weight_row(rows, load_rows(at, taps, 1), of + 4 * c, step, width, 1))
+
+    return depthwise_weight

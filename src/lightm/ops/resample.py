@@ -1,0 +1,152 @@
+"""Halving and doubling channels-last images: max and mean pooling by 2, linear interpolation by 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightm.ops.checks import check_kinds, choose
+
+
+def max_pool2(x: Tensor, impl: str = "auto") -> Tensor:
+    """Keep the largest of every 2x2 (2x2x2) voxels.
+
+    Args:
+        x: (Bt, Y, X, C) or (Bt, Z, Y, X, C); a last odd row, column or plane is left out.
+        impl: "cpu" (Numba kernel), "reference" (PyTorch's own), or "auto" as in `selective_scan`.
+
+    Returns:
+        (Bt, *(spatial // 2), C) in x's dtype. Where several voxels are largest, the gradient goes to the first.
+
+    Raises:
+        ValueError: a shape, dtype or `impl` that does not fit.
+
+    Cost: x is read once and is what the backward pass keeps (no indices).
+    """
+    return _pool("max_pool2", "max", x, impl)
+
+
+def avg_pool2(x: Tensor, impl: str = "auto") -> Tensor:
+    """Average every 2x2 (2x2x2) voxels; arguments, result and errors as in `max_pool2`."""
+    return _pool("avg_pool2", "mean", x, impl)
+
+
+def upsample_linear2(x: Tensor, impl: str = "auto") -> Tensor:
+    """Double every spatial axis by (bi-, tri-)linear interpolation with samples at voxel centres.
+
+    Along every axis out[2i] = 3/4 x[i] + 1/4 x[i-1] and out[2i+1] = 3/4 x[i] + 1/4 x[i+1], clamped at the border:
+    PyTorch's `interpolate(scale_factor=2, align_corners=False)`.
+
+    Args:
+        x: (Bt, Y, X, C) or (Bt, Z, Y, X, C).
+        impl: "cpu" (Numba kernel), "reference" (PyTorch's own), or "auto" as in `selective_scan`.
+
+    Returns:
+        (Bt, *(spatial * 2), C) in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or `impl` that does not fit.
+
+    Cost: about one multiply-add an output and axis; nothing is kept for the backward pass.
+    """
+    _check("upsample_linear2", x)
+    if choose("upsample_linear2", impl, x) == "reference":
+        mode = "bilinear" if x.dim() == 4 else "trilinear"
+        return functional.interpolate(x.movedim(-1, 1), scale_factor=2, mode=mode).movedim(1, -1).contiguous()
+    return upsample_op(x)
+
+
+def _check(name: str, x: Tensor) -> None:
+    check_kinds(name, {"x": x})
+    if x.dim() not in (4, 5) or 0 in x.shape[1:]:
+        raise ValueError(
+            f"{name}: x has shape {tuple(x.shape)}, expected (Bt, Y, X, C) or (Bt, Z, Y, X, C), channels last, with "
+            "no empty axis"
+        )
+
+
+def _pool(name: str, kind: str, x: Tensor, impl: str) -> Tensor:
+    _check(name, x)
+    if min(x.shape[1:-1]) < 2:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected 2 voxels or more along every spatial axis")
+    if choose(name, impl, x) == "reference":
+        pools = {
+            ("max", 4): functional.max_pool2d,
+            ("max", 5): functional.max_pool3d,
+            ("mean", 4): functional.avg_pool2d,
+            ("mean", 5): functional.avg_pool3d,
+        }
+        return pools[kind, x.dim()](x.movedim(-1, 1), 2).movedim(1, -1).contiguous()
+    return pool_op(x, kind)
+
+
+@torch.library.custom_op("lightm::pool2", mutates_args=(), device_types="cpu")
+def pool_op(x: Tensor, kind: str) -> Tensor:
+    """The CPU pooling kernel as a PyTorch operator; kind is "max" or "mean"."""
+    from lightm.ops.resample_cpu import pool_forward
+
+    return pool_forward(kind, x)
+
+
+@pool_op.register_fake
+def _(x: Tensor, kind: str) -> Tensor:
+    return x.new_empty((x.shape[0], *(size // 2 for size in x.shape[1:-1]), x.shape[-1]))
+
+
+@torch.library.custom_op("lightm::pool2_backward", mutates_args=(), device_types="cpu")
+def pool_backward_op(grad_y: Tensor, x: Tensor, kind: str) -> Tensor:
+    """Gradient of x."""
+    from lightm.ops.resample_cpu import pool_backward
+
+    return pool_backward(kind, grad_y, x)
+
+
+@pool_backward_op.register_fake
+def _(grad_y: Tensor, x: Tensor, kind: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("lightm::upsample_linear2", mutates_args=(), device_types="cpu")
+def upsample_op(x: Tensor) -> Tensor:
+    """The CPU interpolation kernel as a PyTorch operator."""
+    from lightm.ops.resample_cpu import upsample_forward
+
+    return upsample_forward(x)
+
+
+@upsample_op.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], *(size * 2 for size in x.shape[1:-1]), x.shape[-1]))
+
+
+@torch.library.custom_op("lightm::upsample_linear2_backward", mutates_args=(), device_types="cpu")
+def upsample_backward_op(grad_y: Tensor) -> Tensor:
+    """Gradient of the interpolated tensor."""
+    from lightm.ops.resample_cpu import upsample_backward
+
+    return upsample_backward(grad_y)
+
+
+@upsample_backward_op.register_fake
+def _(grad_y: Tensor) -> Tensor:
+    return grad_y.new_empty((grad_y.shape[0], *(size // 2 for size in grad_y.shape[1:-1]), grad_y.shape[-1]))
+
+
+def _keep_pool(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    x, ctx.kind = inputs
+    ctx.save_for_backward(x)
+
+
+def _pool_grad(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
+    return pool_backward_op(grad_y, *ctx.saved_tensors, ctx.kind), None
+
+
+def _upsample_grad(ctx: Any, grad_y: Tensor) -> Tensor:
+    return upsample_backward_op(grad_y)
+
+
+pool_op.register_autograd(_pool_grad, setup_context=_keep_pool)
+upsample_op.register_autograd(_upsample_grad)

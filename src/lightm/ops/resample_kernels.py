@@ -1,0 +1,242 @@
+"""Kernels that halve and double channels-last images: pooling over 2x2(x2) voxels and linear interpolation.
+
+All work on one plane, rows `first`..`last` - 1 of their output. Sizes are in voxels; in 2D the depth is 1 and not
+resampled (`axes` is 2). Addresses point to float32 data. Interpolation has its samples at voxel centres: an output
+is 3/4 of the nearest and 1/4 of the next nearest input along every axis, clamped at the border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
+
+from lightm.ops.jit import LANES, device_function, kernel
+from lightm.ops.vector import emit_select, fma, full, load, splat, store
+
+
+@intrinsic
+def _first_largest(typing: Any, kept: Any, value: Any, largest: Any) -> Any:
+    """(gradient for this voxel, gradient still to give) of a pooled voxel's gradient `kept`."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        left, here, best = args
+        zero = splat(0.0, left.type)
+        same = builder.fcmp_ordered("==", here, best)
+        return context.make_tuple(
+            builder, sig.return_type, [builder.select(same, left, zero), builder.select(same, zero, left)]
+        )
+
+    return types.UniTuple(kept, 2)(kept, value, largest), generate
+
+
+@intrinsic
+def _larger(typing: Any, a: Any, b: Any) -> Any:
+    """The larger of a and b; NaN when a is."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return emit_select(builder, "<", *args)
+
+    return a(a, a), generate
+
+
+@device_function
+def _max(x, out, row, step, width, lanes, corners):  # type: ignore[no-untyped-def]
+    for i in range(width):
+        best = load(x + 2 * i * step, lanes)
+        for k in range(1, corners):
+            best = _larger(best, load(x + (k & 1) * step + (k >> 1 & 1) * row[0] + (k >> 2) * row[1] + 2 * i * step, lanes))
+        store(out + i * step, best)
+
+
+@device_function
+def _max_back(x, grad, dx, row, step, width, lanes, corners):  # type: ignore[no-untyped-def]
+    for i in range(width):
+        best = load(x + 2 * i * step, lanes)
+        for k in range(1, corners):
+            best = _larger(best, load(x + (k & 1) * step + (k >> 1 & 1) * row[0] + (k >> 2) * row[1] + 2 * i * step, lanes))
+        left = load(grad + i * step, lanes)
+        for k in range(corners):
+            at = (k & 1) * step + (k >> 1 & 1) * row[0] + (k >> 2) * row[1] + 2 * i * step
+            given, left = _first_largest(left, load(x + at, lanes), best)
+            store(dx + at, given)
+
+
+@device_function
+def _mean(x, out, row, step, width, lanes, corners):  # type: ignore[no-untyped-def]
+    for i in range(width):
+        total = full(0.0, lanes)
+        for k in range(corners):
+            at = (k & 1) * step + (k >> 1 & 1) * row[0] + (k >> 2) * row[1] + 2 * i * step
+            total = total + load(x + at, lanes)
+        store(out + i * step, total * full(1.0 / corners, lanes))
+
+
+@device_function
+def _mean_back(x, grad, dx, row, step, width, lanes, corners):  # type: ignore[no-untyped-def]
+    for i in range(width):
+        given = load(grad + i * step, lanes) * full(1.0 / corners, lanes)
+        for k in range(corners):
+            at = (k & 1) * step + (k >> 1 & 1) * row[0] + (k >> 2) * row[1] + 2 * i * step
+            store(dx + at, given)
+
+
+def _pool_forward(axes: int, one_row: Any) -> Callable[..., Any]:
+    corners = 2**axes
+
+    @kernel
+    def pool_forward(x, out, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
+        """Pool into plane z of the output; height and width are the input's."""
+        step = 4 * channels
+        rows = (step * width, step * width * height)
+        z_in = 2 * z if corners == 8 else z
+        whole = channels - channels % LANES
+        for y in range(first, last):
+            of = x + z_in * rows[1] + 2 * y * rows[0]
+            to = out + (z * (height // 2) + y) * (width // 2) * step
+            for c in range(0, whole, LANES):
+                one_row(of + 4 * c, to + 4 * c, rows, step, width // 2, LANES, corners)
+            for c in range(whole, channels):
+                one_row(of + 4 * c, to + 4 * c, rows, step, width // 2, 1, corners)
+
+    return pool_forward
+
+
+def _pool_backward(axes: int, one_row: Any) -> Callable[..., Any]:
+    corners = 2**axes
+
+    @kernel
+    def pool_backward(x, grad, dx, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
+        """Spread plane z of the output's gradient; voxels outside all 2x2(x2) blocks are left alone."""
+        step = 4 * channels
+        rows = (step * width, step * width * height)
+        z_in = 2 * z if corners == 8 else z
+        whole = channels - channels % LANES
+        for y in range(first, last):
+            at = z_in * rows[1] + 2 * y * rows[0]
+            of = grad + (z * (height // 2) + y) * (width // 2) * step
+            for c in range(0, whole, LANES):
+                one_row(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, LANES, corners)
+            for c in range(whole, channels):
+                one_row(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, 1, corners)
+
+    return pool_backward
+
+
+@lru_cache(maxsize=None)
+def pool_kernels(kind: str, axes: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(forward, backward) of "max" or "mean" pooling."""
+    rows = {"max": (_max, _max_back), "mean": (_mean, _mean_back)}[kind]
+    return _pool_forward(axes, rows[0]), _pool_backward(axes, rows[1])
+
+
+@device_function
+def _neighbour(o, size):  # type: ignore[no-untyped-def]
+    """The input voxel that output voxel o takes 1/4 of."""
+    return max(o // 2 - 1, 0) if o % 2 == 0 else min(o // 2 + 1, size - 1)
+
+
+@device_function
+def _share(o, i, size):  # type: ignore[no-untyped-def]
+    """How much of input voxel i output voxel o takes, o in 2i-1 .. 2i+2; 0 outside the output."""
+    if o < 0 or o >= 2 * size:
+        return np.float32(0.0)
+    total = np.float32(0.0)
+    if o // 2 == i:
+        total += np.float32(0.75)
+    if _neighbour(o, size) == i:
+        total += np.float32(0.25)
+    return total
+
+
+@device_function
+def _mix(base, rows, shares, count, at, lanes):  # type: ignore[no-untyped-def]
+    total = full(0.0, lanes)
+    for r in range(count):
+        total = fma(full(shares[r], lanes), load(base + rows[r] + at, lanes), total)
+    return total
+
+
+@device_function
+def _double_row(x, rows, shares, count, out, step, width, lanes):  # type: ignore[no-untyped-def]
+    near, far = full(0.75, lanes), full(0.25, lanes)
+    here = _mix(x, rows, shares, count, 0, lanes)
+    before = here
+    for i in range(width):
+        after = _mix(x, rows, shares, count, (i + 1) * step, lanes) if i + 1 < width else here
+        store(out + 2 * i * step, fma(near, here, far * before))
+        store(out + (2 * i + 1) * step, fma(near, here, far * after))
+        before, here = here, after
+
+
+@device_function
+def _double_row_back(grad, rows, shares, count, dx, step, width, lanes):  # type: ignore[no-untyped-def]
+    near, far = full(0.75, lanes), full(0.25, lanes)
+    before = full(0.0, lanes)
+    even = _mix(grad, rows, shares, count, 0, lanes)
+    for i in range(width):
+        odd = _mix(grad, rows, shares, count, (2 * i + 1) * step, lanes)
+        total = fma(near, even + odd, far * before)
+        if i == 0:
+            total = fma(far, even, total)
+        if i + 1 < width:
+            even = _mix(grad, rows, shares, count, (2 * i + 2) * step, lanes)
+            total = fma(far, even, total)
+        else:
+            total = fma(far, odd, total)
+        store(dx + i * step, total)
+        before = odd
+
+
+@kernel
+def double_forward(x, out, axes, z, first, last, depth, height, width, channels):  # type: ignore[no-untyped-def]
+    """Interpolate plane z of the output; depth, height and width are the input's."""
+    step = 4 * channels
+    row = step * width
+    rows, shares = np.empty(4, np.int64), np.empty(4, np.float32)
+    whole = channels - channels % LANES
+    for y in range(first, last):
+        count = 0
+        for j in range(2 if axes == 3 else 1):
+            z_in = z if axes == 2 else (z // 2 if j == 0 else _neighbour(z, depth))
+            part = np.float32(1.0) if axes == 2 else np.float32(0.75 - 0.5 * j)
+            for k in range(2):
+                y_in = y // 2 if k == 0 else _neighbour(y, height)
+                rows[count] = (z_in * height + y_in) * row
+                shares[count] = part * np.float32(0.75 - 0.5 * k)
+                count += 1
+        to = out + (z * 2 * height + y) * 2 * row
+        for c in range(0, whole, LANES):
+            _double_row(x + 4 * c, rows, shares, count, to + 4 * c, step, width, LANES)
+        for c in range(whole, channels):
+            _double_row(x + 4 * c, rows, shares, count, to + 4 * c, step, width, 1)
+
+
+@kernel
+def double_backward(grad, dx, axes, z, first, last, depth, height, width, channels):  # type: ignore[no-untyped-def]
+    """The gradient of plane z of the input, whose sizes are depth, height and width."""
+    step = 4 * channels
+    row = step * width
+    rows, shares = np.empty(16, np.int64), np.empty(16, np.float32)
+    whole = channels - channels % LANES
+    for y in range(first, last):
+        count = 0
+        for j in range(4 if axes == 3 else 1):
+            z_out = z if axes == 2 else 2 * z - 1 + j
+            part = np.float32(1.0) if axes == 2 else _share(z_out, z, depth)
+            for k in range(4):
+                y_out = 2 * y - 1 + k
+                share = part * _share(y_out, y, height)
+                if share != 0:
+                    rows[count] = (z_out * 2 * height + y_out) * 2 * row
+                    shares[count] = share
+                    count += 1
+        to = dx + (z * height + y) * row
+        for c in range(0, whole, LANES):
+            _double_row_back(grad + 4 * c, rows, shares, count, to + 4 * c, step, width, LANES)
+        for c in range(whole, channels):
+            _double_row_back(grad + 4 * c, rows, shares, count, to + 4 * c, step, width, 1)

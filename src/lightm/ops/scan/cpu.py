@@ -1,0 +1,202 @@
+"""The selective scan on the CPU: the Numba kernels, spread over batch entries and tiles of channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightm.ops.jit import LANES
+from lightm.ops.scan.kernels import backward_kernel, forward_kernel, scratch_floats, sum_kernel
+from lightm.ops.scan.layout import STRETCH, Layout
+from lightm.ops.threads import parallel_for, worker_count
+from lightm.ops.vector_math import LOG2E
+
+_TILE = 4 * LANES  # bytes of one row of a tile
+
+
+def _spots(x: Tensor | None) -> tuple[int, int, int]:
+    """(address, bytes between batch entries, bytes between tokens); zeros for None."""
+    return (0, 0, 0) if x is None else (x.data_ptr(), 4 * x.stride(0), 4 * x.stride(1))
+
+
+def _parameters(layout: Layout, A: Tensor, rows: tuple[Tensor | None, ...]) -> tuple[Tensor, list[Tensor | None]]:
+    """A times log2(e) and the vectors over channels, in tiles."""
+    tiled = [None if x is None else layout.tile_rows(x.unsqueeze(-1)) for x in rows]
+    return layout.tile_states(A.float() * LOG2E), tiled
+
+
+def run_forward(
+    layout: Layout,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    d_skip: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, last state, states before every `chunk`-th token; the last is empty when chunk is 0)."""
+    y = torch.empty(u.shape, dtype=u.dtype)
+    decay, (skip, bias) = _parameters(layout, A, (d_skip, delta_bias))
+    shape = (layout.batch, layout.tiles, layout.kernel_states, LANES)
+    state = torch.zeros(shape) if initial_state is None else layout.tile_states(initial_state)
+    number = -(-layout.length // chunk) if chunk else 0
+    saved = torch.empty((layout.batch, layout.tiles, number, layout.kernel_states, LANES))
+    rows = [x for x in (u, delta, z, y) if x is not None]
+    in_place = all(map(layout.channels_in_place, rows)) and all(map(layout.numbers_in_place, (B, C)))
+    stretch = max(layout.length, 1) if in_place else STRETCH
+    run = forward_kernel(layout.kernel_states)
+    skip_at, bias_at = _spots(skip)[0], _spots(bias)[0]
+    state_bytes = 4 * layout.kernel_states * LANES
+    for start in range(0, layout.length, stretch):
+        stop = min(start + stretch, layout.length)
+        u_rows, delta_rows = (layout.channel_rows(x, start, stop) for x in (u, delta))
+        z_rows = None if z is None else layout.channel_rows(z, start, stop)
+        b_rows, c_rows = (layout.number_rows(x, start, stop) for x in (B, C))
+        y_rows = layout.row_buffer(y, start, stop)
+        spots = [_spots(x) for x in (u_rows, delta_rows, b_rows, c_rows, z_rows, y_rows)]
+        group_bytes = (4 * b_rows.stride(2), 4 * c_rows.stride(2))
+
+        def work(item: int, worker: int) -> None:
+            entry, tile = divmod(item, layout.tiles)
+            group = tile // layout.tiles_of_group
+            across = [tile * _TILE] * 2 + [group * size for size in group_bytes] + [tile * _TILE] * 2
+            where: list[int] = []
+            for (address, entry_step, step), offset in zip(spots, across, strict=True):
+                where += [address + entry * entry_step + offset if address else 0, step]
+            run(
+                *where,
+                decay.data_ptr() + tile * state_bytes,
+                skip_at + tile * _TILE if skip_at else 0,
+                bias_at + tile * _TILE if bias_at else 0,
+                int(delta_softplus),
+                state.data_ptr() + item * state_bytes,
+                saved.data_ptr() + (item * number + start // chunk) * state_bytes if chunk else 0,
+                state_bytes,
+                chunk or stop - start,
+                stop - start,
+            )
+
+        parallel_for(work, layout.batch * layout.tiles)
+        layout.finish_rows(y_rows, y, start, stop)
+    return y, layout.untile_states(state), saved
+
+
+def _sum_tiles(layout: Layout, parts: Tensor, result: Tensor, start: int, stop: int) -> None:
+    """Tokens start..stop-1 of dB or dC (Bt, L, G, N) from the tiles' shares (Bt, tiles, longest, kernel_states)."""
+    n, tokens, block = layout.kernel_states, stop - start, 1024
+    in_place = layout.numbers_in_place(result)
+    total = result[:, start:stop] if in_place else torch.empty((layout.batch, tokens, layout.groups, n))
+    run = sum_kernel(n)
+    blocks = -(-tokens // block)
+    part_bytes = 4 * parts.stride(1)
+
+    def work(item: int, worker: int) -> None:
+        row, index = divmod(item, blocks)
+        entry, group = divmod(row, layout.groups)
+        first_tile = entry * layout.tiles + group * layout.tiles_of_group
+        run(
+            parts.data_ptr() + first_tile * part_bytes,
+            part_bytes,
+            layout.tiles_of_group,
+            total.data_ptr() + 4 * (entry * total.stride(0) + group * n),
+            4 * layout.groups * n,
+            index * block,
+            min((index + 1) * block, tokens),
+        )
+
+    parallel_for(work, layout.batch * layout.groups * blocks)
+    if not in_place:
+        result[:, start:stop] = total[..., : layout.states]
+
+
+def run_backward(
+    layout: Layout,
+    grad_y: Tensor,
+    grad_state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    d_skip: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    saved: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients (u, delta, A, B, C, d_skip, z, delta_bias, initial state) in their tensors' types."""
+    decay, (skip, bias) = _parameters(layout, A, (d_skip, delta_bias))
+    du, ddelta = torch.empty(u.shape, dtype=u.dtype), torch.empty(delta.shape, dtype=delta.dtype)
+    dz = torch.empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype)
+    dB, dC = torch.empty(B.shape, dtype=B.dtype), torch.empty(C.shape, dtype=C.dtype)
+    n = layout.kernel_states
+    items = layout.batch * layout.tiles
+    carry = layout.tile_states(grad_state)
+    dA = torch.zeros((layout.batch, layout.tiles, n, LANES))
+    dskip, dbias = (torch.zeros((layout.batch, layout.tiles, 1, LANES)) for _ in range(2))
+    number = saved.shape[2]
+    longest = min(STRETCH, layout.length)
+    parts_b, parts_c = (torch.empty((layout.batch, layout.tiles, longest, n)) for _ in range(2))
+    scratch = torch.empty((worker_count(items), scratch_floats(n, chunk)))
+    run = backward_kernel(n)
+    skip_at, bias_at = _spots(skip)[0], _spots(bias)[0]
+    state_bytes = 4 * n * LANES
+    for start in reversed(range(0, layout.length, STRETCH)):
+        stop = min(start + STRETCH, layout.length)
+        tokens = stop - start
+        inputs = [layout.channel_rows(x, start, stop) for x in (u, delta)]
+        inputs += [layout.number_rows(x, start, stop) for x in (B, C)]
+        z_rows = None if z is None else layout.channel_rows(z, start, stop)
+        dy_rows = layout.channel_rows(grad_y, start, stop)
+        outputs = [layout.row_buffer(x, start, stop) for x in (du, ddelta)]
+        dz_rows = None if z is None else layout.row_buffer(dz, start, stop)
+        spots_in = [_spots(x) for x in (*inputs, z_rows, dy_rows)]
+        spots_out = [_spots(x) for x in (*outputs, dz_rows)]
+        group_bytes = [4 * x.stride(2) for x in inputs[2:]]
+
+        def work(item: int, worker: int) -> None:
+            entry, tile = divmod(item, layout.tiles)
+            group = tile // layout.tiles_of_group
+            across = [tile * _TILE] * 2 + [group * size for size in group_bytes] + [tile * _TILE] * 5
+            where: list[int] = []
+            for (address, entry_step, step), offset in zip(spots_in + spots_out, across, strict=True):
+                where += [address + entry * entry_step + offset if address else 0, step]
+            run(
+                *where[:12],
+                decay.data_ptr() + tile * state_bytes,
+                skip_at + tile * _TILE if skip_at else 0,
+                bias_at + tile * _TILE if bias_at else 0,
+                int(delta_softplus),
+                saved.data_ptr() + (item * number + start // chunk) * state_bytes,
+                state_bytes,
+                chunk,
+                tokens,
+                *where[12:],
+                parts_b.data_ptr() + item * longest * n * 4,
+                parts_c.data_ptr() + item * longest * n * 4,
+                carry.data_ptr() + item * state_bytes,
+                dA.data_ptr() + item * state_bytes,
+                dskip.data_ptr() + item * _TILE,
+                dbias.data_ptr() + item * _TILE,
+                scratch[worker].data_ptr(),
+            )
+
+        parallel_for(work, items)
+        for rows, result in zip(outputs, (du, ddelta), strict=True):
+            layout.finish_rows(rows, result, start, stop)
+        if dz_rows is not None:
+            layout.finish_rows(dz_rows, dz, start, stop)
+        for parts, result in ((parts_b, dB), (parts_c, dC)):
+            _sum_tiles(layout, parts, result, start, stop)
+    vectors = [
+        torch.empty(0) if given is None else layout.untile_rows(total.sum(0)).squeeze(-1).to(given.dtype)
+        for given, total in ((d_skip, dskip), (delta_bias, dbias))
+    ]
+    grad_A = layout.untile_states(dA.sum(0)).to(A.dtype)
+    return du, ddelta, grad_A, dB, dC, vectors[0], dz, vectors[1], layout.untile_states(carry)

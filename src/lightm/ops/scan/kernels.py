@@ -1,0 +1,159 @@
+"""The scan's kernels: a stretch of tokens for one tile of channels, forward and backward.
+
+All arguments are integers: addresses of float32 data, strides and sizes in bytes or tokens as named. A tile is
+LANES channels; `*_step` is the distance in bytes from one token to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from lightm.ops.jit import LANES, kernel
+from lightm.ops.scan.step import advance, record, retreat
+from lightm.ops.vector import fma, full, load, load_rows, store, store_rows
+from lightm.ops.vector_math import LN2, sigmoid, softplus
+
+STATE_SIZES = (4, 8, 16)
+
+
+@lru_cache(maxsize=None)
+def forward_kernel(states: int) -> Callable[..., Any]:
+    """The forward kernel for N = `states`."""
+    row = 4 * LANES
+
+    @kernel
+    def scan_forward(  # type: ignore[no-untyped-def]
+        u, u_step, delta, delta_step, b, b_step, c, c_step, z, z_step, y, y_step,
+        a, skip, bias, soft, state, saved, saved_step, chunk, tokens,
+    ):  # fmt: skip
+        """Advance `state` (N rows) over `tokens` tokens and write y.
+
+        z, skip and bias are 0 where there is none; `soft` is 1 to apply softplus; with `saved` not 0, the states
+        before every `chunk`-th token are kept there, `saved_step` bytes apart.
+        """
+        zero = full(0.0, LANES)
+        d_skip = load(skip, LANES) if skip != 0 else zero
+        d_bias = load(bias, LANES) if bias != 0 else zero
+        h = load_rows(state, states, LANES)
+        start = 0
+        while start < tokens:
+            if saved != 0:
+                store_rows(saved, h)
+                saved += saved_step
+            for t in range(start, min(start + chunk, tokens)):
+                u_t = load(u + t * u_step, LANES)
+                d = load(delta + t * delta_step, LANES) + d_bias
+                if soft != 0:
+                    d = softplus(d, LANES)
+                h, total = advance(h, d, d * u_t, a, b + t * b_step, c + t * c_step)
+                total = fma(d_skip, u_t, total)
+                if z != 0:
+                    z_t = load(z + t * z_step, LANES)
+                    total = total * (z_t * sigmoid(z_t, LANES))
+                store(y + t * y_step, total)
+            start += chunk
+        store_rows(state, h)
+
+    return scan_forward
+
+
+@lru_cache(maxsize=None)
+def backward_kernel(states: int) -> Callable[..., Any]:
+    """The backward kernel for N = `states`."""
+    row = 4 * LANES
+    rows = row * states
+
+    @kernel
+    def scan_backward(  # type: ignore[no-untyped-def]
+        u, u_step, delta, delta_step, b, b_step, c, c_step, z, z_step, dy, dy_step,
+        a, skip, bias, soft, saved, saved_step, chunk, tokens,
+        du, du_step, ddelta, ddelta_step, dz, dz_step, db, dc, carry, da, dskip, dbias, scratch,
+    ):  # fmt: skip
+        """Sweep a stretch of tokens (its first one at a chunk's start) from last to first.
+
+        `carry` (N rows) comes in as the gradient of the states after the stretch and leaves as that of the states
+        before it; da (N rows), dskip and dbias (one row) are added to; db and dc (tokens, N) are written: sums over
+        this tile alone. `scratch` holds a chunk's states (chunk + 1 times N rows), decays (chunk times N rows), dt
+        (chunk rows) and N rows of da.
+        """
+        zero = full(0.0, LANES)
+        d_skip = load(skip, LANES) if skip != 0 else zero
+        d_bias = load(bias, LANES) if bias != 0 else zero
+        skip_sum = zero
+        bias_sum = zero
+        hs = scratch
+        xs = hs + (chunk + 1) * rows
+        ds = xs + chunk * rows
+        da_sum = ds + chunk * row
+        for n in range(states):
+            store(da_sum + n * row, zero)
+        g = load_rows(carry, states, LANES)
+        number = (tokens + chunk - 1) // chunk
+        for k in range(number - 1, -1, -1):
+            start = k * chunk
+            stop = min(start + chunk, tokens)
+            h = load_rows(saved + k * saved_step, states, LANES)
+            store_rows(hs, h)
+            for t in range(start, stop):
+                d = load(delta + t * delta_step, LANES) + d_bias
+                if soft != 0:
+                    d = softplus(d, LANES)
+                i = t - start
+                store(ds + i * row, d)
+                u_t = load(u + t * u_step, LANES)
+                h = record(h, d, d * u_t, a, b + t * b_step, hs + (i + 1) * rows, xs + i * rows)
+            for t in range(stop - 1, start - 1, -1):
+                i = t - start
+                d = load(ds + i * row, LANES)
+                u_t = load(u + t * u_step, LANES)
+                out = load(dy + t * dy_step, LANES)
+                inner = out
+                if z != 0:
+                    z_t = load(z + t * z_step, LANES)
+                    s = sigmoid(z_t, LANES)
+                    inner = out * (z_t * s)
+                g, sum_a, sum_b, sum_c = retreat(
+                    g, d, d * u_t, inner, a, b + t * b_step, c + t * c_step,
+                    hs + (i + 1) * rows, hs + i * rows, xs + i * rows, da_sum, db + t * (4 * states), dc + t * (4 * states),
+                )  # fmt: skip
+                if z != 0:
+                    y_t = fma(d_skip, u_t, sum_c)
+                    store(dz + t * dz_step, out * y_t * s * fma(z_t, full(1.0, LANES) - s, full(1.0, LANES)))
+                store(du + t * du_step, fma(d, sum_b, d_skip * inner))
+                skip_sum = fma(inner, u_t, skip_sum)
+                dd = fma(u_t, sum_b, full(LN2, LANES) * sum_a)
+                if soft != 0:
+                    dd = dd * sigmoid(load(delta + t * delta_step, LANES) + d_bias, LANES)
+                store(ddelta + t * ddelta_step, dd)
+                bias_sum = bias_sum + dd
+        store_rows(carry, g)
+        for n in range(states):
+            at = da + n * row
+            store(at, load(at, LANES) + load(da_sum + n * row, LANES))
+        store(dskip, load(dskip, LANES) + skip_sum)
+        store(dbias, load(dbias, LANES) + bias_sum)
+
+    return scan_backward
+
+
+@lru_cache(maxsize=None)
+def sum_kernel(states: int) -> Callable[..., Any]:
+    """The kernel that adds the tiles' shares of dB or dC for N = `states`."""
+
+    @kernel
+    def scan_sum(parts, part_step, tiles, out, out_step, first, last):  # type: ignore[no-untyped-def]
+        """out[t] = sum over tiles, in order, of parts[tile][t] for tokens first..last-1; N floats a token."""
+        for t in range(first, last):
+            total = load(parts + t * (4 * states), states)
+            for tile in range(1, tiles):
+                total = total + load(parts + tile * part_step + t * (4 * states), states)
+            store(out + t * out_step, total)
+
+    return scan_sum
+
+
+def scratch_floats(states: int, chunk: int) -> int:
+    """Floats of scratch memory that a thread's backward kernel needs."""
+    return LANES * (states * (2 * chunk + 1) + chunk + states)

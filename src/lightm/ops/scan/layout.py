@@ -1,0 +1,115 @@
+"""From tensors to what the kernels read: float32, channels in tiles of LANES, N one of the compiled sizes.
+
+Rows (one token's channels) are used in place when they can be: float32, channels next to each other, whole tiles.
+Otherwise a stretch of tokens at a time is copied into that form, so that the copies stay in the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightm.ops.jit import LANES
+from lightm.ops.scan.kernels import STATE_SIZES
+
+STRETCH = 8192
+"""Tokens copied, or swept backward, at a time; a multiple of every chunk length."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of one call."""
+
+    batch: int
+    length: int
+    channels: int
+    groups: int
+    states: int
+
+    @property
+    def of_group(self) -> int:
+        """Channels of a group."""
+        return self.channels // self.groups
+
+    @property
+    def tiles_of_group(self) -> int:
+        """Tiles of a group; the last one may be part padding."""
+        return -(-self.of_group // LANES)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of all groups."""
+        return self.groups * self.tiles_of_group
+
+    @property
+    def width(self) -> int:
+        """Channels with the padding of every group."""
+        return self.tiles * LANES
+
+    @property
+    def kernel_states(self) -> int:
+        """The compiled state size that holds N."""
+        return next(size for size in STATE_SIZES if size >= self.states)
+
+    def tile_rows(self, x: Tensor) -> Tensor:
+        """(..., E, n) -> (..., tiles, n, LANES), float32, padded with zeros."""
+        lead, n = x.shape[:-2], x.shape[-1]
+        x = x.float().reshape(*lead, self.groups, self.of_group, n)
+        x = functional.pad(x, (0, 0, 0, self.tiles_of_group * LANES - self.of_group))
+        return x.reshape(*lead, self.tiles, LANES, n).transpose(-1, -2).contiguous()
+
+    def untile_rows(self, x: Tensor) -> Tensor:
+        """(..., tiles, n, LANES) -> (..., E, n): undoes `tile_rows`."""
+        lead, n = x.shape[:-3], x.shape[-2]
+        x = x.transpose(-1, -2).reshape(*lead, self.groups, self.tiles_of_group * LANES, n)
+        return x[..., : self.of_group, :].reshape(*lead, self.channels, n)
+
+    def tile_states(self, x: Tensor) -> Tensor:
+        """(..., E, N) -> (..., tiles, kernel_states, LANES)."""
+        return self.tile_rows(functional.pad(x, (0, self.kernel_states - self.states)))
+
+    def untile_states(self, x: Tensor) -> Tensor:
+        """(..., tiles, kernel_states, LANES) -> (..., E, N)."""
+        return self.untile_rows(x)[..., : self.states].contiguous()
+
+    def channels_in_place(self, x: Tensor) -> bool:
+        """Whether the kernels can read or write the rows of x (Bt, L, E) where they are."""
+        return x.dtype == torch.float32 and x.stride(-1) == 1 and self.width == self.channels
+
+    def numbers_in_place(self, x: Tensor) -> bool:
+        """Whether the kernels can read B or C (Bt, L, G, N) where they are."""
+        return x.dtype == torch.float32 and x.stride(-1) == 1 and self.kernel_states == self.states
+
+    def channel_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Tokens start..stop-1 of x (Bt, L, E) as (Bt, stop - start, width) rows for the kernels."""
+        part = x[:, start:stop]
+        if self.channels_in_place(x):
+            return part
+        part = part.float()
+        if self.width != self.channels:
+            part = part.reshape(self.batch, stop - start, self.groups, self.of_group)
+            part = functional.pad(part, (0, self.tiles_of_group * LANES - self.of_group))
+        return part.reshape(self.batch, stop - start, self.width).contiguous()
+
+    def number_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Tokens start..stop-1 of B or C as (Bt, stop - start, G, kernel_states)."""
+        part = x[:, start:stop]
+        if self.numbers_in_place(x):
+            return part
+        return functional.pad(part.float(), (0, self.kernel_states - self.states)).contiguous()
+
+    def row_buffer(self, result: Tensor, start: int, stop: int) -> Tensor:
+        """Where the kernels write rows start..stop-1 of a result (Bt, L, E): the result itself, or scratch."""
+        if self.channels_in_place(result):
+            return result[:, start:stop]
+        return result.new_empty((self.batch, stop - start, self.width), dtype=torch.float32)
+
+    def finish_rows(self, buffer: Tensor, result: Tensor, start: int, stop: int) -> None:
+        """Copy scratch from `row_buffer` to its place; nothing to do when it is the place."""
+        if self.channels_in_place(result):
+            return
+        part = buffer.reshape(self.batch, stop - start, self.groups, self.tiles_of_group * LANES)
+        result[:, start:stop] = part[..., : self.of_group].reshape(self.batch, stop - start, self.channels)

@@ -1,0 +1,104 @@
+"""From a folder of images to a report: training, prediction of the test cases, evaluation and report in one call."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightm.data.dataset import Dataset, open_dataset
+from lightm.data.phantoms import make_phantoms
+from lightm.errors import InputError
+from lightm.evaluate import Evaluation, evaluate_folder, write_report
+from lightm.infer import predict_folder
+from lightm.train import TrainResult, load_split, train
+from lightm.train.config import load_config
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a whole run gave: its training, its evaluation (None without test cases) and its report."""
+
+    training: TrainResult
+    evaluation: Evaluation | None
+    report: Path
+
+
+def train_and_test(dataset: Path | str, out: Path | str | None = None, **options: Any) -> RunResult:
+    """Train (`lightm.train`, which takes the options), then predict and score the test cases and write the report."""
+    progress = options.get("progress")
+    return finish_run(train(dataset, out, **options), progress=progress)
+
+
+def finish_run(training: TrainResult, *, progress: Progress | None = None) -> RunResult:
+    """Predict and score the test cases of a trained run, and write its report."""
+    evaluation = test_run(training.run_dir, progress=progress) if training.split.test else None
+    return RunResult(training, evaluation, write_report(training.run_dir))
+
+
+def test_run(run_dir: Path | str, *, progress: Progress | None = None) -> Evaluation:
+    """Predict the test cases of a run's split into `predictions/` and score them into `evaluation/`.
+
+    Raises InputError for a folder that holds no trained run or has no test cases.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "model" / "model.json").is_file():
+        raise InputError(f"{run_dir}: holds no trained run (model/model.json is missing); finish its training first")
+    config = load_config(run_dir / "config.yaml")
+    data = open_dataset(Path(config.dataset), labels=None if config.labels is None else Path(config.labels))
+    split = load_split(run_dir / "split.json", [case.id for case in data.cases])
+    if not split.test:
+        raise InputError(f"{run_dir / 'split.json'}: the split has no test cases")
+    return score_cases(data, run_dir, split.test, device=config.device, progress=progress)
+
+
+def score_cases(
+    data: Dataset, run_dir: Path, case_ids: list[str], *, device: str = "cpu", progress: Progress | None = None
+) -> Evaluation:
+    """Predict the named cases of a data set with a run's model and score them against their labels."""
+    predictions = run_dir / "predictions"
+    if predictions.exists():  # of an earlier scoring of the same run
+        shutil.rmtree(predictions)
+    predict_folder(run_dir / "model", data.root, predictions, cases=case_ids, device=device, progress=progress)
+    labels = [case.label for case in map(data.case, case_ids)]
+    folder = labels[0].parent if labels and labels[0] is not None else data.root
+    foreground = {name: value for name, value in data.labels.items() if value != data.values[0]}
+    return evaluate_folder(
+        predictions, folder, labels_map=foreground, out=run_dir / "evaluation", cases=case_ids, progress=progress
+    )
+
+
+DEMO_CASES, DEMO_SIZE, DEMO_TIME = 30, 64, "5m"
+
+
+def demo(
+    out: Path | str = "runs/demo",
+    *,
+    max_time: str | float = DEMO_TIME,
+    cases: int = DEMO_CASES,
+    size: int = DEMO_SIZE,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = print,
+) -> RunResult:
+    """Make liver phantoms, train on them, predict and score the test cases, and write `OUT/report.html`.
+
+    The phantoms go to the folder `OUT-data` beside it. Takes about `max_time` (of the training) and one minute more
+    on two cores. With `overwrite` an earlier demo in `out` is replaced; anything else there is refused.
+    """
+    out = Path(out)
+    data = out.with_name(out.name + "-data")
+    if overwrite:
+        for folder, mark in ((out, "config.yaml"), (data, "dataset.json")):
+            if (folder / mark).is_file():
+                shutil.rmtree(folder)
+    for folder in (out, data):
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder}: already holds something; give another folder with -o, or --overwrite a demo")
+    make_phantoms("liver", data, cases=cases, size=size, seed=seed, progress=progress)
+    return train_and_test(data, out, max_time=max_time, seed=seed, progress=progress, say=say)

@@ -1,0 +1,168 @@
+"""The training step, the validation's pseudo Dice and the learning rate, as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightm.errors import LightMError
+from lightm.train.recipes import Recipe
+
+MOVING = 0.9  # weight of the past in the moving average of the pseudo Dice, as nnU-Net logs it
+IGNORE = 255
+
+
+class SegmentationModule(pl.LightningModule):
+    """Train a network on patches; log train_loss, val_loss, pseudo Dice and its moving average.
+
+    The pseudo Dice of a class is 2 TP / (2 TP + FP + FN) with the counts summed over all validation patches of the
+    epoch (as nnU-Net computes it: no per-case mean, hence "pseudo"). A class that neither occurs nor is predicted
+    there has none (NaN) and takes no part in the mean.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: nn.Module,
+        recipe: Recipe,
+        *,
+        class_names: list[str],
+        total_steps: int | None,
+        max_time_s: float | None,
+    ) -> None:
+        super().__init__()
+        self.network, self.loss, self.recipe = network, loss, recipe
+        self.class_names = class_names
+        self.total_steps, self.max_time_s = total_steps, max_time_s
+        self.moving_dice: float | None = None
+        self.best_dice: float | None = None
+        self.epoch_row: dict[str, float] = {}
+        self._elapsed_before = 0.0
+        self._started: float | None = None
+        self._losses: list[Tensor] = []
+        self._val_losses: list[Tensor] = []
+        self._counts = torch.zeros(len(class_names), 3, dtype=torch.float64)
+
+    # ---- time and learning rate -------------------------------------------------------------------------
+
+    def elapsed_s(self) -> float:
+        """Seconds of training so far, those before an interruption included."""
+        return self._elapsed_before + (0.0 if self._started is None else time.monotonic() - self._started)
+
+    def progress(self) -> float:
+        """How far the run has come, in [0, 1]: the further of its steps and its time."""
+        parts = [0.0]
+        if self.total_steps is not None:
+            parts.append(self.global_step / self.total_steps)
+        if self.max_time_s is not None:
+            parts.append(self.elapsed_s() / self.max_time_s)
+        return min(1.0, max(parts))
+
+    def learning_rate(self) -> float:
+        """The rate for the next step: warm-up, then the recipe's fall to zero."""
+        recipe, left = self.recipe, 1.0 - self.progress()
+        factor = {
+            "poly": left**0.9,
+            "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))),
+            "constant": 1.0,
+        }[recipe.schedule]
+        warm = min(1.0, (self.global_step + 1) / recipe.warmup_steps) if recipe.warmup_steps else 1.0
+        return recipe.lr * factor * warm
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        recipe = self.recipe
+        # matrices decay; biases, norms, scales and the state-space parameters do not (Mamba does the same)
+        decay = [p for p in self.network.parameters() if p.ndim >= 2 and not getattr(p, "no_decay", False)]
+        rest = [p for p in self.network.parameters() if p.ndim < 2 or getattr(p, "no_decay", False)]
+        groups = [
+            {"params": decay, "weight_decay": recipe.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        if recipe.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+        kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+        return kind(groups, lr=recipe.lr, eps=recipe.eps)
+
+    # ---- steps --------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        self._started = time.monotonic()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        rate = self.learning_rate()
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rate
+        self.epoch_row["lr"] = rate
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.loss(self.network(batch["image"]), batch["label"])
+        if not torch.isfinite(loss):
+            raise LightMError(
+                f"the loss is {loss.item()} at step {self.global_step}, on the cases {', '.join(batch['case'])}; the "
+                "checkpoints before it are kept. Lower the learning rate or look at these cases' intensities"
+            )
+        self._losses.append(loss.detach())
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch["case"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        logits = self.network(batch["image"])
+        target = batch["label"]
+        self._val_losses.append(self.loss(logits, target).detach())
+        predicted, kept = logits.argmax(1), target != IGNORE
+        for k in range(len(self.class_names)):
+            p, g = (predicted == k + 1) & kept, (target == k + 1) & kept
+            tp = (p & g).sum()
+            self._counts[k] += torch.stack([tp, p.sum() - tp, g.sum() - tp]).cpu()
+
+    # ---- ends of epochs -----------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._counts.zero_()
+        self._val_losses = []
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:
+            return
+        counts = self.trainer.strategy.reduce(self._counts.to(self.device), reduce_op="sum").cpu()
+        tp, fp, fn = counts.unbind(1)
+        dice = (2 * tp / (2 * tp + fp + fn)).tolist()  # 0/0 is NaN: absent and not predicted
+        known = [value for value in dice if not math.isnan(value)]
+        mean = sum(known) / len(known) if known else float("nan")
+        if known:
+            self.moving_dice = mean if self.moving_dice is None else MOVING * self.moving_dice + (1 - MOVING) * mean
+        # validation closes every training epoch, and callbacks read the row before on_train_epoch_end comes here
+        reduce = self.trainer.strategy.reduce
+        self.epoch_row.update(
+            train_loss=float(reduce(torch.stack(self._losses).mean(), reduce_op="mean")),
+            val_loss=float(reduce(torch.stack(self._val_losses).mean(), reduce_op="mean")),
+            pseudo_dice=mean,
+            pseudo_dice_ema=float("nan") if self.moving_dice is None else self.moving_dice,
+            **{f"pseudo_dice/{name}": value for name, value in zip(self.class_names, dice, strict=True)},
+        )
+
+    def on_train_epoch_end(self) -> None:
+        self._losses = []
+        for name, value in self.epoch_row.items():
+            self.log(name, value, logger=True)
+
+    # ---- checkpoints --------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lightm"] = {
+            "elapsed_s": self.elapsed_s(),
+            "moving_dice": self.moving_dice,
+            "best_dice": self.best_dice,
+            "torch_rng": torch.get_rng_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["lightm"]
+        self._elapsed_before = state["elapsed_s"]
+        self.moving_dice, self.best_dice = state["moving_dice"], state["best_dice"]
+        torch.set_rng_state(state["torch_rng"])

@@ -1,0 +1,24 @@
+"""Shared fixtures: the folder of real data, when there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+_SHARED = Path(os.environ.get("LIGHTM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data and golden files beside the project; the test is skipped without it."""
+    if not (_SHARED / "fixtures").is_dir():
+        pytest.skip(f"no folder of real data beside the project ({_SHARED.name}/ or $LIGHTM_SHARED)")
+    return _SHARED
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test preprocesses into its own folder, never into the user's cache."""
+    monkeypatch.setenv("LIGHTM_CACHE", str(tmp_path / "lightm-cache"))

@@ -1,0 +1,35 @@
+"""Small data sets for tests: bright balls (label 1) with a darker core (label 2) in noise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from lightm import Volume, write_volume
+
+
+def make_balls(root: Path, *, cases: int = 6, size: int = 16, dims: int = 3, classes: int = 2, seed: int = 0) -> Path:
+    """Write a data set in the nnU-Net raw layout: NIfTI in 3D, PNG in 2D."""
+    ending = ".nii.gz" if dims == 3 else ".png"
+    for folder in ("imagesTr", "labelsTr"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    grid = np.stack(np.meshgrid(*[np.arange(size)] * dims, indexing="ij"))
+    for i in range(cases):
+        rng = np.random.default_rng((seed, i))
+        centre = rng.uniform(0.35 * size, 0.65 * size, dims).reshape(-1, *[1] * dims)
+        radius = np.sqrt(((grid - centre) ** 2).sum(0))
+        label = (radius < 0.32 * size).astype(np.uint8)
+        if classes == 2:
+            label[radius < 0.16 * size] = 2
+        image = 60.0 + 90.0 * (label == 1) + 40.0 * (label == 2) + rng.normal(0, 8, label.shape)
+        image = image.astype(np.float32) if dims == 3 else image.clip(0, 255).astype(np.uint8)
+        affine, spacing = np.diag([1.5, 1.0, 1.0, 1.0]) if dims == 3 else np.eye(4), (1.0, 1.0, 1.5)
+        spacing = spacing if dims == 3 else (1.0, 1.0)
+        write_volume(root / "imagesTr" / f"ball_{i:02d}_0000{ending}", Volume(image, spacing, affine))
+        write_volume(root / "labelsTr" / f"ball_{i:02d}{ending}", Volume(label, spacing, affine))
+    labels = {"background": 0, "shell": 1, "core": 2} if classes == 2 else {"background": 0, "ball": 1}
+    description = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": cases, "file_ending": ending}
+    (root / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
+    return root

@@ -1,0 +1,153 @@
+"""LightM-UNet: size by closed form, shapes, gradients, causality of its tokens, refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lightm.errors import InputError
+from lightm.nets import PRESETS, count_parameters, create
+from lightm.nets.blocks import RVM, VSS
+
+PRESET_NAMES = sorted(PRESETS)
+
+
+def rvm_parameters(c: int, out: int, n: int = 16, k: int = 4) -> int:
+    """Closed form of one RVM layer (the report's Eq. 7-9 with Mamba's depthwise convolution)."""
+    e, r = 2 * c, math.ceil(c / 16)
+    vss = 4 * c * c + 2 * c * c + e * (r + 2 * n) + r * e + e + e * n + e + e * k + e + 2 * e
+    return vss + 2 * (2 * c) + c + c * out + out
+
+
+def network_parameters(c0: int, dims: int, image: int, classes: int, bottleneck: int = 4) -> int:
+    k = 3**dims
+    total = k * image + image * c0  # stem
+    total += rvm_parameters(c0, 2 * c0)
+    for c in (2 * c0, 4 * c0):
+        total += rvm_parameters(c, c) + rvm_parameters(c, 2 * c)
+    total += bottleneck * rvm_parameters(8 * c0, 8 * c0)
+    for c in (8 * c0, 4 * c0, 2 * c0):
+        h = c // 2
+        total += c * h + 2 * h + k * h + h * h + h + 2 * h
+    return total + 2 * c0 + 2 * c0 + c0 * classes + classes
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(("filters", "image", "classes"), [(32, 1, 3), (16, 4, 2)])
+def test_parameter_count_equals_the_closed_form(dims: int, filters: int, image: int, classes: int) -> None:
+    network = create("lightm-unet", dims, image, classes, filters=filters)
+    assert count_parameters(network) == network_parameters(filters, dims, image, classes)
+
+
+def test_size_is_within_three_percent_of_the_published_design() -> None:
+    assert abs(count_parameters(create("lightm-unet", 3, 1, 3)) / 2.47e6 - 1) < 0.03
+
+
+@pytest.mark.parametrize("name", PRESET_NAMES)
+@pytest.mark.parametrize(("size", "batch", "channels"), [((8, 24), 2, 1), ((16, 8, 24), 1, 4)])
+def test_every_preset_maps_images_to_logits_and_learns(
+    name: str, size: tuple[int, ...], batch: int, channels: int
+) -> None:
+    torch.manual_seed(0)
+    network = create(name, len(size), channels, 3)
+    image, target = torch.randn(batch, channels, *size), torch.randint(0, 3, (batch, *size))
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        logits = network(image)
+        assert logits.shape == (batch, 3, *size)
+        assert logits.dtype == torch.float32
+        loss = torch.nn.functional.cross_entropy(logits, target)
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        missing = [n for n, p in network.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+        assert not missing
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+def test_training_and_evaluation_mode_agree_and_so_do_single_cases_and_a_batch() -> None:
+    torch.manual_seed(1)
+    network = create("lightm-unet-small", 3, 1, 2)
+    image = torch.randn(2, 1, 8, 16, 8)
+    with torch.no_grad():
+        trained = network.train()(image)
+        evaluated = network.eval()(image)
+        one_by_one = torch.cat([network(image[:1]), network(image[1:])])
+    assert torch.equal(trained, evaluated)
+    torch.testing.assert_close(one_by_one, evaluated, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_seeds_give_equal_networks_and_outputs() -> None:
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        outputs.append(create("lightm-unet-small", 2, 1, 2)(torch.linspace(-1, 1, 256).reshape(1, 1, 16, 16)))
+    assert torch.equal(*outputs)
+
+
+def test_vss_is_causal_and_rvm_is_not_the_identity() -> None:
+    torch.manual_seed(2)
+    vss = VSS(8)
+    tokens = torch.randn(1, 20, 8)
+    changed = tokens.clone()
+    changed[:, 12] += 1.0
+    with torch.no_grad():
+        before, after = vss(tokens), vss(changed)
+    torch.testing.assert_close(after[:, :12], before[:, :12])
+    assert (after[:, 12:] - before[:, 12:]).abs().max() > 1e-4
+
+
+def test_rvm_without_its_vss_is_norm_and_projection_of_the_scaled_input() -> None:
+    torch.manual_seed(3)
+    layer = RVM(8, 16)
+    torch.nn.init.zeros_(layer.vss.out_proj.weight)
+    with torch.no_grad():
+        layer.skip_scale.uniform_(0.5, 2.0)
+        m = torch.randn(2, 3, 4, 8)
+        scaled = m * layer.skip_scale
+        normed = (scaled - scaled.mean(-1, keepdim=True)) / torch.sqrt(
+            scaled.var(-1, unbiased=False, keepdim=True) + 1e-5
+        )
+        expected = normed @ layer.proj.weight.T + layer.proj.bias
+        torch.testing.assert_close(layer(m), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dt_bias_is_initialised_so_that_softplus_is_in_mambas_range() -> None:
+    dt = torch.nn.functional.softplus(VSS(32).dt_proj.bias)
+    assert dt.min() > 0.9e-3
+    assert dt.max() < 1.1e-1
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 1, 12, 8, 8), "Z=12 is not divisible by 8"),
+        ((1, 1, 8, 8, 4), "X=4 is not divisible by 8.*pad it to 8"),
+        ((1, 2, 8, 8, 8), r"expects \(B, 1, Z, Y, X\)"),
+        ((1, 1, 8, 8), r"expects \(B, 1, Z, Y, X\)"),
+    ],
+)
+def test_wrong_inputs_are_refused(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create("lightm-unet-small", 3, 1, 2)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        (("lightm-unt", 3, 1, 2), {}, "did you mean 'lightm-unet"),
+        (("lightm-unet", 4, 1, 2), {}, "use 2 or 3"),
+        (("lightm-unet", 3, 0, 2), {}, "at least one channel"),
+        (("lightm-unet", 3, 1, 1), {}, "2 or more"),
+        (("lightm-unet", 3, 1, 2), {"filters": 20}, "not divisible by the 8 groups"),
+        (("lightm-unet", 3, 1, 2), {"filter": 16}, "filter"),
+        (("lightm-unet", 3, 1, 2), {"encoder_layers": (1, 0)}, "needs a layer"),
+    ],
+)
+def test_wrong_settings_are_refused(args: tuple[object, ...], options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        create(*args, **options)  # type: ignore[arg-type]

@@ -1,0 +1,128 @@
+"""The command line end to end on a small data set, its exit codes, and one clear message for bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightm import read_volume
+from tests.helpers import make_balls
+
+CONFIG = """\
+network: lightm-unet-small
+network_options: {filters: 8, bottleneck_layers: 1}
+epochs: 2
+val_patches: 2
+settings: {steps_per_epoch: 12, lr: 0.003}
+"""
+
+
+def lightm(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lightm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a data set and a trained run."""
+    place = tmp_path_factory.mktemp("place")
+    make_balls(place / "Dataset001_Balls", cases=6)
+    (place / "small.yaml").write_text(CONFIG, encoding="utf-8")
+    done = lightm("train", "Dataset001_Balls", "-o", "run", "--config", "small.yaml", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["summary"]
+    assert "Pseudo dice" in done.stderr
+    return place
+
+
+def test_training_ends_with_scores_and_a_report(place: Path) -> None:
+    split = json.loads((place / "run" / "split.json").read_text(encoding="utf-8"))
+    with (place / "run" / "evaluation" / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["case"] for row in rows} == set(split["test"])
+    html = (place / "run" / "report.html").read_text(encoding="utf-8")
+    assert "shell" in html
+    assert "http" not in html.split("</head>")[0]
+
+
+def test_predictions_keep_each_files_geometry_and_find_the_ball(place: Path) -> None:
+    done = lightm("predict", "-i", "Dataset001_Balls/imagesTr", "-o", "found", "-m", "run", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    paths = [place / path for path in json.loads(done.stdout)]
+    assert len(paths) == 6
+    for path in paths:
+        found = read_volume(path, kind="label")
+        truth = read_volume(place / "Dataset001_Balls" / "labelsTr" / path.name, kind="label")
+        assert found.spacing_mm == truth.spacing_mm
+        assert np.allclose(found.affine, truth.affine)
+        assert np.mean((found.data > 0) == (truth.data > 0)) > 0.9
+    again = lightm("predict", "-i", "Dataset001_Balls/imagesTr", "-o", "found", "-m", "run", cwd=place)
+    assert again.returncode == 2
+    scored = lightm("evaluate", "found", "--labels", "Dataset001_Balls/labelsTr", "-o", "scores", "--json", cwd=place)
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout) == json.loads((place / "scores" / "metrics.json").read_text(encoding="utf-8"))
+
+
+def test_check_and_plan(place: Path) -> None:
+    done = lightm("check", "Dataset001_Balls", "--json", cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = lightm("plan", "Dataset001_Balls", "-o", "plan.yaml", "--patch-size", "16,16,16", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "patch_size" in (place / "plan.yaml").read_text(encoding="utf-8")
+
+
+def test_check_names_every_fault(place: Path, tmp_path: Path) -> None:
+    data = tmp_path / "Dataset002_Torn"
+    shutil.copytree(place / "Dataset001_Balls", data)
+    torn = data / "imagesTr" / "ball_02_0000.nii.gz"
+    torn.write_bytes(torn.read_bytes()[:200])
+    (data / "labelsTr" / "ball_04.nii.gz").unlink()
+    (data / "imagesTr" / "ball_05_0000.nii.gz").unlink()
+    done = lightm("check", data, cwd=tmp_path)
+    assert done.returncode == 2
+    for name in ("ball_02_0000.nii.gz", "ball_04", "ball_05"):
+        assert name in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "nowhere"), "nowhere"),
+        (("train",), "no data set"),
+        (("train", "Dataset001_Balls", "-o", "run"), "already holds a run"),
+        (("train", "Dataset001_Balls", "-o", "new", "--network", "lightm-unit"), "did you mean"),
+        (("train", "Dataset001_Balls", "-o", "new", "--max-time", "soon"), "soon"),
+        (("train", "--resume", "run", "--lr", "1"), "lr cannot change"),
+        (("predict", "-i", "Dataset001_Balls", "-o", "x", "-m", "Dataset001_Balls"), "not a model folder"),
+        (("predict", "-i", "nowhere", "-o", "x", "-m", "run"), "nowhere"),
+        (("evaluate", "nowhere", "--labels", "Dataset001_Balls/labelsTr"), "nowhere"),
+        (("evaluate", "Dataset001_Balls"), "no trained run"),
+        (("report", "Dataset001_Balls"), "Dataset001_Balls"),
+        (("phantom", "livr", "x"), "did you mean"),
+        (("check", "small.yaml"), "small.yaml"),
+        (("plan", "Dataset001_Balls", "--patch-size", "a,b"), "a,b"),
+        (("train", "Dataset001_Balls", "--nonsense"), "nonsense"),
+    ],
+)
+def test_bad_usage_exits_with_2_and_one_message(place: Path, arguments: tuple[str, ...], words: str) -> None:
+    done = lightm(*arguments, cwd=place)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (place / "new").exists()
+    assert not (place / "x").exists()
+
+
+def test_phantoms_and_version(tmp_path: Path) -> None:
+    done = lightm("phantom", "xray", "lungs", "--cases", "2", "--size", "64", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "lungs" / "imagesTr").glob("*.png"))) == 2
+    assert lightm("--version", cwd=tmp_path).stdout.startswith("lightm ")

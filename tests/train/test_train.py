@@ -1,0 +1,234 @@
+"""Training on a small data set: the run folder, equal seeds, resuming, stopping, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from lightm import read_volume, write_volume
+from lightm.errors import InputError, LightMError
+from lightm.nets import load_model
+from lightm.train import resume_training, train
+from lightm.train.callbacks import Checkpoints
+from lightm.train.checkpoint_io import SafeCheckpointIO
+from lightm.train.config import parse_duration, read_user_config
+from lightm.train.module import SegmentationModule
+from tests.helpers import make_balls
+
+SMALL: dict[str, Any] = {
+    "network": "lightm-unet-small",
+    "network_options": {"filters": 8, "bottleneck_layers": 1},
+    "settings": {"steps_per_epoch": 3},
+    "val_patches": 2,
+    "say": lambda text: None,
+}
+
+
+@pytest.fixture(scope="module")
+def balls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_balls(tmp_path_factory.mktemp("data") / "Dataset001_Balls")
+
+
+def history(run: Path) -> list[dict[str, str]]:
+    with (run / "history.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row.pop("epoch_seconds")
+    return rows
+
+
+def weights(run: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = SafeCheckpointIO().load_checkpoint(run / "checkpoints" / name)["state_dict"]
+    return state
+
+
+def test_a_run_leaves_everything_a_reader_needs(balls: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said: list[str] = []
+    result = train(balls, run, epochs=2, seed=5, **{**SMALL, "say": said.append})
+    assert result.epochs == 2
+    rows = history(run)
+    assert [int(row["epoch"]) for row in rows] == [0, 1]
+    assert [int(row["step"]) for row in rows] == [3, 6]
+    assert all(np.isfinite(float(row[k])) for row in rows for k in ("train_loss", "val_loss", "pseudo_dice", "lr"))
+    moving = 0.9 * float(rows[0]["pseudo_dice"]) + 0.1 * float(rows[1]["pseudo_dice"])
+    assert float(rows[1]["pseudo_dice_ema"]) == pytest.approx(moving)
+    classes = [float(rows[0][f"pseudo_dice/{name}"]) for name in ("shell", "core")]
+    assert float(rows[0]["pseudo_dice"]) == pytest.approx(np.mean(classes))
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "finished"
+    assert record["seed"] == 5
+    assert record["parameters"] == sum(p.numel() for p in load_model(run / "model")[0].parameters())
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    assert config["settings"]["epochs"] == 2
+    assert set(json.loads((run / "split.json").read_text(encoding="utf-8"))["test"]) == set(result.split.test)
+    assert list((run / "tensorboard").glob("events.*"))
+    assert said[0].startswith("Epoch 0: train_loss")
+
+
+def test_the_same_seed_gives_the_same_curve_and_weights_and_another_seed_does_not(balls: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(balls, tmp_path / name, epochs=2, seed=seed, **SMALL)
+    assert history(tmp_path / "a") == history(tmp_path / "b")
+    assert history(tmp_path / "a") != history(tmp_path / "c")
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class _Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(
+    balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(balls, tmp_path / "whole", epochs=3, **SMALL)
+    step = SegmentationModule.training_step
+
+    def killing(self: SegmentationModule, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        if self.global_step == 7:  # in the third epoch
+            raise _Killed
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched, pytest.raises(_Killed):
+        patched.setattr(SegmentationModule, "training_step", killing)
+        train(balls, tmp_path / "killed", epochs=3, **SMALL)
+    assert len(history(tmp_path / "killed")) == 2
+    result = resume_training(tmp_path / "killed", say=lambda text: None)
+    assert result.epochs == 3
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_finished_run_can_be_made_longer(balls: Path, tmp_path: Path) -> None:
+    train(balls, tmp_path / "run", epochs=1, **SMALL)
+    assert resume_training(tmp_path / "run", epochs=2, say=lambda text: None).epochs == 2
+    assert [row["epoch"] for row in history(tmp_path / "run")] == ["0", "1"]
+
+
+def test_a_time_budget_ends_the_training_and_lets_the_learning_rate_fall(balls: Path, tmp_path: Path) -> None:
+    result = train(balls, tmp_path / "run", max_time="2s", **SMALL)
+    assert "time budget" in result.reason
+    assert result.train_seconds < 20
+    assert float(history(tmp_path / "run")[-1]["lr"]) < 1e-3
+
+
+def test_patience_ends_the_training(balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightm.train.module.MOVING", 1.0)  # the moving average never moves
+    result = train(balls, tmp_path / "run", epochs=9, patience=2, **SMALL)
+    assert result.epochs == 3
+    assert "2 epochs" in result.reason
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_cases(balls: Path, tmp_path: Path) -> None:
+    with pytest.raises(LightMError, match=r"the loss is nan at step \d+, on the cases ball_"):
+        train(balls, tmp_path / "run", epochs=3, lr=1e30, **SMALL)
+
+
+def test_a_network_learns_the_balls_in_2d_and_the_best_weights_are_kept(tmp_path: Path) -> None:
+    data = make_balls(tmp_path / "Dataset002_Discs", dims=2, size=32, classes=1, cases=8)
+    options = {**SMALL, "settings": {"steps_per_epoch": 15, "lr": 3e-3}}
+    result = train(data, tmp_path / "run", epochs=3, batch_size=4, **options)
+    rows = history(tmp_path / "run")
+    assert float(rows[-1]["pseudo_dice"]) > 0.9
+    assert result.best_pseudo_dice == pytest.approx(max(float(row["pseudo_dice_ema"]) for row in rows))
+    model, best = load_model(tmp_path / "run" / "model")[0].state_dict(), weights(tmp_path / "run", "best.ckpt")
+    assert all(torch.equal(model[name], best[f"network.{name}"]) for name in model)
+
+
+def test_checkpoints_keep_best_and_last(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    assert (kept.last.name, kept.best.name) == ("last.ckpt", "best.ckpt")
+
+
+# ---- bad input ----------------------------------------------------------------------------------------------
+
+
+def refuse(balls: Path, run: Path, match: str, **options: Any) -> None:
+    with pytest.raises(InputError, match=match):
+        train(balls, run, **{**SMALL, "epochs": 1, **options})
+    assert not run.exists(), "bad input must leave nothing behind"
+
+
+def test_wrong_options_are_refused_before_anything_is_written(balls: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    refuse(balls, run, "unknown network 'lightm'", network="lightm", network_options={})
+    refuse(balls, run, "unknown recipe 'sed'; did you mean 'seed'", recipe="sed")
+    refuse(balls, run, "ce\\+dise", loss="ce+dise")
+    refuse(balls, run, "unknown key 'settings.epoch'; did you mean 'epochs'", settings={"epoch": 3})
+    refuse(balls, run, "patch size", patch_size=[12, 16, 16])
+    refuse(balls, run, "batch size 0", batch_size=0)
+    refuse(balls, run, "lr", lr=-1.0)
+    refuse(balls, run, "duration", max_time="soon")
+    refuse(tmp_path / "nowhere", run, "nowhere")
+
+
+def test_wrong_data_is_refused_with_the_file_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    data = make_balls(tmp_path / "few", cases=2)
+    refuse(data, run, "2 case")
+    data = make_balls(tmp_path / "nan", cases=3)
+    path = data / "imagesTr" / "ball_01_0000.nii.gz"
+    volume = read_volume(path)
+    volume.data[0, 0, 0] = np.nan
+    with pytest.raises(InputError, match="NaN"):
+        write_volume(path, volume)
+    import nibabel as nib
+
+    nib.save(nib.Nifti1Image(volume.data.T, volume.affine), path)
+    refuse(data, run, "ball_01_0000.nii.gz")
+    data = make_balls(tmp_path / "never", cases=4)
+    description = json.loads((data / "dataset.json").read_text(encoding="utf-8"))
+    description["labels"]["ghost"] = 3
+    (data / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
+    refuse(data, run, "class 'ghost'.*cannot be learnt")
+    del description["labels"]["ghost"], description["labels"]["core"]
+    (data / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
+    refuse(data, run, "ball_.*2")
+
+
+def test_a_used_folder_is_refused_and_left_as_it_is(balls: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(balls, run, epochs=1, **SMALL)
+    before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
+    with pytest.raises(InputError, match="already holds a run"):
+        train(balls, run, epochs=1, **SMALL)
+    assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="not empty"):
+        train(balls, other, epochs=1, **SMALL)
+    with pytest.raises(InputError, match="no run to resume"):
+        resume_training(other)
+
+
+def test_user_config_names_the_unknown_key(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("network: lightm-unet\nlearning_rate: 1\nepoch: 3\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"mine\.yaml: unknown key 'learning_rate'"):
+        read_user_config(path)
+    path.write_text("- a\n- b\n", encoding="utf-8")
+    with pytest.raises(InputError, match="mapping"):
+        read_user_config(path)
+    path.write_text("seed: 3\nsettings:\n  lr: 0.01\n", encoding="utf-8")
+    assert read_user_config(path) == {"seed": 3, "settings": {"lr": 0.01}}
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("15m", 900), ("1h30m", 5400), (12, 12), ("7", 7)])
+def test_durations(text: str | int, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-5m", "0", "5 apples"])
+def test_wrong_durations(text: str) -> None:
+    with pytest.raises(InputError, match="duration"):
+        parse_duration(text)
