@@ -124,9 +124,22 @@ def check(dataset: Dataset, labels: Labels = None, as_json: Json = False) -> Non
     with _progress() as progress:
         result = check_dataset(dataset, labels=labels, progress=progress)
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=1))
+        problems = [
+            {
+                "severity": p.severity,
+                "case": p.case,
+                "file": p.file and str(p.file),
+                "message": p.message,
+                "cure": p.cure,
+            }
+            for p in result.problems
+        ]
+        typer.echo(json.dumps({"ok": result.ok, "problems": problems, "summary": result.summary}, indent=1))
     else:
-        typer.echo(result.to_text())
+        for problem in result.problems:
+            typer.echo(f"{problem.severity}: {problem}")
+        for key, value in result.summary.items():
+            typer.echo(f"{key}: {value}")
     if not result.ok:
         raise typer.Exit(InputError.exit_code)
 
@@ -196,7 +209,7 @@ def train(
     from lightm.pipeline import finish_run
     from lightm.train.config import read_user_config
 
-    given = {k: v for k, v in {
+    given: dict[str, Any] = {k: v for k, v in {
         "labels": labels, "network": network, "recipe": recipe, "loss": loss, "epochs": epochs, "max_time": max_time,
         "patience": patience, "lr": lr, "batch_size": batch_size, "patch_size": _sizes(patch_size), "seed": seed,
         "split_seed": split_seed, "folds": folds, "fold": fold, "split": split, "plan": plan, "workers": workers,
@@ -269,9 +282,9 @@ def evaluate(
 
     with _progress() as progress:
         if labels is None:
-            from lightm.pipeline import test_run
+            from lightm.pipeline import score_run
 
-            result = test_run(target, progress=progress)
+            result = score_run(target, progress=progress)
         else:
             result = evaluate_folder(target, labels, out=out, nsd_tolerance_mm=tolerance, progress=progress)
     _print_evaluation(result, as_json)
@@ -344,7 +357,7 @@ def _print_run(result: RunResult, *, as_json: bool) -> None:
 
 def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
     if as_json:
-        typer.echo(evaluation.to_json())
+        typer.echo(evaluation.model_dump_json(indent=2))
         return
     from rich.console import Console
 

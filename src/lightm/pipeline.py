@@ -36,11 +36,11 @@ def train_and_test(dataset: Path | str, out: Path | str | None = None, **options
 
 def finish_run(training: TrainResult, *, progress: Progress | None = None) -> RunResult:
     """Predict and score the test cases of a trained run, and write its report."""
-    evaluation = test_run(training.run_dir, progress=progress) if training.split.test else None
+    evaluation = score_run(training.run_dir, progress=progress) if training.split.test else None
     return RunResult(training, evaluation, write_report(training.run_dir))
 
 
-def test_run(run_dir: Path | str, *, progress: Progress | None = None) -> Evaluation:
+def score_run(run_dir: Path | str, *, progress: Progress | None = None) -> Evaluation:
     """Predict the test cases of a run's split into `predictions/` and score them into `evaluation/`.
 
     Raises InputError for a folder that holds no trained run or has no test cases.

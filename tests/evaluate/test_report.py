@@ -138,15 +138,15 @@ def test_names_from_files_are_text_and_never_markup(make_run: Callable[..., Path
     [
         ("evaluation", "No evaluation yet", 1),
         ("predictions", "holds no predictions", 2),
-        ("history.csv", "No training history", 7),
-        ("run.json", "The command is not recorded", 8),
+        ("history.csv", "No training history", 4),
+        ("run.json", "The command is not recorded", 5),
         ("config.yaml", "names no data set", 2),
-        ("plan.yaml", "Worst case: d", 8),
-        ("split.json", "Worst case: d", 8),
+        ("plan.yaml", "Worst case: d", 5),
+        ("split.json", "Worst case: d", 5),
     ],
 )
 def test_a_missing_part_is_named(make_run: Callable[..., Path], gone: str, said: str, images: int) -> None:
-    run = make_run()
+    run = make_run(dims=2)
     target = run / gone
     target.rename(run.parent / "away")
     page = read(write_report(run))

@@ -67,7 +67,7 @@ def _edit(model: Path, **changes: object) -> None:
 
 
 def test_wrong_folders_are_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="model.json is missing"):
+    with pytest.raises(InputError, match=r"model\.json is missing"):
         load_model(tmp_path)
     _edit(model, schema_version=99)
     with pytest.raises(InputError, match="99 is newer"):

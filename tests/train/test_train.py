@@ -97,9 +97,10 @@ def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(
             raise _Killed
         return step(self, batch, batch_idx)
 
-    with monkeypatch.context() as patched, pytest.raises(_Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(SegmentationModule, "training_step", killing)
-        train(balls, tmp_path / "killed", epochs=3, **SMALL)
+        with pytest.raises(_Killed):
+            train(balls, tmp_path / "killed", epochs=3, **SMALL)
     assert len(history(tmp_path / "killed")) == 2
     result = resume_training(tmp_path / "killed", say=lambda text: None)
     assert result.epochs == 3

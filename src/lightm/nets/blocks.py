@@ -77,10 +77,7 @@ class DWConv(nn.Module):
         without_decay(self.depthwise)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size == 1:
-            x = x * self.depthwise.reshape(-1)
-        else:
-            x = ops.depthwise_conv(x, self.depthwise)
+        x = ops.depthwise_conv(x, self.depthwise) if self.kernel_size == 3 else x * self.depthwise.reshape(-1)
         if self.depthwise_bias is not None:
             x = x + self.depthwise_bias
         return self.pointwise(x)

@@ -17,7 +17,9 @@ FLOAT_TYPES = (*CPU_TYPES, torch.float64)
 IMPLEMENTATIONS = ("auto", "reference", "cpu")
 
 
-def check_shape(operator: str, name: str, tensor: Tensor, expected: Sequence[int], meaning: str, mend: str = "") -> None:
+def check_shape(
+    operator: str, name: str, tensor: Tensor, expected: Sequence[int], meaning: str, mend: str = ""
+) -> None:
     """Raise ValueError unless `tensor` has the expected shape."""
     if tuple(tensor.shape) != tuple(expected):
         hint = f"; {mend}" if mend else ""

@@ -92,9 +92,7 @@ def conv1d_backward_op(
 
 
 @conv1d_backward_op.register_fake
-def _(
-    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     db = x.new_empty(0, dtype=torch.float32) if bias is None else bias.new_empty(bias.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), db
 

@@ -9,7 +9,7 @@ float c * taps, each tap LANES (in the remainder: one) floats.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from numba.core import types
@@ -119,7 +119,7 @@ def _weight_row(rows, sums, grad, step, width, lanes):  # type: ignore[no-untype
     return sums
 
 
-@lru_cache(maxsize=None)
+@cache
 def forward_kernel(axes: int) -> Callable[..., Any]:
     """The forward kernel in 2 or 3 dimensions."""
     rows_of = _rows_3d if axes == 3 else _rows_2d
@@ -145,7 +145,7 @@ def forward_kernel(axes: int) -> Callable[..., Any]:
     return depthwise_forward
 
 
-@lru_cache(maxsize=None)
+@cache
 def weight_kernel(axes: int) -> Callable[..., Any]:
     """The kernel of the weights' gradient in 2 or 3 dimensions."""
     rows_of = _rows_3d if axes == 3 else _rows_2d

@@ -8,7 +8,7 @@ is 3/4 of the nearest and 1/4 of the next nearest input along every axis, clampe
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from lightm.ops.jit import LANES, device_function, kernel
-from lightm.ops.vector import emit_select, fma, full, load, splat, store
+from lightm.ops.vector import call, fma, full, load, splat, store
 
 
 @intrinsic
@@ -36,10 +36,10 @@ def _first_largest(typing: Any, kept: Any, value: Any, largest: Any) -> Any:
 
 @intrinsic
 def _larger(typing: Any, a: Any, b: Any) -> Any:
-    """The larger of a and b; NaN when a is."""
+    """The larger of a and b; NaN when one is."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return emit_select(builder, "<", *args)
+        return call(builder, f"llvm.maximum.v{a.lanes}f32", args[0].type, *args)
 
     return a(a, a), generate
 
@@ -49,7 +49,9 @@ def _max(x, out, row, step, width, lanes, corners):  # type: ignore[no-untyped-d
     for i in range(width):
         best = load(x + 2 * i * step, lanes)
         for k in range(1, corners):
-            best = _larger(best, load(x + (k & 1) * step + (k >> 1 & 1) * row[0] + (k >> 2) * row[1] + 2 * i * step, lanes))
+            best = _larger(
+                best, load(x + (k & 1) * step + (k >> 1 & 1) * row[0] + (k >> 2) * row[1] + 2 * i * step, lanes)
+            )
         store(out + i * step, best)
 
 
@@ -58,7 +60,9 @@ def _max_back(x, grad, dx, row, step, width, lanes, corners):  # type: ignore[no
     for i in range(width):
         best = load(x + 2 * i * step, lanes)
         for k in range(1, corners):
-            best = _larger(best, load(x + (k & 1) * step + (k >> 1 & 1) * row[0] + (k >> 2) * row[1] + 2 * i * step, lanes))
+            best = _larger(
+                best, load(x + (k & 1) * step + (k >> 1 & 1) * row[0] + (k >> 2) * row[1] + 2 * i * step, lanes)
+            )
         left = load(grad + i * step, lanes)
         for k in range(corners):
             at = (k & 1) * step + (k >> 1 & 1) * row[0] + (k >> 2) * row[1] + 2 * i * step
@@ -127,7 +131,7 @@ def _pool_backward(axes: int, one_row: Any) -> Callable[..., Any]:
     return pool_backward
 
 
-@lru_cache(maxsize=None)
+@cache
 def pool_kernels(kind: str, axes: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(forward, backward) of "max" or "mean" pooling."""
     rows = {"max": (_max, _max_back), "mean": (_mean, _mean_back)}[kind]

@@ -51,7 +51,12 @@ def _operator(symbol: Any, emit: str) -> None:
         lower_builtin(symbol, kind, kind)(lower)
 
 
-for _symbol, _emit in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+for _symbol, _emit in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
     _operator(_symbol, _emit)
 
 
@@ -97,7 +102,9 @@ def emit_splat(builder: Any, scalar: Any, lanes: int) -> Any:
     """A float value in every lane."""
     kind = ir.VectorType(FLOAT, lanes)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, INT(0))
-    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(INT, lanes), [0] * lanes))
+    return builder.shuffle_vector(
+        one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(INT, lanes), [0] * lanes)
+    )
 
 
 def emit_select(builder: Any, symbol: str, x: Any, bound: Any) -> Any:
@@ -213,7 +220,9 @@ def store_rows(typing: Any, address: Any, rows: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         for row in range(rows.count):
-            emit_store(builder, emit_offset(builder, args[0], 4 * rows.dtype.lanes * row), builder.extract_value(args[1], row))
+            emit_store(
+                builder, emit_offset(builder, args[0], 4 * rows.dtype.lanes * row), builder.extract_value(args[1], row)
+            )
         return context.get_dummy_value()
 
     return types.void(types.int64, rows), generate

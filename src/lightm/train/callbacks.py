@@ -36,7 +36,7 @@ class History(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_started = time.monotonic()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         row = dict(pl_module.epoch_row)
         row.update(
             epoch=trainer.current_epoch,
@@ -75,7 +75,7 @@ class Checkpoints(pl.Callback):
     def best(self) -> Path:
         return self.folder / "best.ckpt"
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         moving = pl_module.moving_dice
         better = moving is not None and (pl_module.best_dice is None or moving > pl_module.best_dice)
         if better:
@@ -95,12 +95,12 @@ class Stopping(pl.Callback):
         self._best = -math.inf
         self.reason = ""
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule, *_: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule, *_: Any) -> None:
         if pl_module.max_time_s is not None and pl_module.elapsed_s() >= pl_module.max_time_s:
             self.reason = f"the time budget of {pl_module.max_time_s:.0f} s is used"
             trainer.should_stop = True
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         moving = -math.inf if pl_module.moving_dice is None else pl_module.moving_dice
         self.waited = 0 if moving > self._best else self.waited + 1
         self._best = max(self._best, moving)

@@ -247,7 +247,7 @@ def _fit(
         trainer = pl.Trainer(
             accelerator={"cuda": "gpu"}.get(config.device, config.device),
             devices=1,
-            precision=config.precision,  # type: ignore[arg-type]
+            precision=config.precision,
             max_epochs=-1 if by_time_only else recipe.epochs,
             logger=TensorBoardLogger(run_dir, name="tensorboard", version=""),
             callbacks=callbacks,

@@ -7,7 +7,7 @@ LANES channels; `*_step` is the distance in bytes from one token to the next.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from lightm.ops.jit import LANES, kernel
@@ -18,7 +18,7 @@ from lightm.ops.vector_math import LN2, sigmoid, softplus
 STATE_SIZES = (4, 8, 16)
 
 
-@lru_cache(maxsize=None)
+@cache
 def forward_kernel(states: int) -> Callable[..., Any]:
     """The forward kernel for N = `states`."""
     row = 4 * LANES
@@ -59,7 +59,7 @@ def forward_kernel(states: int) -> Callable[..., Any]:
     return scan_forward
 
 
-@lru_cache(maxsize=None)
+@cache
 def backward_kernel(states: int) -> Callable[..., Any]:
     """The backward kernel for N = `states`."""
     row = 4 * LANES
@@ -138,7 +138,7 @@ def backward_kernel(states: int) -> Callable[..., Any]:
     return scan_backward
 
 
-@lru_cache(maxsize=None)
+@cache
 def sum_kernel(states: int) -> Callable[..., Any]:
     """The kernel that adds the tiles' shares of dB or dC for N = `states`."""
 

@@ -35,9 +35,7 @@ def scan_op(
     from lightm.ops.scan.cpu import run_forward
 
     layout = _layout(u, A, B)
-    return run_forward(
-        layout, u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state, chunk
-    )
+    return run_forward(layout, u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state, chunk)
 
 
 @scan_op.register_fake

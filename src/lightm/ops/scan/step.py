@@ -167,7 +167,7 @@ def _fold(builder: Any, a: Any, of_a: list[int], b: Any, of_b: list[int], width:
         for base in (start, lanes + start):
             low += [base + block + lane for block in range(0, group, width) for lane in range(half)]
     high = [lane + half for lane in low]
-    owner = (of_a + of_b)
+    owner = of_a + of_b
     return (
         builder.fadd(emit_shuffle(builder, a, b, low), emit_shuffle(builder, a, b, high)),
         [owner[lane] for lane in low],
@@ -181,5 +181,3 @@ def _halve(builder: Any, a: Any, of_a: list[int], width: int) -> tuple[Any, list
     nothing = ir.Constant(a.type, ir.Undefined)
     high = emit_shuffle(builder, a, nothing, [lane + half for lane in low])
     return builder.fadd(emit_shuffle(builder, a, nothing, low), high), [of_a[lane] for lane in low]
-
-
