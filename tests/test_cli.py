@@ -20,7 +20,7 @@ network: lightm-unet-small
 network_options: {filters: 8, bottleneck_layers: 1}
 epochs: 2
 val_patches: 2
-settings: {steps_per_epoch: 12, lr: 0.003}
+settings: {steps_per_epoch: 30, lr: 0.01, warmup_steps: 0}
 """
 
 

@@ -68,7 +68,13 @@ def score_cases(
     folder = labels[0].parent if labels and labels[0] is not None else data.root
     foreground = {name: value for name, value in data.labels.items() if value != data.values[0]}
     return evaluate_folder(
-        predictions, folder, labels_map=foreground, out=run_dir / "evaluation", cases=case_ids, progress=progress
+        predictions,
+        folder,
+        labels_map=foreground,
+        ignore_label=data.ignore_label,
+        out=run_dir / "evaluation",
+        cases=case_ids,
+        progress=progress,
     )
 
 

@@ -18,12 +18,13 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 def run(call: Callable[..., tuple[Tensor, ...]], inputs: Inputs, dtype: torch.dtype, seed: int = 0) -> Inputs:
     """Results "out0".. and gradients "d<name>" of a random weighted sum of the results."""
-    given = {name: value.to(dtype).requires_grad_() for name, value in inputs.items()}
+    given = {name: value.detach().to(dtype).requires_grad_() for name, value in inputs.items()}
     outputs = call(**given)
     generator = torch.Generator().manual_seed(seed)
     loss = torch.zeros((), dtype=torch.float64)
     for out in outputs:
-        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        # numbers that every tested type holds exactly, so that the same gradient is sent back
+        weight = torch.randn(out.shape, generator=generator).bfloat16().double()
         loss = loss + (out.double() * weight).sum()
     loss.backward()
     found = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
@@ -42,9 +43,13 @@ def assert_close(got: Inputs, expected: Inputs, tolerance: float) -> None:
 
 
 def check_against_oracle(
-    fast: Callable[..., tuple[Tensor, ...]], oracle: Callable[..., tuple[Tensor, ...]], inputs: Inputs
+    fast: Callable[..., tuple[Tensor, ...]],
+    oracle: Callable[..., tuple[Tensor, ...]],
+    inputs: Inputs,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
 ) -> None:
     """float32 within 1e-5 and bfloat16 within 1e-2 of the float64 oracle on the same (rounded) numbers."""
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+    for dtype in dtypes:
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         rounded = {name: value.to(dtype).double() for name, value in inputs.items()}
         assert_close(run(fast, rounded, dtype), run(oracle, rounded, torch.float64), tolerance)

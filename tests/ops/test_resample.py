@@ -32,15 +32,14 @@ def test_interpolation_by_hand() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_oracle(operator: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    # distinct also in bfloat16 within every block, so that the largest is unique
-    values = torch.randperm(torch.Size(shape).numel() % 200 + 50)
-    x = torch.randn(shape) if operator is not max_pool2 else values.repeat(torch.Size(shape).numel())
-    x = x[: torch.Size(shape).numel()].reshape(shape).float() if operator is max_pool2 else x
+    x = torch.randn(shape)
 
     def call(impl: str) -> Any:
         return lambda x: (operator(x, impl),)
 
-    check_against_oracle(call("cpu"), call("reference"), {"x": x})
+    # in bfloat16 equal numbers meet in a block, and which of them gets the gradient is a matter of definition
+    dtypes = (torch.float32,) if operator is max_pool2 else (torch.float32, torch.bfloat16)
+    check_against_oracle(call("cpu"), call("reference"), {"x": x}, dtypes)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 16), (1, 1, 3, 2)])
@@ -95,7 +94,7 @@ def test_upsample_registration_is_sound() -> None:
 def test_refused(operator: Callable[..., Tensor]) -> None:
     with pytest.raises(ValueError, match=r"x has shape \(3, 4, 2\), expected \(Bt, Y, X, C\)"):
         operator(torch.ones(3, 4, 2))
-    with pytest.raises(ValueError, match="dtype torch.int64"):
+    with pytest.raises(ValueError, match=r"dtype torch\.int64"):
         operator(torch.ones(1, 4, 4, 2).long())
 
 

@@ -67,7 +67,8 @@ def test_against_oracle(
     batch: int, length: int, channels: int, states: int, groups: int, optional: str, softplus: bool
 ) -> None:
     inputs = make_inputs(batch, length, channels, states, groups, optional)
-    check_against_oracle(scan("cpu", softplus), scan("reference", softplus), inputs)
+    dtypes = (torch.float32,) if length > 200 else (torch.float32, torch.bfloat16)  # the oracle is slow
+    check_against_oracle(scan("cpu", softplus), scan("reference", softplus), inputs, dtypes)
 
 
 def test_long_forward() -> None:
@@ -116,7 +117,7 @@ def test_mixed_types_as_under_autocast() -> None:
 
 
 def run_as_given(inputs: Inputs) -> Inputs:
-    given = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    given = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     scan("cpu", True)(**given)[0].float().sum().backward()
     return {name: x.grad for name, x in given.items() if x.grad is not None}
 

@@ -94,11 +94,12 @@ def test_padding_lanes_do_not_leak() -> None:
     assert torch.equal(y[..., others], clean[..., others])
 
 
-@pytest.mark.parametrize("softplus", [False, True])
-@pytest.mark.parametrize("value", [0.0, 1e-8, 1e3, -1e3, -88.0, 30.0])
+@pytest.mark.parametrize(
+    ("value", "softplus"),
+    [(value, False) for value in (0.0, 1e-8, 30.0, 1e3)]
+    + [(value, True) for value in (-1e3, -88.0, 0.0, 1e-8, 30.0, 1e3)],
+)
 def test_extreme_steps_stay_finite(value: float, softplus: bool) -> None:
-    if value < 0 and not softplus:
-        pytest.skip("a negative step without softplus grows without bound by definition")
     x = parts(7, 70)
     x["delta"] = torch.full_like(x["delta"], value)
     x["z"] = torch.randn(1, 70, 8) * 100

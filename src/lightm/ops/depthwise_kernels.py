@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from numba.core import types
+from numba import types
 from numba.extending import intrinsic
 
 from lightm.ops.jit import LANES, device_function, kernel
@@ -64,36 +64,29 @@ def _gather(typing: Any, rows: Any, at: Any, sums: Any, before: Any, here: Any, 
     return sums(rows, types.int64, sums, before, here, after), generate
 
 
-@device_function
-def _row(x, zeros, z, y, depth, height, row):  # type: ignore[no-untyped-def]
-    """Address of the input row (z, y), or of the zeros outside."""
-    if z < 0 or z >= depth or y < 0 or y >= height:
-        return zeros
-    return x + (z * height + y) * row
+@intrinsic(prefer_literal=True)
+def _window(typing: Any, x: Any, zeros: Any, z: Any, y: Any, depth: Any, height: Any, row: Any, axes: Any) -> Any:
+    """_window(x, zeros, z, y, depth, height, row, axes): addresses of the input rows around (z, y), those outside
+    being `zeros`; `axes` is a constant, 2 leaves the planes beside z out."""
+    if not isinstance(axes, types.IntegerLiteral):
+        return None
+    planes = (-1, 0, 1) if axes.literal_value == 3 else (0,)
+    window = [(dz, dy) for dz in planes for dy in (-1, 0, 1)]
 
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        base, nothing, z_at, y_at, planes_of, rows_of, bytes_of, _ = args
+        number = base.type
+        result = []
+        for dz, dy in window:
+            zz, yy = builder.add(z_at, number(dz)), builder.add(y_at, number(dy))
+            inside = builder.and_(  # as unsigned numbers, negative ones are beyond every size
+                builder.icmp_unsigned("<", zz, planes_of), builder.icmp_unsigned("<", yy, rows_of)
+            )
+            offset = builder.mul(builder.add(builder.mul(zz, rows_of), yy), bytes_of)
+            result.append(builder.select(inside, builder.add(base, offset), nothing))
+        return context.make_tuple(builder, sig.return_type, result)
 
-@device_function
-def _rows_3d(x, zeros, z, y, depth, height, row):  # type: ignore[no-untyped-def]
-    return (
-        _row(x, zeros, z - 1, y - 1, depth, height, row),
-        _row(x, zeros, z - 1, y, depth, height, row),
-        _row(x, zeros, z - 1, y + 1, depth, height, row),
-        _row(x, zeros, z, y - 1, depth, height, row),
-        _row(x, zeros, z, y, depth, height, row),
-        _row(x, zeros, z, y + 1, depth, height, row),
-        _row(x, zeros, z + 1, y - 1, depth, height, row),
-        _row(x, zeros, z + 1, y, depth, height, row),
-        _row(x, zeros, z + 1, y + 1, depth, height, row),
-    )
-
-
-@device_function
-def _rows_2d(x, zeros, z, y, depth, height, row):  # type: ignore[no-untyped-def]
-    return (
-        _row(x, zeros, z, y - 1, depth, height, row),
-        _row(x, zeros, z, y, depth, height, row),
-        _row(x, zeros, z, y + 1, depth, height, row),
-    )
+    return types.UniTuple(types.int64, len(window))(*[types.int64] * 7, axes), generate
 
 
 @device_function
@@ -122,7 +115,6 @@ def _weight_row(rows, sums, grad, step, width, lanes):  # type: ignore[no-untype
 @cache
 def forward_kernel(axes: int) -> Callable[..., Any]:
     """The forward kernel in 2 or 3 dimensions."""
-    rows_of = _rows_3d if axes == 3 else _rows_2d
     taps = 3**axes
 
     @kernel
@@ -136,10 +128,10 @@ def forward_kernel(axes: int) -> Callable[..., Any]:
         for y in range(first, last):
             to = out + (z * height + y) * row
             for c in range(0, whole, LANES):
-                rows = rows_of(x + 4 * c, zeros, z, y, depth, height, row)
+                rows = _window(x + 4 * c, zeros, z, y, depth, height, row, axes)
                 _output_row(rows, load_rows(weight + 4 * c * taps, taps, LANES), to + 4 * c, step, width, LANES)
             for c in range(whole, channels):
-                rows = rows_of(x + 4 * c, zeros, z, y, depth, height, row)
+                rows = _window(x + 4 * c, zeros, z, y, depth, height, row, axes)
                 _output_row(rows, load_rows(weight + 4 * c * taps, taps, 1), to + 4 * c, step, width, 1)
 
     return depthwise_forward
@@ -148,7 +140,6 @@ def forward_kernel(axes: int) -> Callable[..., Any]:
 @cache
 def weight_kernel(axes: int) -> Callable[..., Any]:
     """The kernel of the weights' gradient in 2 or 3 dimensions."""
-    rows_of = _rows_3d if axes == 3 else _rows_2d
     taps = 3**axes
 
     @kernel
@@ -162,11 +153,11 @@ def weight_kernel(axes: int) -> Callable[..., Any]:
         for y in range(first, last):
             of = grad + (z * height + y) * row
             for c in range(0, whole, LANES):
-                rows = rows_of(x + 4 * c, zeros, z, y, depth, height, row)
+                rows = _window(x + 4 * c, zeros, z, y, depth, height, row, axes)
                 at = dweight + 4 * c * taps
                 store_rows(at, _weight_row(rows, load_rows(at, taps, LANES), of + 4 * c, step, width, LANES))
             for c in range(whole, channels):
-                rows = rows_of(x + 4 * c, zeros, z, y, depth, height, row)
+                rows = _window(x + 4 * c, zeros, z, y, depth, height, row, axes)
                 at = dweight + 4 * c * taps
                 store_rows(at, _weight_row(rows, load_rows(at, taps, 1), of + 4 * c, step, width, 1))
 

@@ -38,12 +38,12 @@ def kernel(function: _Function) -> _Function:
         event.register("numba:compile", _Note())
     compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})(function)
     _kernels.add(compiled)
-    return compiled  # type: ignore[no-any-return]
+    return compiled
 
 
 def device_function(function: _Function) -> _Function:
     """Compile a piece used inside kernels; it is inlined by LLVM and cached with its callers."""
-    return numba.njit(error_model="numpy", fastmath={"contract"})(function)  # type: ignore[no-any-return]
+    return numba.njit(error_model="numpy", fastmath={"contract"})(function)
 
 
 def _features() -> set[str]:

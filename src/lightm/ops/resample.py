@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def _pool(name: str, kind: str, x: Tensor, impl: str) -> Tensor:
     if min(x.shape[1:-1]) < 2:
         raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected 2 voxels or more along every spatial axis")
     if choose(name, impl, x) == "reference":
-        pools = {
+        pools: dict[tuple[str, int], Callable[..., Tensor]] = {
             ("max", 4): functional.max_pool2d,
             ("max", 5): functional.max_pool3d,
             ("mean", 4): functional.avg_pool2d,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightm.ops.planes import for_rows, image_bytes, plane_sizes
-from lightm.ops.resample_kernels import double_backward, double_forward, pool_kernels
+from lightm.ops.resample_kernels import POOLS, double_backward, double_forward
 
 
 def halved(x: Tensor) -> tuple[int, ...]:
@@ -23,7 +23,7 @@ def pool_forward(kind: str, x: Tensor) -> Tensor:
     """Pool x by 2, in its dtype."""
     rows = x.float().contiguous()
     out = torch.empty(halved(x))
-    run, _ = pool_kernels(kind, x.dim() - 2)
+    run = POOLS[kind][0](x.dim() - 2)
     height, width = x.shape[-3:-1]
 
     def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
@@ -40,7 +40,7 @@ def pool_backward(kind: str, grad_y: Tensor, x: Tensor) -> Tensor:
     rows, grad = x.float().contiguous(), grad_y.float().contiguous()
     covered = all(size % 2 == 0 for size in x.shape[1:-1])
     dx = torch.empty(x.shape) if covered else torch.zeros(x.shape)
-    _, run = pool_kernels(kind, x.dim() - 2)
+    run = POOLS[kind][1](x.dim() - 2)
     height, width = x.shape[-3:-1]
 
     def work(piece: int, entry: int, z: int, first: int, last: int) -> None:

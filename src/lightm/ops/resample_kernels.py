@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba.core import types
+from numba import types
 from numba.extending import intrinsic
 
 from lightm.ops.jit import LANES, device_function, kernel
@@ -89,11 +89,16 @@ def _mean_back(x, grad, dx, row, step, width, lanes, corners):  # type: ignore[n
             store(dx + at, given)
 
 
-def _pool_forward(axes: int, one_row: Any) -> Callable[..., Any]:
+# One factory a kernel: a kernel made by passing in another compiled function would never be found on disk again.
+
+
+@cache
+def max_forward(axes: int) -> Callable[..., Any]:
+    """The forward kernel of max pooling."""
     corners = 2**axes
 
     @kernel
-    def pool_forward(x, out, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
+    def pool_max(x, out, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
         """Pool into plane z of the output; height and width are the input's."""
         step = 4 * channels
         rows = (step * width, step * width * height)
@@ -103,18 +108,20 @@ def _pool_forward(axes: int, one_row: Any) -> Callable[..., Any]:
             of = x + z_in * rows[1] + 2 * y * rows[0]
             to = out + (z * (height // 2) + y) * (width // 2) * step
             for c in range(0, whole, LANES):
-                one_row(of + 4 * c, to + 4 * c, rows, step, width // 2, LANES, corners)
+                _max(of + 4 * c, to + 4 * c, rows, step, width // 2, LANES, corners)
             for c in range(whole, channels):
-                one_row(of + 4 * c, to + 4 * c, rows, step, width // 2, 1, corners)
+                _max(of + 4 * c, to + 4 * c, rows, step, width // 2, 1, corners)
 
-    return pool_forward
+    return pool_max
 
 
-def _pool_backward(axes: int, one_row: Any) -> Callable[..., Any]:
+@cache
+def max_backward(axes: int) -> Callable[..., Any]:
+    """The backward kernel of max pooling."""
     corners = 2**axes
 
     @kernel
-    def pool_backward(x, grad, dx, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
+    def pool_max_backward(x, grad, dx, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
         """Spread plane z of the output's gradient; voxels outside all 2x2(x2) blocks are left alone."""
         step = 4 * channels
         rows = (step * width, step * width * height)
@@ -124,18 +131,60 @@ def _pool_backward(axes: int, one_row: Any) -> Callable[..., Any]:
             at = z_in * rows[1] + 2 * y * rows[0]
             of = grad + (z * (height // 2) + y) * (width // 2) * step
             for c in range(0, whole, LANES):
-                one_row(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, LANES, corners)
+                _max_back(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, LANES, corners)
             for c in range(whole, channels):
-                one_row(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, 1, corners)
+                _max_back(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, 1, corners)
 
-    return pool_backward
+    return pool_max_backward
 
 
 @cache
-def pool_kernels(kind: str, axes: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(forward, backward) of "max" or "mean" pooling."""
-    rows = {"max": (_max, _max_back), "mean": (_mean, _mean_back)}[kind]
-    return _pool_forward(axes, rows[0]), _pool_backward(axes, rows[1])
+def mean_forward(axes: int) -> Callable[..., Any]:
+    """The forward kernel of mean pooling."""
+    corners = 2**axes
+
+    @kernel
+    def pool_mean(x, out, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
+        """Pool into plane z of the output; height and width are the input's."""
+        step = 4 * channels
+        rows = (step * width, step * width * height)
+        z_in = 2 * z if corners == 8 else z
+        whole = channels - channels % LANES
+        for y in range(first, last):
+            of = x + z_in * rows[1] + 2 * y * rows[0]
+            to = out + (z * (height // 2) + y) * (width // 2) * step
+            for c in range(0, whole, LANES):
+                _mean(of + 4 * c, to + 4 * c, rows, step, width // 2, LANES, corners)
+            for c in range(whole, channels):
+                _mean(of + 4 * c, to + 4 * c, rows, step, width // 2, 1, corners)
+
+    return pool_mean
+
+
+@cache
+def mean_backward(axes: int) -> Callable[..., Any]:
+    """The backward kernel of mean pooling."""
+    corners = 2**axes
+
+    @kernel
+    def pool_mean_backward(x, grad, dx, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
+        """Spread plane z of the output's gradient; voxels outside all 2x2(x2) blocks are left alone."""
+        step = 4 * channels
+        rows = (step * width, step * width * height)
+        z_in = 2 * z if corners == 8 else z
+        whole = channels - channels % LANES
+        for y in range(first, last):
+            at = z_in * rows[1] + 2 * y * rows[0]
+            of = grad + (z * (height // 2) + y) * (width // 2) * step
+            for c in range(0, whole, LANES):
+                _mean_back(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, LANES, corners)
+            for c in range(whole, channels):
+                _mean_back(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, 1, corners)
+
+    return pool_mean_backward
+
+
+POOLS = {"max": (max_forward, max_backward), "mean": (mean_forward, mean_backward)}
 
 
 @device_function

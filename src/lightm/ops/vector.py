@@ -10,7 +10,7 @@ import operator
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba import types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -27,7 +27,7 @@ class Vector(types.Type):
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Vector) -> None:
         super().__init__(manager, kind, ir.VectorType(FLOAT, kind.lanes))
 
@@ -39,7 +39,7 @@ _BY_LANES = {kind.lanes: kind for kind in (V1, V4, V8, V16)}
 def _operator(symbol: Any, emit: str) -> None:
     """Let `symbol` work on two equal vectors."""
 
-    class Template(ConcreteTemplate):  # type: ignore[misc]
+    class Template(ConcreteTemplate):
         cases = [signature(kind, kind, kind) for kind in _BY_LANES.values()]  # noqa: RUF012
 
     infer_global(symbol)(Template)

@@ -28,7 +28,7 @@ class History(pl.Callback):
         self.rows: list[dict[str, Any]] = []
         self._epoch_started = 0.0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.path.is_file():  # a resumed run: keep the rows before the epoch that is done again
             with self.path.open(newline="", encoding="utf-8") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]

@@ -102,11 +102,11 @@ def train(
     overrides = dict(settings or {})
     overrides.update({k: v for k, v in {"loss": loss, "lr": lr, "epochs": epochs}.items() if v is not None})
     config = resolve_config(
-        str(dataset),
+        str(Path(dataset).resolve()),
         plan_.spatial_dims,
         recipe=recipe,
         settings=overrides,
-        labels=None if labels is None else str(labels),
+        labels=None if labels is None else str(Path(labels).resolve()),
         network=network,
         network_options=network_options or {},
         seed=seed,

@@ -126,7 +126,8 @@ def _check_shapes(
     batch, length, channels = u.shape
     if A.dim() != 2 or A.shape[0] != channels or A.shape[1] < 1:
         raise ValueError(
-            f"{_NAME}: A has shape {tuple(A.shape)}, expected ({channels}, N) = (E, N) with N >= 1, E from u's last axis"
+            f"{_NAME}: A has shape {tuple(A.shape)}, expected ({channels}, N) = (E, N) with N >= 1, "
+            "E from u's last axis"
         )
     states = A.shape[1]
     if B.dim() not in (3, 4) or tuple(B.shape[:2]) != (batch, length) or B.shape[-1] != states:

@@ -11,6 +11,7 @@ from lightm.ops.scan.layout import STRETCH, Layout
 from lightm.ops.threads import parallel_for, worker_count
 from lightm.ops.vector_math import LOG2E
 
+PASS = 64  # tokens that the forward kernel takes at a time when no states are kept
 _TILE = 4 * LANES  # bytes of one row of a tile
 
 
@@ -50,10 +51,11 @@ def run_forward(
     in_place = all(map(layout.channels_in_place, rows)) and all(map(layout.numbers_in_place, (B, C)))
     stretch = max(layout.length, 1) if in_place else STRETCH
     run = forward_kernel(layout.kernel_states)
+    scratch = torch.empty((worker_count(layout.batch * layout.tiles), (chunk or PASS) * LANES))
     skip_at, bias_at = _spots(skip)[0], _spots(bias)[0]
     state_bytes = 4 * layout.kernel_states * LANES
-    for start in range(0, layout.length, stretch):
-        stop = min(start + stretch, layout.length)
+
+    def sweep(start: int, stop: int) -> None:
         u_rows, delta_rows = (layout.channel_rows(x, start, stop) for x in (u, delta))
         z_rows = None if z is None else layout.channel_rows(z, start, stop)
         b_rows, c_rows = (layout.number_rows(x, start, stop) for x in (B, C))
@@ -77,12 +79,16 @@ def run_forward(
                 state.data_ptr() + item * state_bytes,
                 saved.data_ptr() + (item * number + start // chunk) * state_bytes if chunk else 0,
                 state_bytes,
-                chunk or stop - start,
+                chunk or PASS,
                 stop - start,
+                scratch[worker].data_ptr(),
             )
 
         parallel_for(work, layout.batch * layout.tiles)
         layout.finish_rows(y_rows, y, start, stop)
+
+    for start in range(0, layout.length, stretch):
+        sweep(start, min(start + stretch, layout.length))
     return y, layout.untile_states(state), saved
 
 
@@ -147,8 +153,8 @@ def run_backward(
     run = backward_kernel(n)
     skip_at, bias_at = _spots(skip)[0], _spots(bias)[0]
     state_bytes = 4 * n * LANES
-    for start in reversed(range(0, layout.length, STRETCH)):
-        stop = min(start + STRETCH, layout.length)
+
+    def sweep(start: int, stop: int) -> None:
         tokens = stop - start
         inputs = [layout.channel_rows(x, start, stop) for x in (u, delta)]
         inputs += [layout.number_rows(x, start, stop) for x in (B, C)]
@@ -194,6 +200,9 @@ def run_backward(
             layout.finish_rows(dz_rows, dz, start, stop)
         for parts, result in ((parts_b, dB), (parts_c, dC)):
             _sum_tiles(layout, parts, result, start, stop)
+
+    for start in reversed(range(0, layout.length, STRETCH)):
+        sweep(start, min(start + STRETCH, layout.length))
     vectors = [
         torch.empty(0) if given is None else layout.untile_rows(total.sum(0)).squeeze(-1).to(given.dtype)
         for given, total in ((d_skip, dskip), (delta_bias, dbias))

@@ -10,50 +10,62 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from lightm.ops.jit import LANES, kernel
+from lightm.ops.jit import LANES, device_function, kernel
 from lightm.ops.scan.step import advance, record, retreat
 from lightm.ops.vector import fma, full, load, load_rows, store, store_rows
 from lightm.ops.vector_math import LN2, sigmoid, softplus
 
 STATE_SIZES = (4, 8, 16)
+_ROW = 4 * LANES
+
+
+@device_function
+def _steps(delta, delta_step, bias, soft, first, last, target):  # type: ignore[no-untyped-def]
+    """Write dt of tokens first..last-1 as rows at `target`."""
+    for t in range(first, last):
+        d = load(delta + t * delta_step, LANES) + bias
+        if soft != 0:
+            d = softplus(d, LANES)
+        store(target + (t - first) * _ROW, d)
 
 
 @cache
 def forward_kernel(states: int) -> Callable[..., Any]:
     """The forward kernel for N = `states`."""
-    row = 4 * LANES
 
     @kernel
     def scan_forward(  # type: ignore[no-untyped-def]
         u, u_step, delta, delta_step, b, b_step, c, c_step, z, z_step, y, y_step,
-        a, skip, bias, soft, state, saved, saved_step, chunk, tokens,
+        a, skip, bias, soft, state, saved, saved_step, chunk, tokens, scratch,
     ):  # fmt: skip
         """Advance `state` (N rows) over `tokens` tokens and write y.
 
         z, skip and bias are 0 where there is none; `soft` is 1 to apply softplus; with `saved` not 0, the states
-        before every `chunk`-th token are kept there, `saved_step` bytes apart.
+        before every `chunk`-th token are kept there, `saved_step` bytes apart. `scratch` holds a chunk's dt: chunk
+        rows. Steps and gates have loops of their own: in the scan's they would push states out of registers.
         """
         zero = full(0.0, LANES)
         d_skip = load(skip, LANES) if skip != 0 else zero
         d_bias = load(bias, LANES) if bias != 0 else zero
         h = load_rows(state, states, LANES)
-        start = 0
-        while start < tokens:
+        for start in range(0, tokens, chunk):
+            stop = min(start + chunk, tokens)
             if saved != 0:
                 store_rows(saved, h)
                 saved += saved_step
-            for t in range(start, min(start + chunk, tokens)):
+            ds, ds_step = delta + start * delta_step, delta_step
+            if soft != 0 or bias != 0:
+                _steps(delta, delta_step, d_bias, soft, start, stop, scratch)
+                ds, ds_step = scratch, _ROW
+            for t in range(start, stop):
                 u_t = load(u + t * u_step, LANES)
-                d = load(delta + t * delta_step, LANES) + d_bias
-                if soft != 0:
-                    d = softplus(d, LANES)
+                d = load(ds + (t - start) * ds_step, LANES)
                 h, total = advance(h, d, d * u_t, a, b + t * b_step, c + t * c_step)
-                total = fma(d_skip, u_t, total)
-                if z != 0:
+                store(y + t * y_step, fma(d_skip, u_t, total))
+            if z != 0:
+                for t in range(start, stop):
                     z_t = load(z + t * z_step, LANES)
-                    total = total * (z_t * sigmoid(z_t, LANES))
-                store(y + t * y_step, total)
-            start += chunk
+                    store(y + t * y_step, load(y + t * y_step, LANES) * (z_t * sigmoid(z_t, LANES)))
         store_rows(state, h)
 
     return scan_forward
@@ -62,8 +74,7 @@ def forward_kernel(states: int) -> Callable[..., Any]:
 @cache
 def backward_kernel(states: int) -> Callable[..., Any]:
     """The backward kernel for N = `states`."""
-    row = 4 * LANES
-    rows = row * states
+    rows = _ROW * states
 
     @kernel
     def scan_backward(  # type: ignore[no-untyped-def]
@@ -76,9 +87,10 @@ def backward_kernel(states: int) -> Callable[..., Any]:
         `carry` (N rows) comes in as the gradient of the states after the stretch and leaves as that of the states
         before it; da (N rows), dskip and dbias (one row) are added to; db and dc (tokens, N) are written: sums over
         this tile alone. `scratch` holds a chunk's states (chunk + 1 times N rows), decays (chunk times N rows), dt
-        (chunk rows) and N rows of da.
+        and the gradient before the gate (chunk rows each) and N rows of da.
         """
         zero = full(0.0, LANES)
+        one = full(1.0, LANES)
         d_skip = load(skip, LANES) if skip != 0 else zero
         d_bias = load(bias, LANES) if bias != 0 else zero
         skip_sum = zero
@@ -86,52 +98,57 @@ def backward_kernel(states: int) -> Callable[..., Any]:
         hs = scratch
         xs = hs + (chunk + 1) * rows
         ds = xs + chunk * rows
-        da_sum = ds + chunk * row
+        inner = ds + chunk * _ROW
+        da_sum = inner + chunk * _ROW
         for n in range(states):
-            store(da_sum + n * row, zero)
+            store(da_sum + n * _ROW, zero)
         g = load_rows(carry, states, LANES)
         number = (tokens + chunk - 1) // chunk
         for k in range(number - 1, -1, -1):
             start = k * chunk
             stop = min(start + chunk, tokens)
-            h = load_rows(saved + k * saved_step, states, LANES)
-            store_rows(hs, h)
+            _steps(delta, delta_step, d_bias, soft, start, stop, ds)
             for t in range(start, stop):
-                d = load(delta + t * delta_step, LANES) + d_bias
-                if soft != 0:
-                    d = softplus(d, LANES)
-                i = t - start
-                store(ds + i * row, d)
-                u_t = load(u + t * u_step, LANES)
-                h = record(h, d, d * u_t, a, b + t * b_step, hs + (i + 1) * rows, xs + i * rows)
-            for t in range(stop - 1, start - 1, -1):
-                i = t - start
-                d = load(ds + i * row, LANES)
-                u_t = load(u + t * u_step, LANES)
                 out = load(dy + t * dy_step, LANES)
-                inner = out
                 if z != 0:
                     z_t = load(z + t * z_step, LANES)
                     s = sigmoid(z_t, LANES)
-                    inner = out * (z_t * s)
+                    # the factor of the output before the gate; the sweep below multiplies that in
+                    store(dz + t * dz_step, out * s * fma(z_t, one - s, one))
+                    out = out * (z_t * s)
+                store(inner + (t - start) * _ROW, out)
+            h = load_rows(saved + k * saved_step, states, LANES)
+            store_rows(hs, h)
+            for t in range(start, stop):
+                i = t - start
+                d = load(ds + i * _ROW, LANES)
+                du_t = d * load(u + t * u_step, LANES)
+                h = record(h, d, du_t, a, b + t * b_step, hs + (i + 1) * rows, xs + i * rows)
+            for t in range(stop - 1, start - 1, -1):
+                i = t - start
+                d = load(ds + i * _ROW, LANES)
+                u_t = load(u + t * u_step, LANES)
+                out = load(inner + i * _ROW, LANES)
                 g, sum_a, sum_b, sum_c = retreat(
-                    g, d, d * u_t, inner, a, b + t * b_step, c + t * c_step,
-                    hs + (i + 1) * rows, hs + i * rows, xs + i * rows, da_sum, db + t * (4 * states), dc + t * (4 * states),
+                    g, d, d * u_t, out, a, b + t * b_step, c + t * c_step,
+                    hs + (i + 1) * rows, hs + i * rows, xs + i * rows, da_sum,
+                    db + t * (4 * states), dc + t * (4 * states),
                 )  # fmt: skip
                 if z != 0:
-                    y_t = fma(d_skip, u_t, sum_c)
-                    store(dz + t * dz_step, out * y_t * s * fma(z_t, full(1.0, LANES) - s, full(1.0, LANES)))
-                store(du + t * du_step, fma(d, sum_b, d_skip * inner))
-                skip_sum = fma(inner, u_t, skip_sum)
-                dd = fma(u_t, sum_b, full(LN2, LANES) * sum_a)
+                    store(dz + t * dz_step, load(dz + t * dz_step, LANES) * fma(d_skip, u_t, sum_c))
+                store(du + t * du_step, fma(d, sum_b, d_skip * out))
+                skip_sum = fma(out, u_t, skip_sum)
+                store(ddelta + t * ddelta_step, fma(u_t, sum_b, full(LN2, LANES) * sum_a))
+            for t in range(start, stop):
+                dd = load(ddelta + t * ddelta_step, LANES)
                 if soft != 0:
                     dd = dd * sigmoid(load(delta + t * delta_step, LANES) + d_bias, LANES)
-                store(ddelta + t * ddelta_step, dd)
+                    store(ddelta + t * ddelta_step, dd)
                 bias_sum = bias_sum + dd
         store_rows(carry, g)
         for n in range(states):
-            at = da + n * row
-            store(at, load(at, LANES) + load(da_sum + n * row, LANES))
+            at = da + n * _ROW
+            store(at, load(at, LANES) + load(da_sum + n * _ROW, LANES))
         store(dskip, load(dskip, LANES) + skip_sum)
         store(dbias, load(dbias, LANES) + bias_sum)
 
@@ -156,4 +173,4 @@ def sum_kernel(states: int) -> Callable[..., Any]:
 
 def scratch_floats(states: int, chunk: int) -> int:
     """Floats of scratch memory that a thread's backward kernel needs."""
-    return LANES * (states * (2 * chunk + 1) + chunk + states)
+    return LANES * (states * (2 * chunk + 1) + 2 * chunk + states)

@@ -25,7 +25,7 @@ def reference_scan(
     L steps of Python; autograd keeps every step's state.
     """
     inner = torch.float64 if u.dtype == torch.float64 else torch.float32
-    batch, length, channels = u.shape
+    batch, _, channels = u.shape
     states = A.shape[1]
     of_group = channels // B.shape[2]
     dt = delta.to(inner)
@@ -37,10 +37,11 @@ def reference_scan(
     b, c = (part.to(inner).repeat_interleave(of_group, dim=2) for part in (B, C))  # (Bt, L, E, N)
     h = u.new_zeros((batch, channels, states), dtype=inner) if initial_state is None else initial_state.to(inner)
     outputs = []
-    for t in range(length):
-        step = dt[:, t, :, None]  # (Bt, E, 1)
-        h = torch.exp(step * decay_rate) * h + step * b[:, t] * x[:, t, :, None]
-        outputs.append((h * c[:, t]).sum(-1))
+    # unbind, not indexing: autograd would fill a whole tensor with zeros for every indexed token
+    for x_t, dt_t, b_t, c_t in zip(*(part.unbind(1) for part in (x, dt, b, c)), strict=True):
+        step = dt_t.unsqueeze(-1)  # (Bt, E, 1)
+        h = torch.exp(step * decay_rate) * h + step * b_t * x_t.unsqueeze(-1)
+        outputs.append((h * c_t).sum(-1))
     y = torch.stack(outputs, dim=1) if outputs else x
     if d_skip is not None:
         y = y + d_skip.to(inner) * x
