@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -43,7 +44,7 @@ def draw() -> str:
             out.append(_text(middle, y + 44 + 15 * j, line, 12, "#334e68"))
         if command:
             out.append(_text(middle, y + HEIGHT - 10, command, 11, "#0b69a3", family="ui-monospace, monospace"))
-    for (x0, y0), (x1, y1) in zip(centres, centres[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(centres):
         if y0 == y1:
             right = x1 > x0
             start, end = (x0 + WIDTH, x1 - 2) if right else (x0, x1 + WIDTH + 2)

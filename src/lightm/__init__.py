@@ -6,7 +6,14 @@ Public names are loaded on first use, so that `import lightm` stays light.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+# Read once, when torch is loaded, and only if not set already. PyTorch's OpenMP threads otherwise spin while they
+# wait, in the way of the kernels' own threads and of autograd's; and large tensors are otherwise made of small pages,
+# each of which costs a fault when it is first written. Both are measured in src/lightm/ops/README.md.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 

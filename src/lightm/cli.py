@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,9 +41,6 @@ Labels = Annotated[Path | None, typer.Option(help="Folder of labels, when DATASE
 
 def main() -> None:
     """Run the command line; the console script `lightm`."""
-    # PyTorch's OpenMP threads spin while they wait, in the way of the kernels' own threads and of autograd's: a
-    # training step on two cores takes a fifth longer. Read once, when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except LightMError as error:
@@ -183,7 +179,7 @@ def train(
     dataset: Annotated[Path | None, typer.Argument(help="Data set; not needed with --resume.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/DATASET-NETWORK.")] = None,
     labels: Labels = None,
-    network: Annotated[str | None, typer.Option(help="Network preset; default lightm-unet.")] = None,
+    network: Annotated[str | None, typer.Option(help="Network preset; default lightm.")] = None,
     recipe: Annotated[str | None, typer.Option(help="default, paper, seed or released.")] = None,
     loss: Annotated[str | None, typer.Option(help="Loss, such as ce+dice or ce+arsl.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs.")] = None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from lightm.errors import InputError
 from lightm.nets import PRESETS, count_parameters, create
 from lightm.nets.blocks import RVM, VSS
+from lightm.nets.spm import ParallelVSS
 
 PRESET_NAMES = sorted(PRESETS)
 
@@ -21,24 +24,52 @@ def rvm_parameters(c: int, out: int, n: int = 16, k: int = 4) -> int:
     return vss + 2 * (2 * c) + c + c * out + out
 
 
-def network_parameters(c0: int, dims: int, image: int, classes: int, bottleneck: int = 4) -> int:
-    k = 3**dims
-    total = k * image + image * c0  # stem
-    total += rvm_parameters(c0, 2 * c0)
+def spm_parameters(c: int, out: int, sets: int, n: int = 16, k: int = 4) -> int:
+    """Closed form of one SPM layer of four parts with `sets` sets of weights (4, or 1 when shared)."""
+    w = c // 4
+    e, r = 2 * w, math.ceil(w / 16)
+    vss = 4 * w * w + 2 * w * w + e * (r + 2 * n) + r * e + e + e * n + e + e * k + e + 2 * e
+    return sets * vss + 2 * (2 * c) + c + c * out + out
+
+
+def network_parameters(name: str, c0: int, dims: int, image: int, classes: int) -> int:
+    """Closed form of a whole network of the LightM-UNet family."""
+    k, own = 3**dims, name in ("lightm", "lightm-small")
+    spm = own or name.startswith("spm")
+    bottleneck = 3 if spm else 4
+    widths = [(c0, 2 * c0)]
     for c in (2 * c0, 4 * c0):
-        total += rvm_parameters(c, c) + rvm_parameters(c, 2 * c)
-    total += bottleneck * rvm_parameters(8 * c0, 8 * c0)
+        widths += [(c, c), (c, 2 * c)]
+    widths += [(8 * c0, 8 * c0)] * bottleneck
+    total = k * image * c0 + c0 if own else k * image + image * c0  # stem
+    for c, out in widths:
+        total += spm_parameters(c, out, 1 if "shared" in name else 4) if spm else rvm_parameters(c, out)
+        total += k * c if own else 0
     for c in (8 * c0, 4 * c0, 2 * c0):
         h = c // 2
         total += c * h + 2 * h + k * h + h * h + h + 2 * h
     return total + 2 * c0 + 2 * c0 + c0 * classes + classes
 
 
+@pytest.mark.parametrize("name", PRESET_NAMES)
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize(("filters", "image", "classes"), [(32, 1, 3), (16, 4, 2)])
-def test_parameter_count_equals_the_closed_form(dims: int, filters: int, image: int, classes: int) -> None:
-    network = create("lightm-unet", dims, image, classes, filters=filters)
-    assert count_parameters(network) == network_parameters(filters, dims, image, classes)
+@pytest.mark.parametrize(("image", "classes"), [(1, 3), (4, 2)])
+def test_parameter_count_equals_the_closed_form(name: str, dims: int, image: int, classes: int) -> None:
+    network = create(name, dims, image, classes)
+    filters = 16 if name.endswith("-small") else 32
+    assert count_parameters(network) == network_parameters(name, filters, dims, image, classes)
+
+
+def test_the_sizes_in_the_documents_are_the_counted_ones() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    for name in PRESET_NAMES:
+        assert re.search(rf"^\| `{name}` .*\| {count_parameters(create(name, 3, 1, 3)):,} \|$", readme, re.M), name
+
+
+def test_the_own_and_the_spm_networks_keep_the_promise_of_a_million_parameters() -> None:
+    for name in PRESET_NAMES:
+        if name != "lightm-unet":
+            assert count_parameters(create(name, 3, 1, 3)) < 1.05e6
 
 
 def test_size_is_within_three_percent_of_the_published_design() -> None:
@@ -87,6 +118,43 @@ def test_equal_seeds_give_equal_networks_and_outputs() -> None:
         torch.manual_seed(7)
         outputs.append(create("lightm-unet-small", 2, 1, 2)(torch.linspace(-1, 1, 256).reshape(1, 1, 16, 16)))
     assert torch.equal(*outputs)
+
+
+def test_spm_with_equal_parts_is_the_shared_one_and_its_parts_do_not_mix() -> None:
+    torch.manual_seed(4)
+    shared, separate = ParallelVSS(16, shared=True), ParallelVSS(16, shared=False)
+    with torch.no_grad():
+        for name, parameter in separate.named_parameters():
+            source = dict(shared.named_parameters())[name]
+            parameter.copy_(source.expand_as(parameter))
+        tokens = torch.randn(2, 12, 16)
+        torch.testing.assert_close(separate(tokens), shared(tokens))
+        changed = tokens.clone()
+        changed[..., 4:8] += 1.0  # the second part
+        moved = (shared(changed) - shared(tokens)).abs().amax((0, 1))
+    assert moved[4:8].min() > 1e-4
+    assert moved[:4].max() == 0
+    assert moved[8:].max() == 0
+
+
+def test_spm_runs_each_part_as_a_vss_of_its_own() -> None:
+    torch.manual_seed(5)
+    whole, one = ParallelVSS(16, shared=True), VSS(4)
+    with torch.no_grad():
+        for name in ("conv_weight", "conv_bias", "A_log", "d_skip"):
+            getattr(one, name).copy_(getattr(whole, name)[0])
+        for name in ("in_proj", "x_proj", "out_proj", "dt_proj"):
+            getattr(one, name).weight.copy_(getattr(whole, name).weight[0])
+        one.dt_proj.bias.copy_(whole.dt_bias[0])
+        tokens = torch.randn(2, 9, 16)
+        expected = torch.cat([one(part) for part in tokens.chunk(4, dim=-1)], dim=-1)
+        torch.testing.assert_close(whole(tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pooling_add_is_the_sum_of_both_poolings() -> None:
+    network = create("spm-lightm-unet-small", 2, 1, 2)
+    x = torch.tensor([[1.0, 2.0], [3.0, 6.0]]).reshape(1, 2, 2, 1)
+    assert network._pool(x).item() == 6.0 + 3.0  # type: ignore[operator]
 
 
 def test_vss_is_causal_and_rvm_is_not_the_identity() -> None:

@@ -83,6 +83,40 @@ class DWConv(nn.Module):
         return self.pointwise(x)
 
 
+class ConvStem(nn.Module):
+    """Full convolution of 3^d with bias: (B, *S, in_channels) -> (B, *S, out_channels).
+
+    On one channel a depthwise stem has a single filter, and all its outputs are multiples of one image, which the
+    LayerNorm behind it reduces to little more than a sign; see docs/decisions/0005.
+    Parameters: in * out * 3^d + out.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, spatial_dims: int) -> None:
+        super().__init__()
+        kind = nn.Conv3d if spatial_dims == 3 else nn.Conv2d
+        self.conv = kind(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.movedim(-1, 1)).movedim(1, -1).contiguous()
+
+
+class PositionConv(nn.Module):
+    """x + depthwise 3^d convolution of x: each token sees its neighbours along every axis before the raster scan.
+
+    Source: the conditional positional encoding of arXiv 2102.10882. (B, *S, C) -> (B, *S, C); 3^d * C parameters.
+    """
+
+    def __init__(self, channels: int, spatial_dims: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*(3,) * spatial_dims, channels))
+        bound = math.sqrt(1.0 / 3**spatial_dims)
+        nn.init.uniform_(self.weight, -bound, bound)
+        without_decay(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + ops.depthwise_conv(x, self.weight)
+
+
 class VSS(nn.Module):
     """State-space module: out = Linear(LayerNorm(SSM(SiLU(DWConv(Linear(W))))) * SiLU(Linear(W))).
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lightm import ops
-from lightm.nets.blocks import RVM, DecoderStage, DWConv, GroupNormReLU
+from lightm.nets.blocks import RVM, ConvStem, DecoderStage, DWConv, GroupNormReLU, PositionConv
 from lightm.nets.spm import SPM
 
 LAYERS = ("rvm", "spm", "spm-shared")
 POOLINGS = ("max", "avg", "add")
+STEMS = ("dwconv", "conv")
 
 
 class LightMUNet(nn.Module):
@@ -35,6 +36,8 @@ class LightMUNet(nn.Module):
         layer: "rvm" (the paper's), "spm" (four narrow VSS side by side) or "spm-shared" (one VSS for all parts).
         parts: parts of an SPM layer.
         pooling: "max", "avg", or "add": the sum of both (the report's Pooling Add, Figure 6).
+        stem: "dwconv" (the paper's: depthwise, then pointwise, no bias) or "conv" (a full convolution).
+        position_conv: a residual depthwise convolution before every layer (in neither source).
 
     Input (B, in_channels, *S) of any float type, every size a multiple of `2 ** len(encoder_layers)`; output
     (B, out_channels, *S), raw logits. Raises ValueError for other sizes. Cost: linear in the number of voxels.
@@ -55,23 +58,27 @@ class LightMUNet(nn.Module):
         layer: str = "rvm",
         parts: int = 4,
         pooling: str = "max",
+        stem: str = "dwconv",
+        position_conv: bool = False,
     ) -> None:
         super().__init__()
         _check(spatial_dims, in_channels, out_channels, filters, encoder_layers, bottleneck_layers, groups)
-        if layer not in LAYERS:
-            raise ValueError(f"layer '{layer}': one of {', '.join(LAYERS)}")
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling '{pooling}': one of {', '.join(POOLINGS)}")
+        for what, given, known in (("layer", layer, LAYERS), ("pooling", pooling, POOLINGS), ("stem", stem, STEMS)):
+            if given not in known:
+                raise ValueError(f"{what} '{given}': one of {', '.join(known)}")
         self.spatial_dims, self.in_channels, self.pooling = spatial_dims, in_channels, pooling
         self.divisor = 2 ** len(encoder_layers)
 
         def build(channels: int, out: int) -> nn.Module:
+            made: nn.Module
             if layer == "rvm":
-                return RVM(channels, out, state_size=state_size, expand=expand)
-            shared = layer == "spm-shared"
-            return SPM(channels, out, parts=parts, shared=shared, state_size=state_size, expand=expand)
+                made = RVM(channels, out, state_size=state_size, expand=expand)
+            else:
+                shared = layer == "spm-shared"
+                made = SPM(channels, out, parts=parts, shared=shared, state_size=state_size, expand=expand)
+            return nn.Sequential(PositionConv(channels, spatial_dims), made) if position_conv else made
 
-        self.stem = DWConv(in_channels, filters, spatial_dims)
+        self.stem = (DWConv if stem == "dwconv" else ConvStem)(in_channels, filters, spatial_dims)
         self.encoder = nn.ModuleList()
         width = filters
         for count in encoder_layers:

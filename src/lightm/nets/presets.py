@@ -10,13 +10,19 @@ from torch import nn
 from lightm.errors import InputError, did_you_mean
 from lightm.nets.lightm_unet import LightMUNet
 
+_SPM = {"layer": "spm", "pooling": "add", "bottleneck_layers": 3}  # the report's Figure 6
+_OWN = {**_SPM, "stem": "conv", "position_conv": True}
+
 PRESETS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    "lightm": (LightMUNet, _OWN),
+    "lightm-small": (LightMUNet, {**_OWN, "filters": 16}),
     "lightm-unet": (LightMUNet, {}),
     "lightm-unet-small": (LightMUNet, {"filters": 16}),
-    "spm-lightm-unet": (LightMUNet, {"layer": "spm", "pooling": "add", "bottleneck_layers": 3}),
-    "spm-lightm-unet-small": (LightMUNet, {"layer": "spm", "pooling": "add", "bottleneck_layers": 3, "filters": 16}),
-    "spm-lightm-unet-shared": (LightMUNet, {"layer": "spm-shared", "pooling": "add", "bottleneck_layers": 3}),
+    "spm-lightm-unet": (LightMUNet, _SPM),
+    "spm-lightm-unet-small": (LightMUNet, {**_SPM, "filters": 16}),
+    "spm-lightm-unet-shared": (LightMUNet, {**_SPM, "layer": "spm-shared"}),
 }
+DEFAULT = "lightm"
 
 
 def create(name: str, spatial_dims: int, in_channels: int, out_channels: int, **options: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lightm.errors import InputError, did_you_mean
 from lightm.files import write_text
+from lightm.nets import DEFAULT
 from lightm.train.recipes import Recipe, get_recipe
 
 
@@ -26,7 +27,7 @@ class TrainConfig(BaseModel):
 
     dataset: str
     labels: str | None = None
-    network: str = "lightm-unet"
+    network: str = DEFAULT
     network_options: dict[str, Any] = Field(default_factory=dict)
     recipe: str = "default"
     settings: Recipe

@@ -20,7 +20,7 @@ from lightm.data.plan import Plan, load_plan
 from lightm.data.preprocess import default_cache_dir, preprocess_dataset
 from lightm.errors import InputError, LightMError
 from lightm.losses import create_loss
-from lightm.nets import create, save_model
+from lightm.nets import DEFAULT, create, save_model
 from lightm.train.callbacks import Checkpoints, History, Stopping
 from lightm.train.checkpoint_io import SafeCheckpointIO
 from lightm.train.config import TrainConfig, load_config, parse_duration, resolve_config
@@ -52,7 +52,7 @@ def train(
     out: Path | str | None = None,
     *,
     labels: Path | str | None = None,
-    network: str = "lightm-unet",
+    network: str = DEFAULT,
     network_options: dict[str, Any] | None = None,
     recipe: str = "default",
     settings: dict[str, Any] | None = None,
