@@ -67,7 +67,7 @@ def test_memory_bounds_the_patch(make_dataset):
     dataset = open_dataset(make_dataset(shape=(40, 40, 40)))
     assert make_plan(dataset).patch_size == [40, 40, 40]
     small = make_plan(dataset, memory_gb=0.1).patch_size
-    assert np.prod(small) * 2 * 3500 <= 0.1e9
+    assert np.prod(small) * 2 * 12_000 <= 0.1e9
     assert max(small) - min(small) <= 8
     with pytest.raises(InputError, match="memory_gb -1"):
         make_plan(dataset, memory_gb=-1)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 import yaml
 
-from lightm import read_volume, write_volume
+from lightm import make_plan, open_dataset
 from lightm.errors import InputError, LightMError
 from lightm.nets import load_model
 from lightm.train import resume_training, train
@@ -102,11 +104,29 @@ def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(
         with pytest.raises(_Killed):
             train(balls, tmp_path / "killed", epochs=3, **SMALL)
     assert len(history(tmp_path / "killed")) == 2
+    assert json.loads((tmp_path / "killed" / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
     result = resume_training(tmp_path / "killed", say=lambda text: None)
     assert result.epochs == 3
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_ctrl_c_ends_with_one_message_and_the_run_can_go_on(
+    balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = SegmentationModule.training_step
+
+    def interrupted(self: SegmentationModule, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        if self.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SegmentationModule, "training_step", interrupted)
+        with pytest.raises(LightMError, match="--resume"):
+            train(balls, tmp_path / "run", epochs=2, **SMALL)
+    assert resume_training(tmp_path / "run", say=lambda text: None).epochs == 2
 
 
 def test_a_finished_run_can_be_made_longer(balls: Path, tmp_path: Path) -> None:
@@ -161,7 +181,7 @@ def refuse(balls: Path, run: Path, match: str, **options: Any) -> None:
 
 def test_wrong_options_are_refused_before_anything_is_written(balls: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    refuse(balls, run, "unknown network 'lightm'", network="lightm", network_options={})
+    refuse(balls, run, "unknown network 'lightn'", network="lightn", network_options={})
     refuse(balls, run, "unknown recipe 'sed'; did you mean 'seed'", recipe="sed")
     refuse(balls, run, "ce\\+dise", loss="ce+dise")
     refuse(balls, run, "unknown key 'settings.epoch'; did you mean 'epochs'", settings={"epoch": 3})
@@ -172,28 +192,64 @@ def test_wrong_options_are_refused_before_anything_is_written(balls: Path, tmp_p
     refuse(tmp_path / "nowhere", run, "nowhere")
 
 
-def test_wrong_data_is_refused_with_the_file_named(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    data = make_balls(tmp_path / "few", cases=2)
-    refuse(data, run, "2 case")
-    data = make_balls(tmp_path / "nan", cases=3)
-    path = data / "imagesTr" / "ball_01_0000.nii.gz"
-    volume = read_volume(path)
-    volume.data[0, 0, 0] = np.nan
-    with pytest.raises(InputError, match="NaN"):
-        write_volume(path, volume)
-    import nibabel as nib
+def _rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray], affine: np.ndarray | None = None) -> None:
+    """Write a changed copy past `write_volume`, which would refuse some of these."""
+    old = nib.load(path)
+    nib.save(nib.Nifti1Image(change(old.get_fdata(dtype=np.float32)), old.affine if affine is None else affine), path)
 
-    nib.save(nib.Nifti1Image(volume.data.T, volume.affine), path)
-    refuse(data, run, "ball_01_0000.nii.gz")
-    data = make_balls(tmp_path / "never", cases=4)
+
+def _nan(array: np.ndarray) -> np.ndarray:
+    array[0, 0, 0] = np.nan
+    return array
+
+
+def _infinite(array: np.ndarray) -> np.ndarray:
+    array[1, 1, 1] = np.inf
+    return array
+
+
+def _labels(data: Path, **labels: int) -> None:
     description = json.loads((data / "dataset.json").read_text(encoding="utf-8"))
-    description["labels"]["ghost"] = 3
-    (data / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
-    refuse(data, run, "class 'ghost'.*cannot be learnt")
-    del description["labels"]["ghost"], description["labels"]["core"]
-    (data / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
-    refuse(data, run, "ball_.*2")
+    (data / "dataset.json").write_text(json.dumps({**description, "labels": labels}), encoding="utf-8")
+
+
+IMAGE, LABEL = "imagesTr/ball_01_0000.nii.gz", "labelsTr/ball_01.nii.gz"
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "label without its image": (lambda data: (data / IMAGE).unlink(), "ball_01"),
+    "image without its label": (lambda data: (data / LABEL).unlink(), "ball_01"),
+    "shapes that disagree": (lambda data: _rewrite(data / LABEL, lambda a: a[:-1]), "ball_01.*shape"),
+    "affines that disagree": (lambda data: _rewrite(data / LABEL, lambda a: a, np.diag([3.0, 1, 1, 1])), "ball_01"),
+    "value not in dataset.json": (lambda data: _labels(data, background=0, shell=1), r"ball_\d\d.*2"),
+    "class that never occurs": (lambda data: _labels(data, background=0, shell=1, core=2, ghost=3), "class 'ghost'"),
+    "NaN": (lambda data: _rewrite(data / IMAGE, _nan), "ball_01_0000.*NaN"),
+    "infinite": (lambda data: _rewrite(data / IMAGE, _infinite), "ball_01_0000.*inf"),
+    "truncated": (lambda data: (data / IMAGE).write_bytes((data / IMAGE).read_bytes()[:300]), "ball_01_0000"),
+    "no image at all": (lambda data: (data / IMAGE).write_bytes(b"hello" * 99), "ball_01_0000"),
+    "empty folder": (lambda data: [path.unlink() for path in data.rglob("*.*")], "data"),
+    "broken dataset.json": (lambda data: (data / "dataset.json").write_text("{", encoding="utf-8"), "dataset.json"),
+    "unknown key in plan.yaml": (
+        lambda data: (make_plan(open_dataset(data)).save(data / "plan.yaml"), _append(data / "plan.yaml", "ptch: 3\n")),
+        r"plan\.yaml.*ptch",
+    ),
+}
+
+
+def _append(path: Path, text: str) -> None:
+    path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_data_is_refused_with_the_file_named(fault: str, tmp_path: Path) -> None:
+    data = make_balls(tmp_path / "data", cases=3)
+    spoil, words = FAULTS[fault]
+    spoil(data)
+    refuse(data, tmp_path / "run", f"(?s){words}")
+
+
+def test_too_few_cases_are_refused(tmp_path: Path) -> None:
+    for cases in (1, 2):
+        data = make_balls(tmp_path / f"data{cases}", cases=cases)
+        refuse(data, tmp_path / "run", f"{cases} case")
 
 
 def test_a_used_folder_is_refused_and_left_as_it_is(balls: Path, tmp_path: Path) -> None:

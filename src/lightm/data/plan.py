@@ -21,7 +21,7 @@ _CAP_VOXELS = {2: 512**2, 3: 128**3}
 _BATCH = {2: (8, 12), 3: (2, 2)}
 # What training a LightM-UNet of 32 channels keeps for each voxel of a batch (an estimate, on the safe side),
 # and the part of the machine's memory that is meant for it.
-_BYTES_PER_VOXEL = 3500
+_BYTES_PER_VOXEL = 12_000
 _MEMORY_PART = 0.6
 _ANISOTROPY = 3.0
 
@@ -193,7 +193,7 @@ def _machine_memory_gb() -> float:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     except (AttributeError, OSError, ValueError):  # not told by this system (Windows)
-        return 64.0
+        return 8.0
 
 
 def _choose_normalization(name: str, low: float, high: float, mean: float, std: float) -> ChannelNormalization:

@@ -22,7 +22,7 @@ PRESETS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "spm-lightm-unet-small": (LightMUNet, {**_SPM, "filters": 16}),
     "spm-lightm-unet-shared": (LightMUNet, {**_SPM, "layer": "spm-shared"}),
 }
-DEFAULT = "lightm"
+DEFAULT = "lightm-small"
 
 
 def create(name: str, spatial_dims: int, in_channels: int, out_channels: int, **options: Any) -> nn.Module:

@@ -62,7 +62,7 @@ def _published(loss: str, spatial_dims: int) -> Recipe:
 
 
 def _default(spatial_dims: int) -> Recipe:
-    return Recipe(warmup_steps=20)
+    return Recipe(lr=1e-2, warmup_steps=20)
 
 
 def _paper(spatial_dims: int) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -200,7 +201,11 @@ def _run(
         val_patches=config.val_patches,
         workers=config.workers,
     )
-    result = _fit(run_dir, config, plan, split, net, criterion, patches, resume, say)
+    try:
+        result = _fit(run_dir, config, plan, split, net, criterion, patches, resume, say)
+    except BaseException:
+        write_json(run_dir / "run.json", {**record, "status": "interrupted"})
+        raise
     record.update(
         status="finished",
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -259,12 +264,14 @@ def _fit(
             num_sanity_val_steps=0,
             log_every_n_steps=recipe.steps_per_epoch,
         )
-        trainer.fit(module, patches, ckpt_path=checkpoints.last if resume and checkpoints.last.is_file() else None)
-    if trainer.interrupted:
-        raise LightMError(
-            f"training was interrupted after epoch {trainer.current_epoch}; continue it with "
-            f"`lightm train --resume {run_dir}`"
-        )
+        try:
+            trainer.fit(module, patches, ckpt_path=checkpoints.last if resume and checkpoints.last.is_file() else None)
+        except SystemExit as error:  # how Lightning ends on Ctrl-C, with the signal ignored from then on
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise LightMError(
+                f"training was interrupted in epoch {trainer.current_epoch}; continue it with "
+                f"`lightm train --resume {run_dir}`"
+            ) from error
     state = SafeCheckpointIO().load_checkpoint(checkpoints.best)
     weights = {
         name.removeprefix("network."): tensor

@@ -132,9 +132,17 @@ def _by_state_blocks(
         block = slice(start, start + _MOST_STATES)
         begin = None if initial_state is None else initial_state[..., block]
         y, state = selective_scan(
-            u.float(), delta, A[:, block], B[..., block], C[..., block], None, None, delta_bias, delta_softplus,
-            begin, True, "cpu",
-        )  # fmt: skip
+            u.float(),
+            delta,
+            A[:, block],
+            B[..., block],
+            C[..., block],
+            delta_bias=delta_bias,
+            delta_softplus=delta_softplus,
+            initial_state=begin,
+            return_state=True,
+            impl="cpu",
+        )
         total = total + y
         states.append(state)
     if d_skip is not None:
