@@ -15,6 +15,7 @@ from lightm.nets.blocks import RVM, VSS
 from lightm.nets.spm import ParallelVSS
 
 PRESET_NAMES = sorted(PRESETS)
+FAMILY = [name for name in PRESET_NAMES if name != "lightm-unet-released"]  # whose closed form is below
 
 
 def rvm_parameters(c: int, out: int, n: int = 16, k: int = 4) -> int:
@@ -51,7 +52,7 @@ def network_parameters(name: str, c0: int, dims: int, image: int, classes: int) 
     return total + 2 * c0 + 2 * c0 + c0 * classes + classes
 
 
-@pytest.mark.parametrize("name", PRESET_NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize(("image", "classes"), [(1, 3), (4, 2)])
 def test_parameter_count_equals_the_closed_form(name: str, dims: int, image: int, classes: int) -> None:
@@ -67,7 +68,7 @@ def test_the_sizes_in_the_documents_are_the_counted_ones() -> None:
 
 
 def test_the_own_and_the_spm_networks_keep_the_promise_of_a_million_parameters() -> None:
-    for name in PRESET_NAMES:
+    for name in FAMILY:
         if name != "lightm-unet":
             assert count_parameters(create(name, 3, 1, 3)) < 1.05e6
 

@@ -34,6 +34,11 @@ def without_decay(*parameters: nn.Parameter) -> None:
         parameter.no_decay = True  # type: ignore[attr-defined]
 
 
+def decay_rates(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in float32 at least: half precision would round the slow decays away."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+
+
 def init_conv(weight: Tensor, bias: Tensor) -> None:
     """Initialise a causal depthwise convolution of K taps (last axis) as Mamba does: uniform in 1 / sqrt(K)."""
     bound = 1 / math.sqrt(weight.shape[-1])
@@ -163,7 +168,7 @@ class VSS(nn.Module):
         y = ops.selective_scan(
             u,
             delta,
-            -torch.exp(self.A_log.float()),
+            decay_rates(self.A_log),
             B,
             C,
             d_skip=self.d_skip,

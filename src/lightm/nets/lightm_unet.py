@@ -94,7 +94,7 @@ class LightMUNet(nn.Module):
         self.head = DWConv(width, out_channels, spatial_dims, kernel_size=1, bias=True)
 
     def forward(self, image: Tensor) -> Tensor:
-        self._check_input(image)
+        check_input(image, self.spatial_dims, self.in_channels, self.divisor)
         x = self.stem(image.movedim(1, -1).contiguous())
         skips = []
         for block in self.encoder:
@@ -111,20 +111,20 @@ class LightMUNet(nn.Module):
         average = ops.avg_pool2(x)
         return average if self.pooling == "avg" else ops.max_pool2(x) + average
 
-    def _check_input(self, image: Tensor) -> None:
-        if image.ndim != self.spatial_dims + 2 or image.shape[1] != self.in_channels:
-            axes = "Z, Y, X" if self.spatial_dims == 3 else "Y, X"
+
+def check_input(image: Tensor, spatial_dims: int, in_channels: int, divisor: int) -> None:
+    """Raise ValueError unless the image is (B, in_channels, *S) with every size a multiple of `divisor`."""
+    if image.ndim != spatial_dims + 2 or image.shape[1] != in_channels:
+        axes = "Z, Y, X" if spatial_dims == 3 else "Y, X"
+        raise ValueError(f"input of shape {tuple(image.shape)}; this network expects (B, {in_channels}, {axes})")
+    for axis, size in zip("ZYX"[-spatial_dims:], image.shape[2:], strict=True):
+        if size % divisor or size == 0:
+            low = size // divisor * divisor
+            near = f"{low} or {low + divisor}" if low else f"{divisor}"
             raise ValueError(
-                f"input of shape {tuple(image.shape)}; this network expects (B, {self.in_channels}, {axes})"
+                f"input size {tuple(image.shape[2:])}: {axis}={size} is not divisible by {divisor} "
+                f"({divisor.bit_length() - 1} poolings); pad it to {near}"
             )
-        for axis, size in zip("ZYX"[-self.spatial_dims :], image.shape[2:], strict=True):
-            if size % self.divisor or size == 0:
-                low = size // self.divisor * self.divisor
-                near = f"{low} or {low + self.divisor}" if low else f"{self.divisor}"
-                raise ValueError(
-                    f"input size {tuple(image.shape[2:])}: {axis}={size} is not divisible by {self.divisor} "
-                    f"({len(self.encoder)} poolings); pad it to {near}"
-                )
 
 
 def _check(

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightm.errors import InputError, did_you_mean
 from lightm.nets.lightm_unet import LightMUNet
+from lightm.nets.released import ReleasedLightMUNet
 
 _SPM = {"layer": "spm", "pooling": "add", "bottleneck_layers": 3}  # the report's Figure 6
 _OWN = {**_SPM, "stem": "conv", "position_conv": True}
@@ -18,6 +19,7 @@ PRESETS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "lightm-small": (LightMUNet, {**_OWN, "filters": 16}),
     "lightm-unet": (LightMUNet, {}),
     "lightm-unet-small": (LightMUNet, {"filters": 16}),
+    "lightm-unet-released": (ReleasedLightMUNet, {}),
     "spm-lightm-unet": (LightMUNet, _SPM),
     "spm-lightm-unet-small": (LightMUNet, {**_SPM, "filters": 16}),
     "spm-lightm-unet-shared": (LightMUNet, {**_SPM, "layer": "spm-shared"}),

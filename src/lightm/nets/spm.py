@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightm import ops
-from lightm.nets.blocks import init_conv, init_dt_bias, without_decay
+from lightm.nets.blocks import decay_rates, init_conv, init_dt_bias, without_decay
 
 
 class GroupedLinear(nn.Module):
@@ -92,7 +92,7 @@ class ParallelVSS(nn.Module):
         y = ops.selective_scan(
             u,
             delta,
-            -torch.exp(self._all(self.A_log).float()),
+            decay_rates(self._all(self.A_log)),
             B.unflatten(-1, (self.parts, self.state_size)),
             C.unflatten(-1, (self.parts, self.state_size)),
             d_skip=self._all(self.d_skip),
