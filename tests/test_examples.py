@@ -1,0 +1,44 @@
+"""The shipped configurations are valid, and the README's commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lightm.nets import create
+from lightm.train.config import USER_KEYS, parse_duration, read_user_config, resolve_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_resolves_to_a_configuration_and_a_network(path: Path) -> None:
+    options = read_user_config(path)
+    settings = dict(options.pop("settings", {}))
+    settings.update({key: options.pop(key) for key in ("loss", "lr") if key in options})
+    fields = {k: v for k, v in options.items() if k not in ("max_time", "batch_size", "patch_size", "epochs")}
+    for dims in (2, 3):
+        config = resolve_config("data", dims, settings=settings, **fields)
+        create(config.network, dims, 1, 2, **config.network_options)
+    parse_duration(options.get("max_time", "1h"))
+
+
+def test_the_readmes_commands_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    assert set(re.findall(r"^make (\w+)", readme, re.M)) == {"demo", "test"}
+    assert {"demo", "test"} <= targets
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "Not for clinical decisions" in readme
+
+
+def test_the_documented_keys_are_options_of_train() -> None:
+    import inspect
+
+    from lightm.train import train
+
+    assert set(USER_KEYS) <= set(inspect.signature(train).parameters)
+    for name in re.findall(r"\]\(((?:docs|src)/[^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), name
