@@ -177,7 +177,7 @@ class VSS(nn.Module):
             delta_softplus=True,
         )
         if self.norm is not None:
-            y = self.norm(y) * F.silu(z)
+            y = ops.gated_norm(y, z, self.norm.weight, self.norm.bias, eps=self.norm.eps)
         return self.out_proj(y)
 
 
@@ -224,7 +224,8 @@ class GroupNormReLU(nn.Module):
         self.norm = nn.GroupNorm(groups, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(x.movedim(-1, 1))).movedim(1, -1)
+        norm = self.norm
+        return ops.group_norm_relu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 class DecoderStage(nn.Module):

@@ -101,8 +101,7 @@ class ParallelVSS(nn.Module):
             delta_softplus=True,
         )
         if self.norm_weight is not None and self.norm_bias is not None:
-            normed = F.layer_norm(y.unflatten(-1, (self.parts, self.inner)), (self.inner,)).flatten(-2)
-            y = torch.addcmul(self._all(self.norm_bias), normed, self._all(self.norm_weight)) * F.silu(z)
+            y = ops.gated_norm(y, z, self._all(self.norm_weight), self._all(self.norm_bias), parts=self.parts)
         (out,) = self.out_proj(y)
         return out
 

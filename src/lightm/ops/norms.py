@@ -1,0 +1,203 @@
+"""Two normalisations fused with what follows them, channels last: LayerNorm with a gate, GroupNorm with ReLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightm.ops.checks import check_kinds, check_shape, choose
+
+_GATED = "gated_norm"
+_GROUP = "group_norm_relu"
+
+
+def gated_norm(
+    y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int = 1, eps: float = 1e-5, impl: str = "auto"
+) -> Tensor:
+    """Normalise every token's channels, part by part, and gate them: (layer_norm(y) * weight + bias) * silu(z).
+
+    The E channels are `parts` groups of E / parts neighbours, each with its own mean and (biased) variance.
+
+    Args:
+        y: (Bt, L, E), any strides; float32, bfloat16, float16, or float64 for the reference.
+        z: (Bt, L, E) like y, e.g. one half of a chunk: only its channels must be neighbours, or it is copied.
+        weight, bias: (E,).
+        parts: a divisor of E.
+        eps: added to the variance.
+        impl: "cpu" (Numba kernel), "reference" (plain PyTorch), or "auto" as in `selective_scan`.
+
+    Returns:
+        (Bt, L, E) in y's dtype; arithmetic in float32 inside (float64 for float64).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, `parts` that does not divide E, an impossible `impl`.
+
+    Cost: one exponential an element; y and z are read and the result written once, and y and z are what the
+    backward pass keeps; it reads them and the gradient and writes two. Deterministic.
+    """
+    check_kinds(_GATED, {"y": y, "z": z, "weight": weight, "bias": bias})
+    if y.dim() != 3 or y.shape[2] < 1:
+        raise ValueError(f"{_GATED}: y has shape {tuple(y.shape)}, expected (Bt, L, E), channels last, E >= 1")
+    check_shape(_GATED, "z", z, y.shape, "(Bt, L, E), the shape of y")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        check_shape(_GATED, name, vector, (y.shape[2],), "(E,), E from y's last axis", "repeat it when parts share it")
+    _check_divisor(_GATED, "parts", parts, y.shape[2])
+    _check_eps(_GATED, eps)
+    if choose(_GATED, impl, y) == "reference":
+        return reference_gated_norm(y, z, weight, bias, parts, eps)
+    return gated_norm_op(y, z, weight, bias, parts, eps)
+
+
+def group_norm_relu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, impl: str = "auto"
+) -> Tensor:
+    """relu(GroupNorm(x)): every group of C / groups channels normalised over all voxels of its image.
+
+    Args:
+        x: (Bt, *spatial, C); contiguous tensors are used in place, others copied.
+        groups: a divisor of C.
+        weight, bias: (C,).
+        eps: added to the (biased) variance.
+        impl: "cpu" (Numba kernel), "reference" (PyTorch's own), or "auto" as in `selective_scan`.
+
+    Returns:
+        The shape and dtype of x; arithmetic in float32 inside, sums over an image in float64 (all float64 for float64).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, `groups` that does not divide C, an impossible `impl`.
+
+    Cost: x is read twice and the result written once; x and 2 numbers a group are what the backward pass keeps; it
+    reads x and the gradient twice and writes one. Deterministic.
+    """
+    check_kinds(_GROUP, {"x": x, "weight": weight, "bias": bias})
+    if x.dim() < 3 or 0 in x.shape[1:]:
+        raise ValueError(
+            f"{_GROUP}: x has shape {tuple(x.shape)}, expected (Bt, *spatial, C), channels last, with one spatial axis "
+            "or more and no empty axis"
+        )
+    for name, vector in (("weight", weight), ("bias", bias)):
+        check_shape(_GROUP, name, vector, (x.shape[-1],), "(C,), C from x's last axis")
+    _check_divisor(_GROUP, "groups", groups, x.shape[-1])
+    _check_eps(_GROUP, eps)
+    if choose(_GROUP, impl, x) == "reference":
+        return reference_group_norm_relu(x, groups, weight, bias, eps)
+    y, _, _ = group_norm_op(x, groups, weight, bias, eps)
+    return y
+
+
+def _check_divisor(operator: str, name: str, number: int, channels: int) -> None:
+    if number < 1 or channels % number:
+        raise ValueError(f"{operator}: {name} is {number}, expected a divisor of the {channels} channels")
+
+
+def _check_eps(operator: str, eps: float) -> None:
+    if not eps >= 0:
+        raise ValueError(f"{operator}: eps is {eps}, expected 0 or more, e.g. 1e-5")
+
+
+def _inner(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def reference_gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> Tensor:
+    """`gated_norm` in plain PyTorch: the oracle."""
+    inner, width = _inner(y), y.shape[2] // parts
+    normed = functional.layer_norm(y.to(inner).unflatten(-1, (parts, width)), (width,), eps=eps).flatten(-2)
+    gated = torch.addcmul(bias.to(inner), normed, weight.to(inner)) * functional.silu(z.to(inner))
+    return gated.to(y.dtype)
+
+
+def reference_group_norm_relu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`group_norm_relu` in plain PyTorch: the oracle."""
+    inner = _inner(x)
+    normed = functional.group_norm(x.to(inner).movedim(-1, 1), groups, weight.to(inner), bias.to(inner), eps)
+    return functional.relu(normed).movedim(1, -1).contiguous().to(x.dtype)
+
+
+@torch.library.custom_op("lightm::gated_norm", mutates_args=(), device_types="cpu")
+def gated_norm_op(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> Tensor:
+    """The CPU kernel as a PyTorch operator."""
+    from lightm.ops.norms_cpu import gated_norm_forward
+
+    return gated_norm_forward(y, z, weight, bias, parts, eps)
+
+
+@gated_norm_op.register_fake
+def _(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+@torch.library.custom_op("lightm::gated_norm_backward", mutates_args=(), device_types="cpu")
+def gated_norm_backward_op(
+    grad_out: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (y, z, weight, bias)."""
+    from lightm.ops.norms_cpu import gated_norm_backward
+
+    return gated_norm_backward(grad_out, y, z, weight, bias, parts, eps)
+
+
+@gated_norm_backward_op.register_fake
+def _(
+    grad_out: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy, dz = y.new_empty(y.shape), z.new_empty(z.shape)
+    return dy, dz, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+@torch.library.custom_op("lightm::group_norm_relu", mutates_args=(), device_types="cpu")
+def group_norm_op(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The CPU kernel as a PyTorch operator: the result, and the groups' (mean, 1 / deviation), float32, (Bt, G)."""
+    from lightm.ops.norms_cpu import group_norm_forward
+
+    return group_norm_forward(x, groups, weight, bias, eps)
+
+
+@group_norm_op.register_fake
+def _(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean, inverse = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), mean, inverse
+
+
+@torch.library.custom_op("lightm::group_norm_relu_backward", mutates_args=(), device_types="cpu")
+def group_norm_backward_op(
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (x, weight, bias)."""
+    from lightm.ops.norms_cpu import group_norm_backward
+
+    return group_norm_backward(grad_out, x, weight, bias, mean, inverse)
+
+
+@group_norm_backward_op.register_fake
+def _(
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _keep_gated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.parts, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gated_grad(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    return *gated_norm_backward_op(grad_out, *ctx.saved_tensors, ctx.parts, ctx.eps), None, None
+
+
+def _keep_group(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, _, weight, bias, _ = inputs
+    _, mean, inverse = output
+    ctx.save_for_backward(x, weight, bias, mean, inverse)
+
+
+def _group_grad(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dweight, dbias = group_norm_backward_op(grad_out, *ctx.saved_tensors)
+    return dx, None, dweight, dbias, None
+
+
+gated_norm_op.register_autograd(_gated_grad, setup_context=_keep_gated)
+group_norm_op.register_autograd(_group_grad, setup_context=_keep_group)
