@@ -19,8 +19,8 @@ class GroupedLinear(nn.Module):
     (..., parts * fan_in) -> for every out in outs (..., parts * out), the parts one after the other in each. With
     `shared` one weight serves all parts. Parameters: fan_in * sum(outs), times `parts` unless shared.
 
-    Computed as one product with a block-diagonal matrix: `parts` times the multiplications, but none of the copies
-    that a batched product needs to put its results beside each other; at these widths that is faster on a CPU.
+    Computed as products with block-diagonal matrices: `parts` times the multiplications, but none of the copies that
+    a batched product needs to put its results beside each other; at these widths that is faster on a CPU.
     """
 
     def __init__(self, parts: int, fan_in: int, outs: Sequence[int], *, shared: bool) -> None:
@@ -31,9 +31,8 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         weight = self.weight.expand(self.parts, -1, -1)
-        blocks = [torch.block_diag(*part.unbind(0)) for part in weight.split(self.outs, dim=1)]
-        y = F.linear(x, torch.cat(blocks))
-        return y.split([self.parts * out for out in self.outs], dim=-1)
+        # a product for each result: the gradients of slices of one product would have to be joined token by token
+        return tuple(F.linear(x, torch.block_diag(*part.unbind(0))) for part in weight.split(self.outs, dim=1))
 
 
 class ParallelVSS(nn.Module):
