@@ -65,7 +65,7 @@ def _options(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.")] = Path("runs/demo"),
-    max_time: Annotated[str, typer.Option(help="Time to train: 90s, 5m, 1h.")] = "5m",
+    max_time: Annotated[str, typer.Option(help="Time to train: 90s, 5m, 1h.")] = "6m",
     cases: Annotated[int, typer.Option(help="Number of phantoms.")] = 60,
     size: Annotated[int, typer.Option(help="Voxels along an axis, about.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of phantoms and training.")] = 0,

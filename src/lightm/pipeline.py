@@ -78,7 +78,7 @@ def score_cases(
     )
 
 
-DEMO_CASES, DEMO_SIZE, DEMO_TIME = 60, 64, "5m"
+DEMO_CASES, DEMO_SIZE, DEMO_TIME = 60, 64, "6m"
 
 
 def demo(
@@ -107,6 +107,6 @@ def demo(
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: already holds something; give another folder with -o, or --overwrite a demo")
     make_phantoms("liver", data, cases=cases, size=size, seed=seed, progress=progress)
-    # about half a phantom: more steps in the same minutes, and the sliding window has something to do
-    patch = [max(8, part * size // 4 // 8 * 8) for part in (2, 3, 3)]
+    # whole slices, which tell left from right, and half the height: more steps in the same minutes
+    patch = [max(8, part * size // 4 // 8 * 8) for part in (1, 4, 4)]
     return train_and_test(data, out, max_time=max_time, patch_size=patch, seed=seed, progress=progress, say=say)
