@@ -169,8 +169,8 @@ def plan(
         )
     try:
         made.save(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); give another file with -o") from error
+    except LightMError as error:
+        raise InputError(f"{error}, or give another file with -o") from error
     typer.echo(made.model_dump_json(indent=1) if as_json else f"{path}\n{path.read_text(encoding='utf-8')}")
 
 

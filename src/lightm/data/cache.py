@@ -20,9 +20,9 @@ import platformdirs
 
 from lightm.data.cases import Case
 from lightm.data.fingerprint import file_hash
-from lightm.data.io import atomic_file
 from lightm.data.plan import Plan
 from lightm.errors import LightMError
+from lightm.files import atomic_file
 
 # Raised whenever preprocessing gives other numbers, so that older results are left alone.
 CODE_VERSION = 1

@@ -6,18 +6,15 @@ another name and renamed when complete, so that nobody ever sees half of one.
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 
 from lightm.data import nifti, png
 from lightm.data.volume import Volume
-from lightm.errors import InputError, LightMError
+from lightm.errors import InputError
+from lightm.files import atomic_file
 
 SUFFIXES = (".nii.gz", ".nii", ".png")
 
@@ -89,28 +86,6 @@ def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) 
         raise InputError(f"{path}: {error}") from None
     with atomic_file(path) as stream:
         encode(stream)
-
-
-@contextmanager
-def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its name only when the block ends without an error.
-
-    Missing folders are made. Raises LightMError when the disk refuses.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as stream:
-            yield stream
-        os.replace(temporary, path)
-    except OSError as error:
-        raise LightMError(
-            f"{path}: cannot be written ({error.strerror or error}); check the folder's rights and the free space"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def as_label(data: np.ndarray) -> np.ndarray:

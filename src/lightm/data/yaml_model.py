@@ -9,8 +9,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from lightm.data.io import atomic_file
 from lightm.errors import InputError, did_you_mean
+from lightm.files import atomic_file
 
 Model = TypeVar("Model", bound=BaseModel)
 

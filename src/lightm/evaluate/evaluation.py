@@ -105,7 +105,7 @@ class Evaluation(BaseModel):
 
     def to_json(self, path: Path) -> None:
         """Write everything as JSON, whole or not at all."""
-        _write(path, self.model_dump_json(indent=2) + "\n")
+        write_text(path, self.model_dump_json(indent=2) + "\n")
 
     def to_csv(self, path: Path) -> None:
         """Write one row per case and class; an undefined value is an empty cell."""
@@ -117,7 +117,7 @@ class Evaluation(BaseModel):
             values = row.model_dump()
             values["class"] = values.pop("class_name")
             writer.writerow({key: "" if values[key] is None else values[key] for key in names})
-        _write(path, text.getvalue())
+        write_text(path, text.getvalue())
 
 
 def load_evaluation(path: Path) -> Evaluation:
@@ -219,11 +219,6 @@ def format_statistic(statistic: Statistic, digits: int = 3) -> str:
     if statistic.low is None or statistic.high is None:
         return text
     return f"{text} [{statistic.low:.{digits}f}, {statistic.high:.{digits}f}]"
-
-
-def _write(path: Path, text: str) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
 
 
 def _number(value: float | None) -> float:

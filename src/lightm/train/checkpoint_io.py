@@ -30,11 +30,10 @@ class SafeCheckpointIO(CheckpointIO):
         """Write the checkpoint in one step; LightMError names what cannot be written."""
         tensors: dict[str, torch.Tensor] = {}
         tree = _encode(checkpoint, tensors, "checkpoint")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
-            with replacing(Path(path)) as temporary:
+            with replacing(path) as temporary:
                 save_file(tensors, temporary, metadata={_STATE: json.dumps(tree)})
-        except (OSError, SafetensorError) as error:
+        except SafetensorError as error:
             raise LightMError(f"{path}: the checkpoint could not be written ({error})") from error
 
     def load_checkpoint(
