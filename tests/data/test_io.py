@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightm.data import io
 from lightm.data.io import read_volume, write_volume
 from lightm.data.volume import Volume
 from lightm.errors import InputError, LightMError
@@ -310,7 +309,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
     def full(source: object, target: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(io.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(LightMError, match=r"a\.nii\.gz: cannot be written \(No space left"):
         write_volume(path, old.like(old.data + 1))
     monkeypatch.undo()
