@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lightm.data.dataset import Dataset, open_dataset
+from lightm.data.io import read_volume
 from lightm.data.phantoms import make_phantoms
 from lightm.errors import InputError
 from lightm.evaluate import Evaluation, evaluate_folder, write_report
-from lightm.infer import predict_folder
+from lightm.infer import Predictor, predict_folder
+from lightm.infer.postprocess import Rule, choose_rules
+from lightm.nets.folder import set_postprocess
 from lightm.train import TrainResult, load_split, train
 from lightm.train.config import load_config
 
@@ -35,9 +38,32 @@ def train_and_test(dataset: Path | str, out: Path | str | None = None, **options
 
 
 def finish_run(training: TrainResult, *, progress: Progress | None = None) -> RunResult:
-    """Predict and score the test cases of a trained run, and write its report."""
+    """Choose the model's clean-up on the validation cases, predict and score the test cases, and write the report."""
+    choose_postprocess(training, progress=progress)
     evaluation = score_run(training.run_dir, progress=progress) if training.split.test else None
     return RunResult(training, evaluation, write_report(training.run_dir))
+
+
+MOST_VALIDATION_CASES = 20  # enough to choose a clean-up by
+
+
+def choose_postprocess(training: TrainResult, *, progress: Progress | None = None) -> list[Rule]:
+    """Keep with the model which classes lose their stray components, as far as that helps on the validation cases."""
+    model, config, plan = training.run_dir / "model", training.config, training.plan
+    data = open_dataset(Path(config.dataset), labels=None if config.labels is None else Path(config.labels))
+    predictor = Predictor.from_folder(model, config.device)
+    predictor.rules = ()
+    predictions, truths = [], []
+    ids = training.split.val[:MOST_VALIDATION_CASES]
+    for done, case in enumerate(map(data.case, ids)):
+        if case.label is not None:
+            predictions.append(predictor.predict_volumes([read_volume(path) for path in case.images]).data)
+            truths.append(read_volume(case.label, kind="label").data)
+        if progress is not None:
+            progress("clean-up", done + 1, len(ids))
+    rules = choose_rules(predictions, truths, plan.values[1:], ignore_label=plan.ignore_label)
+    set_postprocess(model, rules)
+    return rules
 
 
 def score_run(run_dir: Path | str, *, progress: Progress | None = None) -> Evaluation:

@@ -14,6 +14,7 @@ from lightm.data.preprocess import preprocess_case
 from lightm.data.volume import Volume, to_native
 from lightm.errors import InputError, LightMError
 from lightm.infer.native import class_indices
+from lightm.infer.postprocess import apply_rules
 from lightm.infer.sliding import WindowProgress, logit_slabs
 from lightm.nets import folder as model_folder
 
@@ -24,6 +25,7 @@ class Predictor:
     network: (B, C, *patch) -> logits (B, K, *patch); it is moved to `device` and put into evaluation mode.
     overlap: of neighbouring windows, as a share of the patch. tta: average the logits over all flips (4 in 2D, 8 in 3D:
     that many times the work); only for structures that a flip leaves what they are, so not for left and right.
+    rules: label values whose stray components are removed, see `lightm.infer.postprocess`.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Predictor:
         *,
         overlap: float = 0.5,
         tta: bool = False,
+        rules: Sequence[Sequence[int]] = (),
     ) -> None:
         if not 0 <= overlap < 1:
             raise InputError(f"overlap={overlap}: expected a share of the patch of at least 0 and below 1, such as 0.5")
@@ -45,6 +48,7 @@ class Predictor:
         self.plan = plan
         self.overlap = overlap
         self.tta = tta
+        self.rules = rules
 
     @classmethod
     def from_folder(
@@ -61,7 +65,8 @@ class Predictor:
             plan = Plan.model_validate(info["plan"])
         except ValueError as error:
             raise InputError(f"{Path(model_dir) / 'model.json'}: its plan is not valid: {error}") from error
-        return cls(network, plan, device, overlap=overlap, tta=tta)
+        rules = info.get("postprocess", {}).get("keep_largest", [])
+        return cls(network, plan, device, overlap=overlap, tta=tta, rules=rules)
 
     def predict_volumes(self, images: Sequence[Volume], *, progress: WindowProgress | None = None) -> Volume:
         """Return the label map of one case, in the geometry of its first image; uint8, or int16 for values above 255.
@@ -89,7 +94,7 @@ class Predictor:
         indices = class_indices(self._checked(slabs), image.shape[1:], native.to_canonical().shape)
         dtype = np.uint8 if max(values) <= 255 else np.int16
         labels = np.asarray(values, dtype=dtype)[to_native(indices, native)]
-        return native.like(np.ascontiguousarray(labels))
+        return native.like(apply_rules(np.ascontiguousarray(labels), self.rules))
 
     def _checked(self, slabs: Iterator[Tensor]) -> Iterator[Tensor]:
         for slab in slabs:

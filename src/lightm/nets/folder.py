@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from lightm import __version__
 from lightm.errors import InputError
+from lightm.files import write_text
 from lightm.nets.presets import create
 
 SCHEMA_VERSION = 1
@@ -64,6 +66,13 @@ def save_model(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
+
+
+def set_postprocess(folder: Path, rules: Sequence[Sequence[int]]) -> None:
+    """Keep with a model which label values' stray components its predictions lose, see `lightm.infer.postprocess`."""
+    info = _read_description(Path(folder))
+    info["postprocess"] = {"keep_largest": [list(rule) for rule in rules]}
+    write_text(Path(folder) / "model.json", json.dumps(info, indent=1) + "\n")
 
 
 def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
