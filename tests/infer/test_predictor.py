@@ -86,6 +86,18 @@ def test_2d_and_label_values(make_plan: PlanMaker) -> None:
         assert np.array_equal(result.data, np.where(image.data > 3, value, 0))
 
 
+def test_rules_remove_stray_components(make_plan: PlanMaker) -> None:
+    data = np.zeros((16, 24), np.float32)
+    data[2:9, 3:9] = 10
+    data[12:14, 18:20] = 10
+    plan = make_plan((1.0, 1.0), (16, 16), labels={"background": 0, "bright": 7})
+    image = Volume.from_spacing(data, (1.0, 1.0))
+    assert (Predictor(Threshold(3.0), plan).predict_volumes([image]).data == 7).sum() == 46
+    cleaned = Predictor(Threshold(3.0), plan, rules=[[7]]).predict_volumes([image]).data
+    assert np.argwhere(cleaned == 7).max(0).tolist() == [8, 8]
+    assert (cleaned == 7).sum() == 42
+
+
 def test_mirroring_is_used_over_all_axes(make_plan: PlanMaker) -> None:
     class Ramp(nn.Module):
         """Votes for class 1 in the first half of the last axis, more weakly than the image's sign."""
