@@ -61,6 +61,14 @@ class History(pl.Callback):
         )
 
 
+class ProgressBar(pl.callbacks.RichProgressBar):
+    """Lightning's Rich bar, without a last epoch where a time budget ends the run."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        last = self.trainer.max_epochs
+        return f"Epoch {current_epoch}" + (f"/{last - 1}" if last is not None and last > 0 else "")
+
+
 class Checkpoints(pl.Callback):
     """Keep `last.ckpt` of every epoch and `best.ckpt` of the best moving pseudo Dice."""
 

@@ -22,7 +22,7 @@ from lightm.data.preprocess import default_cache_dir, preprocess_dataset
 from lightm.errors import InputError, LightMError
 from lightm.losses import create_loss
 from lightm.nets import DEFAULT, create, save_model
-from lightm.train.callbacks import Checkpoints, History, Stopping
+from lightm.train.callbacks import Checkpoints, History, ProgressBar, Stopping
 from lightm.train.checkpoint_io import SafeCheckpointIO
 from lightm.train.config import TrainConfig, load_config, parse_duration, resolve_config
 from lightm.train.datamodule import PatchDataModule
@@ -239,7 +239,7 @@ def _fit(
     callbacks: list[pl.Callback] = [History(run_dir / "history.csv", names, say), checkpoints, stopping]
     show_bar = sys.stderr.isatty()
     if show_bar:
-        callbacks.append(pl.callbacks.RichProgressBar())
+        callbacks.append(ProgressBar())
     if resume and not checkpoints.last.is_file():
         say(f"{run_dir}: no whole epoch was kept before the interruption; the run starts anew")
     for name in ("lightning.pytorch", "lightning.fabric"):  # their notes are about other products and settings
