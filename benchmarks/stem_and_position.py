@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from lightm import __version__, train
+from lightm import __version__, train_model
 from lightm.nets import count_parameters, create
 
 SPM = {"layer": "spm", "pooling": "add", "bottleneck_layers": 3}
@@ -45,7 +45,7 @@ def main() -> None:
     for index, (what, options) in enumerate(ROWS):
         run = given.out / f"row-{index}"
         if not (run / "model").is_dir():
-            train(
+            train_model(
                 given.dataset,
                 run,
                 network="lightm-unet-small",

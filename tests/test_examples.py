@@ -37,8 +37,8 @@ def test_the_readmes_commands_exist() -> None:
 def test_the_documented_keys_are_options_of_train() -> None:
     import inspect
 
-    from lightm.train import train
+    from lightm.train import train_model
 
-    assert set(USER_KEYS) <= set(inspect.signature(train).parameters)
+    assert set(USER_KEYS) <= set(inspect.signature(train_model).parameters)
     for name in re.findall(r"\]\(((?:docs|src)/[^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), name

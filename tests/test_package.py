@@ -29,7 +29,10 @@ def test_importing_pulls_in_nothing_heavy(code: str) -> None:
 def test_every_public_name_exists_and_has_a_docstring() -> None:
     for name in lightm.__all__:
         if name != "__version__":
-            assert (getattr(lightm, name).__doc__ or "").strip(), name
+            first = getattr(lightm, name)
+            assert (first.__doc__ or "").strip(), name
+            assert callable(first), name
+            assert getattr(lightm, name) is first, f"{name} is hidden by a module of that name once it is imported"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lightm.nothing
 

@@ -9,7 +9,7 @@ import pytest
 
 from lightm.errors import InputError
 from lightm.pipeline import demo, finish_run, score_run, train_and_test
-from lightm.train import train
+from lightm.train import train_model
 from tests.helpers import make_balls
 
 
@@ -63,7 +63,7 @@ def test_scoring_needs_a_trained_run_with_test_cases(tmp_path: Path) -> None:
     data = make_balls(tmp_path / "data", cases=4, dims=2, size=16)
     split = {"kind": "mine", "seed": 0, "train": ["ball_00", "ball_01"], "val": ["ball_02"], "test": []}
     (tmp_path / "split.json").write_text(json.dumps(split), encoding="utf-8")
-    trained = train(
+    trained = train_model(
         data,
         tmp_path / "run",
         split=tmp_path / "split.json",

@@ -31,7 +31,7 @@ _PUBLIC = {
     "predict_folder": "lightm.infer",
     "read_volume": "lightm.data.io",
     "selective_scan": "lightm.ops",
-    "train": "lightm.train",
+    "train_model": "lightm.train",
     "write_report": "lightm.evaluate",
     "write_volume": "lightm.data.io",
 }

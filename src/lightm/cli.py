@@ -229,7 +229,7 @@ def train(
             if dataset is None:
                 raise InputError("no data set: `lightm train DATASET`, or `lightm train --resume RUN`")
             options = {**(read_user_config(config) if config is not None else {}), **given}
-            trained = package.train(dataset, out, progress=progress, say=_echo, **options)
+            trained = package.train_model(dataset, out, progress=progress, say=_echo, **options)
         _echo(f"trained {trained.epochs} epochs in {trained.train_seconds:.0f} s ({trained.reason})")
         if not test:
             typer.echo(json.dumps({"run": str(trained.run_dir)}) if as_json else f"model: {trained.run_dir / 'model'}")

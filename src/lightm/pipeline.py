@@ -16,7 +16,7 @@ from lightm.evaluate import Evaluation, evaluate_folder, write_report
 from lightm.infer import Predictor, predict_folder
 from lightm.infer.postprocess import Rule, choose_rules
 from lightm.nets.folder import set_postprocess
-from lightm.train import TrainResult, load_split, train
+from lightm.train import TrainResult, load_split, train_model
 from lightm.train.config import load_config
 
 Progress = Callable[[str, int, int], None]
@@ -32,9 +32,9 @@ class RunResult:
 
 
 def train_and_test(dataset: Path | str, out: Path | str | None = None, **options: Any) -> RunResult:
-    """Train (`lightm.train`, which takes the options), then predict and score the test cases and write the report."""
+    """Train (the options are those of `lightm.train_model`), predict and score the test cases, write the report."""
     progress = options.get("progress")
-    return finish_run(train(dataset, out, **options), progress=progress)
+    return finish_run(train_model(dataset, out, **options), progress=progress)
 
 
 def finish_run(training: TrainResult, *, progress: Progress | None = None) -> RunResult:

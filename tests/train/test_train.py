@@ -17,7 +17,7 @@ import yaml
 from lightm import make_plan, open_dataset
 from lightm.errors import InputError, LightMError
 from lightm.nets import load_model
-from lightm.train import resume_training, train
+from lightm.train import resume_training, train_model
 from lightm.train.callbacks import Checkpoints
 from lightm.train.checkpoint_io import SafeCheckpointIO
 from lightm.train.config import parse_duration, read_user_config
@@ -54,7 +54,7 @@ def weights(run: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
 def test_a_run_leaves_everything_a_reader_needs(balls: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     said: list[str] = []
-    result = train(balls, run, epochs=2, seed=5, **{**SMALL, "say": said.append})
+    result = train_model(balls, run, epochs=2, seed=5, **{**SMALL, "say": said.append})
     assert result.epochs == 2
     rows = history(run)
     assert [int(row["epoch"]) for row in rows] == [0, 1]
@@ -77,7 +77,7 @@ def test_a_run_leaves_everything_a_reader_needs(balls: Path, tmp_path: Path) -> 
 
 def test_the_same_seed_gives_the_same_curve_and_weights_and_another_seed_does_not(balls: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(balls, tmp_path / name, epochs=2, seed=seed, **SMALL)
+        train_model(balls, tmp_path / name, epochs=2, seed=seed, **SMALL)
     assert history(tmp_path / "a") == history(tmp_path / "b")
     assert history(tmp_path / "a") != history(tmp_path / "c")
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
@@ -91,7 +91,7 @@ class _Killed(BaseException):
 def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(
     balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(balls, tmp_path / "whole", epochs=3, **SMALL)
+    train_model(balls, tmp_path / "whole", epochs=3, **SMALL)
     step = SegmentationModule.training_step
 
     def killing(self: SegmentationModule, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
@@ -102,7 +102,7 @@ def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(
     with monkeypatch.context() as patched:
         patched.setattr(SegmentationModule, "training_step", killing)
         with pytest.raises(_Killed):
-            train(balls, tmp_path / "killed", epochs=3, **SMALL)
+            train_model(balls, tmp_path / "killed", epochs=3, **SMALL)
     assert len(history(tmp_path / "killed")) == 2
     assert json.loads((tmp_path / "killed" / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
     result = resume_training(tmp_path / "killed", say=lambda text: None)
@@ -125,18 +125,18 @@ def test_ctrl_c_ends_with_one_message_and_the_run_can_go_on(
     with monkeypatch.context() as patched:
         patched.setattr(SegmentationModule, "training_step", interrupted)
         with pytest.raises(LightMError, match="--resume"):
-            train(balls, tmp_path / "run", epochs=2, **SMALL)
+            train_model(balls, tmp_path / "run", epochs=2, **SMALL)
     assert resume_training(tmp_path / "run", say=lambda text: None).epochs == 2
 
 
 def test_a_finished_run_can_be_made_longer(balls: Path, tmp_path: Path) -> None:
-    train(balls, tmp_path / "run", epochs=1, **SMALL)
+    train_model(balls, tmp_path / "run", epochs=1, **SMALL)
     assert resume_training(tmp_path / "run", epochs=2, say=lambda text: None).epochs == 2
     assert [row["epoch"] for row in history(tmp_path / "run")] == ["0", "1"]
 
 
 def test_a_time_budget_ends_the_training_and_lets_the_learning_rate_fall(balls: Path, tmp_path: Path) -> None:
-    result = train(balls, tmp_path / "run", max_time="2s", **SMALL)
+    result = train_model(balls, tmp_path / "run", max_time="2s", **SMALL)
     assert "time budget" in result.reason
     assert result.train_seconds < 20
     assert float(history(tmp_path / "run")[-1]["lr"]) < 1e-3
@@ -144,20 +144,20 @@ def test_a_time_budget_ends_the_training_and_lets_the_learning_rate_fall(balls: 
 
 def test_patience_ends_the_training(balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightm.train.module.MOVING", 1.0)  # the moving average never moves
-    result = train(balls, tmp_path / "run", epochs=9, patience=2, **SMALL)
+    result = train_model(balls, tmp_path / "run", epochs=9, patience=2, **SMALL)
     assert result.epochs == 3
     assert "2 epochs" in result.reason
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_cases(balls: Path, tmp_path: Path) -> None:
     with pytest.raises(LightMError, match=r"the loss is nan at step \d+, on the cases ball_"):
-        train(balls, tmp_path / "run", epochs=3, lr=1e30, **SMALL)
+        train_model(balls, tmp_path / "run", epochs=3, lr=1e30, **SMALL)
 
 
 def test_a_network_learns_the_balls_in_2d_and_the_best_weights_are_kept(tmp_path: Path) -> None:
     data = make_balls(tmp_path / "Dataset002_Discs", dims=2, size=32, classes=1, cases=8)
     options = {**SMALL, "settings": {"steps_per_epoch": 20, "lr": 1e-2, "warmup_steps": 0}, "val_patches": 4}
-    result = train(data, tmp_path / "run", epochs=2, batch_size=4, **options)
+    result = train_model(data, tmp_path / "run", epochs=2, batch_size=4, **options)
     rows = history(tmp_path / "run")
     assert float(rows[-1]["pseudo_dice"]) > 0.9
     assert result.best_pseudo_dice == pytest.approx(max(float(row["pseudo_dice_ema"]) for row in rows))
@@ -175,7 +175,7 @@ def test_checkpoints_keep_best_and_last(tmp_path: Path) -> None:
 
 def refuse(balls: Path, run: Path, match: str, **options: Any) -> None:
     with pytest.raises(InputError, match=match):
-        train(balls, run, **{**SMALL, "epochs": 1, **options})
+        train_model(balls, run, **{**SMALL, "epochs": 1, **options})
     assert not run.exists(), "bad input must leave nothing behind"
 
 
@@ -254,16 +254,16 @@ def test_too_few_cases_are_refused(tmp_path: Path) -> None:
 
 def test_a_used_folder_is_refused_and_left_as_it_is(balls: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(balls, run, epochs=1, **SMALL)
+    train_model(balls, run, epochs=1, **SMALL)
     before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
     with pytest.raises(InputError, match="already holds a run"):
-        train(balls, run, epochs=1, **SMALL)
+        train_model(balls, run, epochs=1, **SMALL)
     assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(InputError, match="not empty"):
-        train(balls, other, epochs=1, **SMALL)
+        train_model(balls, other, epochs=1, **SMALL)
     with pytest.raises(InputError, match="no run to resume"):
         resume_training(other)
 

@@ -1,7 +1,7 @@
-"""Training: recipes, splits, the Lightning modules, and `train`, which joins them."""
+"""Training: recipes, splits, the Lightning modules, and `train_model`, which joins them."""
 
 from lightm.train.recipes import RECIPES, Recipe, get_recipe
-from lightm.train.run import TrainResult, resume_training, train
+from lightm.train.run import TrainResult, resume_training, train_model
 from lightm.train.split import Split, load_split, make_split
 
 __all__ = [
@@ -13,5 +13,5 @@ __all__ = [
     "load_split",
     "make_split",
     "resume_training",
-    "train",
+    "train_model",
 ]

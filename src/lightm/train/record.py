@@ -27,9 +27,12 @@ def run_record(
     first = started.isoformat(timespec="seconds")
     if resumed is not None and (resumed / "run.json").is_file():
         first = json.loads((resumed / "run.json").read_text(encoding="utf-8")).get("started", first)
+    called = Path(sys.argv[0]).stem
     packages = ("torch", "lightning", "monai", "numba", "numpy", "nibabel")
     return {
-        "command": " ".join(["lightm", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "lightm" else "lightm.train()",
+        "command": " ".join(["lightm", *sys.argv[1:]])
+        if Path(sys.argv[0]).stem == "lightm"
+        else "lightm.train_model()",
         "versions": {
             "lightm-unet": __version__,
             "python": platform.python_version(),

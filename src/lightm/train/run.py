@@ -48,7 +48,7 @@ class TrainResult:
     reason: str
 
 
-def train(
+def train_model(
     dataset: Path | str,
     out: Path | str | None = None,
     *,
@@ -139,7 +139,7 @@ def resume_training(
 ) -> TrainResult:
     """Continue an interrupted or ended run after its last whole epoch, with the options that it was started with.
 
-    Arguments: `run_dir` of `train`; `epochs`, `max_time` (of the whole run, the time already used included),
+    Arguments: `run_dir` of `train_model`; `epochs`, `max_time` (of the whole run, the time already used included),
     `patience` and `workers` replace the stored ones when given. A run that was resumed has the same weights as one
     that was never interrupted, as long as epochs and not time end it.
     Raises InputError for a folder without a run, or a data set that has changed.
