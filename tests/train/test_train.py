@@ -18,7 +18,6 @@ from lightm import make_plan, open_dataset
 from lightm.errors import InputError, LightMError
 from lightm.nets import load_model
 from lightm.train import resume_training, train_model
-from lightm.train.callbacks import Checkpoints
 from lightm.train.checkpoint_io import SafeCheckpointIO
 from lightm.train.config import parse_duration, read_user_config
 from lightm.train.module import SegmentationModule
@@ -163,11 +162,6 @@ def test_a_network_learns_the_balls_in_2d_and_the_best_weights_are_kept(tmp_path
     assert result.best_pseudo_dice == pytest.approx(max(float(row["pseudo_dice_ema"]) for row in rows))
     model, best = load_model(tmp_path / "run" / "model")[0].state_dict(), weights(tmp_path / "run", "best.ckpt")
     assert all(torch.equal(model[name], best[f"network.{name}"]) for name in model)
-
-
-def test_checkpoints_keep_best_and_last(tmp_path: Path) -> None:
-    kept = Checkpoints(tmp_path)
-    assert (kept.last.name, kept.best.name) == ("last.ckpt", "best.ckpt")
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------
