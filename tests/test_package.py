@@ -16,7 +16,19 @@ import lightm
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "numpy", "numba", "monai", "lightning", "matplotlib", "nibabel", "scipy", "skimage")
-VERBS = ("demo", "phantom", "check", "plan", "train", "predict", "evaluate", "report")
+VERBS = (
+    "demo",
+    "phantom",
+    "check",
+    "plan",
+    "train",
+    "predict",
+    "evaluate",
+    "report",
+    "bench",
+    "info",
+    "import-released",
+)
 
 
 @pytest.mark.parametrize("code", ["import lightm", "import lightm.cli"])

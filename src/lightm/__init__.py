@@ -25,6 +25,7 @@ _PUBLIC = {
     "create_loss": "lightm.losses",
     "create_network": "lightm.nets",
     "evaluate_folder": "lightm.evaluate",
+    "import_released": "lightm.data.released",
     "make_phantoms": "lightm.data.phantoms",
     "make_plan": "lightm.data.plan",
     "open_dataset": "lightm.data.dataset",

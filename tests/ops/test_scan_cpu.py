@@ -7,44 +7,10 @@ import logging
 import pytest
 import torch
 from compare import Inputs, assert_close, check_against_oracle, run
+from scan_inputs import make_inputs, scan
 from torch import Tensor
 
 from lightm.ops import selective_scan
-
-OPTIONAL = ("d_skip", "z", "delta_bias", "initial_state")
-
-
-def make_inputs(batch: int, length: int, channels: int, states: int, groups: int = 0, optional: str = "") -> Inputs:
-    """Random inputs; `optional` names the optional ones by first letter: d, z, b(ias), i."""
-    generator = torch.Generator().manual_seed(length * 1000 + channels)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    shared = (batch, length, groups, states) if groups else (batch, length, states)
-    inputs = {
-        "u": random(batch, length, channels),
-        "delta": random(batch, length, channels).abs() * 0.3 + 1e-3,
-        "A": -torch.rand(channels, states, generator=generator, dtype=torch.float64) * 4 - 0.05,
-        "B": random(*shared),
-        "C": random(*shared),
-        "d_skip": random(channels),
-        "z": random(batch, length, channels),
-        "delta_bias": random(channels).abs() * 0.1,
-        "initial_state": random(batch, channels, states),
-    }
-    letters = {"d_skip": "d", "z": "z", "delta_bias": "b", "initial_state": "i"}
-    return {name: value for name, value in inputs.items() if name not in letters or letters[name] in optional}
-
-
-def scan(impl: str, softplus: bool):  # type: ignore[no-untyped-def]
-    def call(**inputs: Tensor) -> tuple[Tensor, ...]:
-        result = selective_scan(**inputs, delta_softplus=softplus, return_state=True, impl=impl)  # type: ignore[arg-type]
-        assert isinstance(result, tuple)
-        return result
-
-    return call
-
 
 CASES = [
     # batch, length, channels, states, groups, optional, softplus: every value of each at least once
@@ -69,14 +35,6 @@ def test_against_oracle(
     inputs = make_inputs(batch, length, channels, states, groups, optional)
     dtypes = (torch.float32,) if length > 200 else (torch.float32, torch.bfloat16)  # the oracle is slow
     check_against_oracle(scan("cpu", softplus), scan("reference", softplus), inputs, dtypes)
-
-
-def test_long_forward() -> None:
-    inputs = {name: x.float().double() for name, x in make_inputs(1, 4097, 24, 16, 0, "dzbi").items()}
-    single = {name: x.float() for name, x in inputs.items()}
-    got, expected = scan("cpu", True)(**single), scan("reference", True)(**inputs)
-    names = ("y", "state")
-    assert_close(dict(zip(names, got, strict=True)), dict(zip(names, expected, strict=True)), 1e-5)
 
 
 def test_beyond_one_stretch() -> None:

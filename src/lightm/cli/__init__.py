@@ -18,8 +18,11 @@ from lightm.errors import LightMError
 # the order of these imports is the order of the verbs in the help
 from lightm.cli import runs  # isort: skip
 from lightm.cli import results  # isort: skip
+from lightm.cli import bench  # isort: skip
+from lightm.cli import weights  # isort: skip
+from lightm.cli import info  # isort: skip
 
-__all__ = ["app", "main", "results", "runs"]
+__all__ = ["app", "bench", "info", "main", "results", "runs", "weights"]
 
 
 def main() -> None:

@@ -127,7 +127,7 @@ def train(
     dataset: Annotated[Path | None, typer.Argument(help="Data set; not needed with --resume.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/DATASET-NETWORK.")] = None,
     labels: Labels = None,
-    network: Annotated[str | None, typer.Option(help="Network preset; default lightm.")] = None,
+    network: Annotated[str | None, typer.Option(help="Network preset or peer; default lightm-small.")] = None,
     recipe: Annotated[str | None, typer.Option(help="default, paper, seed or released.")] = None,
     loss: Annotated[str | None, typer.Option(help="Loss, such as ce+dice or ce+arsl.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs.")] = None,

@@ -18,12 +18,14 @@ skip_scale     s, scale of the residual                    LightM-UNet, Eq. 1
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightm import ops
+from lightm.nets.recompute import recomputed
+from lightm.nets.token_layer import TokenLayer
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -85,7 +87,7 @@ class DWConv(nn.Module):
         x = ops.depthwise_conv(x, self.depthwise) if self.kernel_size == 3 else x * self.depthwise.reshape(-1)
         if self.depthwise_bias is not None:
             x = x + self.depthwise_bias
-        return self.pointwise(x)
+        return ops.linear(x, self.pointwise.weight, self.pointwise.bias)
 
 
 class ConvStem(nn.Module):
@@ -143,7 +145,7 @@ class VSS(nn.Module):
     ) -> None:
         super().__init__()
         inner = expand * channels
-        self.inner, self.state_size = inner, state_size
+        self.inner, self.state_size, self.taps = inner, state_size, taps
         self.dt_rank = math.ceil(channels / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(inner, taps))
@@ -159,29 +161,66 @@ class VSS(nn.Module):
         init_dt_bias(self.dt_proj.bias)
         without_decay(self.A_log, self.conv_weight)
 
-    def forward(self, w: Tensor) -> Tensor:
-        x, z = self.in_proj(w).chunk(2, dim=-1)  # (B, L, E) each
-        u = ops.causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu")
-        dt_low, B, C = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
-        # the bias of dt_proj goes into the scan, which adds it before its softplus
-        delta = F.linear(dt_low, self.dt_proj.weight)
-        y = ops.selective_scan(
+    @property
+    def inner_total(self) -> int:
+        """Channels that the scan runs over."""
+        return self.inner
+
+    def forward(
+        self, w: Tensor, state: Tensor | None = None, *, halo: int = 0, return_state: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, halo + L, C) -> (B, L, C); the first `halo` tokens are seen by the convolution only.
+
+        With `state` (B, E, N) the scan goes on from there; with `return_state` the last state comes too.
+        """
+        in_x, in_z = self.in_proj.weight.chunk(2)
+        z = ops.linear(w[:, halo:], in_z)  # (B, L, E)
+        # (B, L, E): with two products instead of one their gradients need not be joined
+        u = ops.causal_conv1d(ops.linear(w, in_x), self.conv_weight, self.conv_bias, activation="silu")[:, halo:]
+        low, B, C = (
+            ops.linear(u, weight) for weight in self.x_proj.weight.split([self.dt_rank, *[self.state_size] * 2])
+        )
+        y, end = ops.selective_scan(
             u,
-            delta,
+            ops.linear(low, self.dt_proj.weight),
             decay_rates(self.A_log),
             B,
             C,
             d_skip=self.d_skip,
             z=z if self.norm is None else None,
+            # the bias of dt_proj goes into the scan, which adds it before its softplus
             delta_bias=self.dt_proj.bias,
             delta_softplus=True,
+            initial_state=state,
+            return_state=True,
         )
         if self.norm is not None:
             y = ops.gated_norm(y, z, self.norm.weight, self.norm.bias, eps=self.norm.eps)
-        return self.out_proj(y)
+        out = ops.linear(y, self.out_proj.weight)
+        return (out, end) if return_state else out
+
+    def layer_tensors(self) -> dict[str, Any]:
+        """This module's part of `ops.LayerParameters`."""
+        in_x, in_z = self.in_proj.weight.chunk(2)
+        low, B, C = self.x_proj.weight.split([self.dt_rank, self.state_size, self.state_size])
+        return {
+            "in_x": in_x[None],
+            "in_z": in_z[None],
+            "conv_weight": self.conv_weight,
+            "conv_bias": self.conv_bias,
+            "to_low": low[None],
+            "to_B": B[None],
+            "to_C": C[None],
+            "to_dt": self.dt_proj.weight[None],
+            "dt_bias": self.dt_proj.bias,
+            "A": decay_rates(self.A_log),
+            "d_skip": self.d_skip,
+            "gate_norm": None if self.norm is None else (self.norm.weight, self.norm.bias, self.norm.eps),
+            "out": self.out_proj.weight[None],
+        }
 
 
-class RVM(nn.Module):
+class RVM(TokenLayer):
     """Residual Vision Mamba layer: M~ = VSS(LayerNorm(M)) + s * M; out = Linear(LayerNorm(M~)).
 
     Source: LightM-UNet, Eq. 1-2 (Eq. 1 of the report prints "+ s", its text and the released code add s times the
@@ -201,19 +240,12 @@ class RVM(nn.Module):
         inner_norm: bool = True,
         vector_scale: bool = True,
         one_norm: bool = False,
+        scan: str = "raster",
     ) -> None:
-        super().__init__()
-        self.norm_in = nn.LayerNorm(channels)
-        self.vss = VSS(channels, state_size=state_size, expand=expand, inner_norm=inner_norm)
-        self.skip_scale = nn.Parameter(torch.ones(channels if vector_scale else 1))
-        self.norm_out = None if one_norm else nn.LayerNorm(channels)
-        self.proj = nn.Linear(channels, out_channels)
-
-    def forward(self, m: Tensor) -> Tensor:
-        tokens = m.flatten(1, -2)  # (B, L, C)
-        mixed = torch.addcmul(self.vss(self.norm_in(tokens)), tokens, self.skip_scale)
-        norm_out = self.norm_in if self.norm_out is None else self.norm_out
-        return self.proj(norm_out(mixed)).unflatten(1, m.shape[1:-1])
+        vss = VSS(channels, state_size=state_size, expand=expand, inner_norm=inner_norm)
+        super().__init__(
+            vss, channels, out_channels, of_norm=False, vector_scale=vector_scale, one_norm=one_norm, scan=scan
+        )
 
 
 class GroupNormReLU(nn.Module):
@@ -226,6 +258,10 @@ class GroupNormReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
         return ops.group_norm_relu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+    def tensors(self) -> ops.GroupNormParameters:
+        """The norm's tensors for `ops.decoder_stage` and `ops.decoder_head`."""
+        return ops.GroupNormParameters(self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.eps)
 
 
 class DecoderStage(nn.Module):
@@ -242,7 +278,40 @@ class DecoderStage(nn.Module):
         self.conv = DWConv(half, half, spatial_dims)
         self.skip_scale = nn.Parameter(torch.ones(half if vector_scale else 1))
         self.norm2 = GroupNormReLU(half, groups)
+        self.recompute = True
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = ops.upsample_linear2(self.reduce(x)) + skip
+    def forward(self, x: Tensor, skip: Tensor, *, overwrite_skip: bool = False) -> Tensor:
+        """`overwrite_skip` lets a call without gradients compute in the skip's memory: its content is lost."""
+        if (self.recompute or not torch.is_grad_enabled()) and ops.stage_runs_fused(x, skip, self.reduce.weight):
+            return ops.decoder_stage(
+                ops.linear(x, self.reduce.weight),
+                skip,
+                self.norm1.tensors(),
+                self.conv.depthwise,
+                self.conv.pointwise.weight,
+                self.skip_scale,
+                self.norm2.tensors(),
+                overwrite_skip=overwrite_skip,
+            )
+        return recomputed(self._plain, self.parameters(), self.recompute, x, skip)
+
+    def _plain(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = ops.upsample_linear2(ops.linear(x, self.reduce.weight)) + skip
         return self.norm2(torch.addcmul(self.conv(self.norm1(x)), x, self.skip_scale))
+
+
+def run_head(norm: GroupNormReLU, conv: DWConv, x: Tensor, recompute: bool) -> Tensor:
+    """The head, norm, ReLU, DWConv 1: (B, *S, C) -> (B, *S, classes), raw logits."""
+    return recomputed(lambda x: _head(norm, conv, x), [*norm.parameters(), *conv.parameters()], recompute, x)
+
+
+def _head(norm: GroupNormReLU, conv: DWConv, x: Tensor) -> Tensor:
+    offset, bias = conv.depthwise_bias, conv.pointwise.bias
+    if (
+        offset is not None
+        and bias is not None
+        and not torch.is_grad_enabled()
+        and ops.stage_runs_fused(x, conv.pointwise.weight)
+    ):
+        return ops.decoder_head(x, norm.tensors(), conv.depthwise.reshape(-1), offset, conv.pointwise.weight, bias)
+    return conv(norm(x))

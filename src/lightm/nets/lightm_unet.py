@@ -6,13 +6,28 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lightm import ops
-from lightm.nets.blocks import RVM, ConvStem, DecoderStage, DWConv, GroupNormReLU, PositionConv
+from lightm.nets.blocks import RVM, ConvStem, DecoderStage, DWConv, GroupNormReLU, PositionConv, run_head
 from lightm.nets.spm import SPM
+from lightm.nets.token_layer import POOLINGS
 
 LAYERS = ("rvm", "spm", "spm-shared")
-POOLINGS = ("max", "avg", "add")
 STEMS = ("dwconv", "conv")
+
+
+class Positioned(nn.Sequential):
+    """A position convolution and the layer behind it."""
+
+    def forward(self, x: Tensor, pooling: str | None = None) -> Tensor:
+        return self[1](self[0](x), pooling)
+
+
+class Block(nn.Sequential):
+    """Layers one after the other; the last one pools its result, which so is never whole in memory."""
+
+    def forward(self, x: Tensor, pooling: str | None = None) -> Tensor:
+        for index, layer in enumerate(self):
+            x = layer(x, pooling if index == len(self) - 1 else None)
+        return x
 
 
 class LightMUNet(nn.Module):
@@ -38,6 +53,8 @@ class LightMUNet(nn.Module):
         pooling: "max", "avg", or "add": the sum of both (the report's Pooling Add, Figure 6).
         stem: "dwconv" (the paper's: depthwise, then pointwise, no bias) or "conv" (a full convolution).
         position_conv: a residual depthwise convolution before every layer (in neither source).
+        scan: "raster"; "bidirectional": VSS summed over the raster order and its reverse; "axes": summed over raster
+            orders with each axis in turn as the fastest (in neither source). The weights are the same for all orders.
 
     Input (B, in_channels, *S) of any float type, every size a multiple of `2 ** len(encoder_layers)`; output
     (B, out_channels, *S), raw logits. Raises ValueError for other sizes. Cost: linear in the number of voxels.
@@ -60,6 +77,7 @@ class LightMUNet(nn.Module):
         pooling: str = "max",
         stem: str = "dwconv",
         position_conv: bool = False,
+        scan: str = "raster",
     ) -> None:
         super().__init__()
         _check(spatial_dims, in_channels, out_channels, filters, encoder_layers, bottleneck_layers, groups)
@@ -72,24 +90,25 @@ class LightMUNet(nn.Module):
         def build(channels: int, out: int) -> nn.Module:
             made: nn.Module
             if layer == "rvm":
-                made = RVM(channels, out, state_size=state_size, expand=expand)
+                made = RVM(channels, out, state_size=state_size, expand=expand, scan=scan)
             else:
                 shared = layer == "spm-shared"
-                made = SPM(channels, out, parts=parts, shared=shared, state_size=state_size, expand=expand)
-            return nn.Sequential(PositionConv(channels, spatial_dims), made) if position_conv else made
+                made = SPM(channels, out, parts=parts, shared=shared, state_size=state_size, expand=expand, scan=scan)
+            return Positioned(PositionConv(channels, spatial_dims), made) if position_conv else made
 
         self.stem = (DWConv if stem == "dwconv" else ConvStem)(in_channels, filters, spatial_dims)
         self.encoder = nn.ModuleList()
         width = filters
         for count in encoder_layers:
             block = [*(build(width, width) for _ in range(count - 1)), build(width, 2 * width)]
-            self.encoder.append(nn.Sequential(*block))
+            self.encoder.append(Block(*block))
             width *= 2
-        self.bottleneck = nn.Sequential(*(build(width, width) for _ in range(bottleneck_layers)))
+        self.bottleneck = Block(*(build(width, width) for _ in range(bottleneck_layers)))
         self.decoder = nn.ModuleList()
         for _ in encoder_layers:
             self.decoder.append(DecoderStage(width, spatial_dims, groups=groups))
             width //= 2
+        self.recompute = True
         self.head_norm = GroupNormReLU(width, groups)
         self.head = DWConv(width, out_channels, spatial_dims, kernel_size=1, bias=True)
 
@@ -99,17 +118,11 @@ class LightMUNet(nn.Module):
         skips = []
         for block in self.encoder:
             skips.append(x)
-            x = self._pool(block(x))
+            x = block(x, self.pooling)
         x = self.bottleneck(x)
         for stage in self.decoder:
-            x = stage(x, skips.pop())
-        return self.head(self.head_norm(x)).movedim(-1, 1)
-
-    def _pool(self, x: Tensor) -> Tensor:
-        if self.pooling == "max":
-            return ops.max_pool2(x)
-        average = ops.avg_pool2(x)
-        return average if self.pooling == "avg" else ops.max_pool2(x) + average
+            x = stage(x, skips.pop(), overwrite_skip=True)
+        return run_head(self.head_norm, self.head, x, self.recompute).movedim(-1, 1)
 
 
 def check_input(image: Tensor, spatial_dims: int, in_channels: int, divisor: int) -> None:

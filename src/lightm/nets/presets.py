@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
 from lightm.errors import InputError, did_you_mean
+from lightm.nets import peers
 from lightm.nets.lightm_unet import LightMUNet
 from lightm.nets.released import ReleasedLightMUNet
 
@@ -27,21 +28,36 @@ PRESETS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
 DEFAULT = "lightm-small"
 
 
-def create(name: str, spatial_dims: int, in_channels: int, out_channels: int, **options: Any) -> nn.Module:
-    """Return a new network by the name of its preset, with fresh weights from torch's global generator.
+def names() -> list[str]:
+    """Return the names of all networks: LightM's presets, then the peers that they are compared with."""
+    return [*PRESETS, *peers.PEERS]
 
-    Arguments: `name` of a preset; `spatial_dims` 2 or 3; `in_channels` of the image; `out_channels` classes,
-    background included; `options` override single settings of the preset.
-    Raises InputError for an unknown name, an unknown option or impossible settings.
+
+def create(
+    name: str,
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    image_size: Sequence[int] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Return a new network by name, with fresh weights from torch's global generator.
+
+    Arguments: `name` of a preset or of a peer (`lightm.nets.peers`); `spatial_dims` 2 or 3; `in_channels` of the
+    image; `out_channels` classes, background included; `image_size`: the size of the patches, which some peers are
+    built for and LightM's own networks do not need; `options` override single settings.
+    Raises InputError for an unknown name, an unknown option, impossible settings, a missing library, or an
+    image_size that a peer cannot take.
     """
-    if name not in PRESETS:
-        raise InputError(f"unknown network '{name}'{did_you_mean(name, PRESETS)} Known: {', '.join(sorted(PRESETS))}.")
-    build, settings = PRESETS[name]
+    if name not in PRESETS and name not in peers.PEERS:
+        known = names()
+        raise InputError(f"unknown network '{name}'{did_you_mean(name, known)} Known: {', '.join(sorted(known))}.")
     try:
+        if name in peers.PEERS:
+            return peers.build(name, spatial_dims, in_channels, out_channels, image_size, **options)
+        build, settings = PRESETS[name]
         return build(spatial_dims, in_channels, out_channels, **{**settings, **options})
-    except TypeError as error:
-        raise InputError(f"network '{name}': {error}") from error
-    except ValueError as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"network '{name}': {error}") from error
 
 

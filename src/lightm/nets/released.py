@@ -1,17 +1,12 @@
-"""The network of LightM-UNet's released code, and the loading of its weights."""
+"""The network of LightM-UNet's released code; `released_checkpoint` loads its weights."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from lightm import ops
-from lightm.errors import InputError
-from lightm.nets.blocks import RVM, DecoderStage, DWConv, GroupNormReLU
+from lightm.nets.blocks import RVM, DecoderStage, DWConv, GroupNormReLU, run_head
 from lightm.nets.lightm_unet import check_input
 
 
@@ -88,6 +83,7 @@ class ReleasedLightMUNet(nn.Module):
         for _ in blocks_up:
             self.decoder.append(DecoderStage(width, spatial_dims, groups=groups, vector_scale=False))
             width //= 2
+        self.recompute = True
         self.head_norm = GroupNormReLU(width, groups)
         self.head = DWConv(width, out_channels, spatial_dims, kernel_size=1, bias=True)
 
@@ -97,143 +93,7 @@ class ReleasedLightMUNet(nn.Module):
         skips = []
         for widen, stage in zip(self.widen, list(self.stages)[1:], strict=True):
             skips.append(x)
-            x = stage(ops.max_pool2(widen(x)))
+            x = stage(widen(x, "max"))
         for stage in self.decoder:
-            x = stage(x, skips.pop())
-        return self.head(self.head_norm(x)).movedim(-1, 1)
-
-
-_LAYER = {
-    "norm": "norm_in",
-    "mamba.in_proj": "vss.in_proj",
-    "mamba.x_proj": "vss.x_proj",
-    "mamba.dt_proj": "vss.dt_proj",
-    "mamba.out_proj": "vss.out_proj",
-    "mamba.conv1d.weight": "vss.conv_weight",
-    "mamba.conv1d.bias": "vss.conv_bias",
-    "mamba.A_log": "vss.A_log",
-    "mamba.D": "vss.d_skip",
-    "proj": "proj",
-    "skip_scale": "skip_scale",
-}
-_RULES: list[tuple[str, str]] = [
-    (r"convInit\.0\.conv\.weight", "stem.depthwise"),
-    (r"convInit\.1\.conv\.weight", "stem.pointwise.weight"),
-    (r"conv_final\.0\.(\w+)", r"head_norm.norm.\1"),
-    (r"conv_final\.2\.0\.conv\.weight", "head.depthwise"),
-    (r"conv_final\.2\.0\.conv\.bias", "head.depthwise_bias"),
-    (r"conv_final\.2\.1\.conv\.(\w+)", r"head.pointwise.\1"),
-    (r"up_samples\.(\d+)\.0\.conv\.weight", r"decoder.\1.reduce.weight"),
-    (r"up_layers\.(\d+)\.0\.norm([12])\.(\w+)", r"decoder.\1.norm\2.norm.\3"),
-    (r"up_layers\.(\d+)\.0\.conv\.0\.conv\.weight", r"decoder.\1.conv.depthwise"),
-    (r"up_layers\.(\d+)\.0\.conv\.1\.conv\.weight", r"decoder.\1.conv.pointwise.weight"),
-    (r"up_layers\.(\d+)\.0\.skip_scale", r"decoder.\1.skip_scale"),
-    (r"down_layers\.(\d+)\.(\d+)\.norm([12])\.(\w+)", r"stages.\1.{\2}.norm\3.norm.\4"),
-    (r"down_layers\.(\d+)\.(\d+)\.conv([12])\.(.+)", r"stages.\1.{\2}.layer\3.@\4"),
-    (r"down_layers\.(\d+)\.0\.0\.(.+)", r"widen.[\1].@\2"),
-]
-
-
-def released_name(name: str) -> str | None:
-    """Return this package's name for a parameter of the released code, or None for a name that it has not."""
-    for pattern, replacement in _RULES:
-        match = re.fullmatch(pattern, name)
-        if match is None:
-            continue
-        ours = match.expand(replacement)
-        # blocks of a stage are numbered from 1 there, widening layers by the stage that they open
-        ours = re.sub(r"\{(\d+)\}", lambda m: str(int(m[1]) - 1), ours)
-        ours = re.sub(r"\[(\d+)\]", lambda m: str(int(m[1]) - 1), ours)
-        if "@" not in ours:
-            return ours
-        head, inner = ours.split("@")
-        for theirs, mine in _LAYER.items():
-            if inner == theirs or inner.startswith(theirs + "."):
-                return head + mine + inner[len(theirs) :]
-    return None
-
-
-def convert_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a released state dict under this package's names and in its layouts.
-
-    Convolutions (out, in, *k) become channels-last (depthwise) or matrices (pointwise, and Mamba's conv1d).
-    Raises InputError that lists the names which the released code has not.
-    """
-    unknown = [name for name in state if released_name(name) is None]
-    if unknown:
-        raise InputError(
-            f"{len(unknown)} of {len(state)} names are not those of a released LightM-UNet: {', '.join(unknown[:5])}"
-        )
-    return {str(released_name(name)): _relaid(name, tensor) for name, tensor in state.items()}
-
-
-def _relaid(name: str, tensor: Tensor) -> Tensor:
-    if name.endswith("conv1d.weight"):
-        return tensor.squeeze(1)  # (E, 1, K) -> (E, K)
-    if re.search(r"(convInit|conv_final\.2|conv)\.0\.conv\.weight$", name) and tensor.ndim > 3:
-        if "up_samples" in name:
-            return tensor.flatten(1)
-        return tensor.squeeze(1).movedim(0, -1).contiguous()  # (C, 1, *k) -> (*k, C)
-    if tensor.ndim > 3:
-        return tensor.flatten(1)  # (O, C, 1, 1, 1) -> (O, C)
-    return tensor
-
-
-def load_released(path: Path, *, groups: int = 8) -> ReleasedLightMUNet:
-    """Build the released network from its own weights: a plain state dict, or an nnU-Net checkpoint that holds one.
-
-    Filters, stages, channels and classes are read off the shapes. Files are `.safetensors`, or `.pth`/`.pt` read
-    without executing anything in them. Raises InputError, naming the file, for unreadable files, checkpoints with
-    anything but tensors and plain values, and weights of another network.
-    """
-    state = _read_state(Path(path))
-    try:
-        converted = convert_released(state)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    try:
-        stem = converted["stem.depthwise"]
-        filters, image = converted["stem.pointwise.weight"].shape
-        blocks: dict[int, int] = {}
-        for name in converted:
-            if match := re.match(r"stages\.(\d+)\.(\d+)\.", name):
-                blocks[int(match[1])] = max(blocks.get(int(match[1]), 0), int(match[2]) + 1)
-        network = ReleasedLightMUNet(
-            stem.ndim - 1,
-            image,
-            converted["head.pointwise.weight"].shape[0],
-            filters=filters,
-            blocks_down=[blocks[stage] for stage in sorted(blocks)],
-            blocks_up=[1] * (len(blocks) - 1),
-            state_size=converted["stages.0.0.layer1.vss.A_log"].shape[1],
-            groups=groups,
-        )
-        network.load_state_dict(converted)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: not the weights of a whole released LightM-UNet ({error})") from error
-    return network.eval()
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    except Exception as error:  # the unpickler raises many kinds for damaged or refused files
-        raise InputError(
-            f"{path}: cannot be read as plain weights ({str(error).splitlines()[0]}); a checkpoint that holds other "
-            "Python objects is refused, since reading it would execute code. Save its state dict alone, as safetensors"
-        ) from error
-    for key in ("network_weights", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{path}: holds no state dict; names and tensors are expected")
-    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content.items()}
+            x = stage(x, skips.pop(), overwrite_skip=True)
+        return run_head(self.head_norm, self.head, x, self.recompute).movedim(-1, 1)

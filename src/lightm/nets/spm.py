@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightm import ops
 from lightm.nets.blocks import decay_rates, init_conv, init_dt_bias, without_decay
+from lightm.nets.token_layer import TokenLayer
 
 
 class GroupedLinear(nn.Module):
@@ -32,7 +33,7 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         weight = self.weight.expand(self.parts, -1, -1)
         # a product for each result: the gradients of slices of one product would have to be joined token by token
-        return tuple(F.linear(x, torch.block_diag(*part.unbind(0))) for part in weight.split(self.outs, dim=1))
+        return tuple(ops.linear(x, torch.block_diag(*part.unbind(0))) for part in weight.split(self.outs, dim=1))
 
 
 class ParallelVSS(nn.Module):
@@ -58,7 +59,7 @@ class ParallelVSS(nn.Module):
             raise ValueError(f"{channels} channels are not divisible by the {parts} parts of SPM")
         width = channels // parts
         inner, sets = expand * width, 1 if shared else parts
-        self.parts, self.shared, self.inner, self.state_size = parts, shared, inner, state_size
+        self.parts, self.shared, self.inner, self.state_size, self.taps = parts, shared, inner, state_size, taps
         self.dt_rank = math.ceil(width / 16)
         self.in_proj = GroupedLinear(parts, width, (inner, inner), shared=shared)
         self.conv_weight = nn.Parameter(torch.empty(sets, inner, taps))
@@ -83,12 +84,21 @@ class ParallelVSS(nn.Module):
         """A parameter of (sets, E', ...) as one of (parts * E', ...): repeated when it is shared."""
         return parameter.expand(self.parts, *parameter.shape[1:]).flatten(0, 1)
 
-    def forward(self, w: Tensor) -> Tensor:
+    @property
+    def inner_total(self) -> int:
+        """Channels that the scan runs over, of all parts."""
+        return self.parts * self.inner
+
+    def forward(
+        self, w: Tensor, state: Tensor | None = None, *, halo: int = 0, return_state: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, halo + L, C) -> (B, L, C), as in `VSS`."""
         x, z = self.in_proj(w)  # (B, L, parts * E') each
-        u = ops.causal_conv1d(x, self._all(self.conv_weight), self._all(self.conv_bias), activation="silu")
+        z = z[:, halo:]
+        u = ops.causal_conv1d(x, self._all(self.conv_weight), self._all(self.conv_bias), activation="silu")[:, halo:]
         low, B, C = self.x_proj(u)
         (delta,) = self.dt_proj(low)
-        y = ops.selective_scan(
+        y, end = ops.selective_scan(
             u,
             delta,
             decay_rates(self._all(self.A_log)),
@@ -98,14 +108,43 @@ class ParallelVSS(nn.Module):
             z=z if self.norm_weight is None else None,
             delta_bias=self._all(self.dt_bias),
             delta_softplus=True,
+            initial_state=state,
+            return_state=True,
         )
         if self.norm_weight is not None and self.norm_bias is not None:
             y = ops.gated_norm(y, z, self._all(self.norm_weight), self._all(self.norm_bias), parts=self.parts)
         (out,) = self.out_proj(y)
-        return out
+        return (out, end) if return_state else out
+
+    def layer_tensors(self) -> dict[str, Any]:
+        """This module's part of `ops.LayerParameters`."""
+
+        def parts(weight: Tensor) -> Tensor:
+            return weight.expand(self.parts, -1, -1)
+
+        in_x, in_z = parts(self.in_proj.weight).split(self.in_proj.outs, dim=1)
+        low, B, C = parts(self.x_proj.weight).split(self.x_proj.outs, dim=1)
+        norm = None
+        if self.norm_weight is not None and self.norm_bias is not None:
+            norm = (self._all(self.norm_weight), self._all(self.norm_bias), 1e-5)
+        return {
+            "in_x": in_x,
+            "in_z": in_z,
+            "conv_weight": self._all(self.conv_weight),
+            "conv_bias": self._all(self.conv_bias),
+            "to_low": low,
+            "to_B": B,
+            "to_C": C,
+            "to_dt": parts(self.dt_proj.weight),
+            "dt_bias": self._all(self.dt_bias),
+            "A": decay_rates(self._all(self.A_log)),
+            "d_skip": self._all(self.d_skip),
+            "gate_norm": norm,
+            "out": parts(self.out_proj.weight),
+        }
 
 
-class SPM(nn.Module):
+class SPM(TokenLayer):
     """X' = LayerNorm(X); Y1..Yg = split(X'); Yi' = VSS_i(Yi) + s * Yi; out = Linear(LayerNorm(concat)).
 
     Source: the report's Figure 3. Note that s scales the normalised input here, the input itself in RVM.
@@ -123,17 +162,9 @@ class SPM(nn.Module):
         expand: int = 2,
         inner_norm: bool = True,
         vector_scale: bool = True,
+        scan: str = "raster",
     ) -> None:
-        super().__init__()
-        self.norm_in = nn.LayerNorm(channels)
-        self.vss = ParallelVSS(
+        vss = ParallelVSS(
             channels, parts=parts, shared=shared, state_size=state_size, expand=expand, inner_norm=inner_norm
         )
-        self.skip_scale = nn.Parameter(torch.ones(channels if vector_scale else 1))
-        self.norm_out = nn.LayerNorm(channels)
-        self.proj = nn.Linear(channels, out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm_in(x.flatten(1, -2))
-        mixed = torch.addcmul(self.vss(tokens), tokens, self.skip_scale)
-        return self.proj(self.norm_out(mixed)).unflatten(1, x.shape[1:-1])
+        super().__init__(vss, channels, out_channels, of_norm=True, vector_scale=vector_scale, scan=scan)

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from lightm.ops.conv1d import causal_conv1d
 from lightm.ops.depthwise import depthwise_conv
+from lightm.ops.layer import LayerParameters, layer_runs_fused, state_space_layer
+from lightm.ops.linear import linear
 from lightm.ops.norms import gated_norm, group_norm_relu
 from lightm.ops.resample import avg_pool2, max_pool2, upsample_linear2
 from lightm.ops.scan import selective_scan
+from lightm.ops.ssd import ssd_scan
+from lightm.ops.stage import GroupNormParameters, decoder_head, decoder_stage, stage_runs_fused
 
 __all__ = [
+    "GroupNormParameters",
+    "LayerParameters",
     "avg_pool2",
     "causal_conv1d",
+    "decoder_head",
+    "decoder_stage",
     "depthwise_conv",
     "gated_norm",
     "group_norm_relu",
+    "layer_runs_fused",
+    "linear",
     "max_pool2",
     "selective_scan",
+    "ssd_scan",
+    "stage_runs_fused",
+    "state_space_layer",
     "upsample_linear2",
 ]

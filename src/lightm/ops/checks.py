@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,16 +53,29 @@ def check_kinds(operator: str, tensors: dict[str, Tensor | None]) -> None:
             )
 
 
-def choose(operator: str, impl: str, lead: Tensor, cpu_limits: str | None = None) -> str:
-    """Resolve `impl` to "cpu" or "reference" for tensors like `lead`; the choice of "auto" is logged once.
+def choose(
+    operator: str,
+    impl: str,
+    lead: Tensor,
+    cpu_limits: str | None = None,
+    triton_limits: Callable[[Tensor], str | None] | None = None,
+) -> str:
+    """Resolve `impl` to "cpu", "triton" or "reference" for tensors like `lead`; the choice of "auto" is logged once.
 
-    `cpu_limits` says why the CPU kernel cannot take this call, if so. ValueError when an explicit choice cannot be
-    honoured.
+    `cpu_limits` says why the CPU kernel cannot take this call, if so. `triton_limits`, given by operators that have a
+    Triton kernel, says why that cannot take tensors like `lead`, None if it can. ValueError when an explicit choice
+    cannot be honoured.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"{operator}: impl is {impl!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    known = IMPLEMENTATIONS if triton_limits is None else (*IMPLEMENTATIONS, "triton")
+    if impl not in known:
+        raise ValueError(f"{operator}: impl is {impl!r}, expected one of {', '.join(map(repr, known))}")
+    if impl == "triton" and triton_limits is not None:
+        reason = triton_limits(lead)
+        if reason is not None:
+            raise ValueError(f"{operator}: impl='triton' is not possible: {reason}; or use impl='reference' or 'auto'")
+        return impl
     reason = cpu_limits
-    if lead.device.type != "cpu":
+    if lead.device.type not in ("cpu", "meta"):  # on `meta` the registered operators know the shapes
         reason = f"the tensors are on {lead.device}; move them with .cpu()"
     elif lead.dtype not in CPU_TYPES:
         reason = f"the tensors are {lead.dtype}; use float32, bfloat16 or float16"
@@ -71,6 +84,9 @@ def choose(operator: str, impl: str, lead: Tensor, cpu_limits: str | None = None
     if impl != "auto":
         return impl
     chosen = "cpu" if reason is None else "reference"
+    if lead.device.type == "cuda" and triton_limits is not None:
+        reason = triton_limits(lead)
+        chosen = "triton" if reason is None else "reference"
     if not torch.compiler.is_compiling() and (operator, chosen) not in _said:
         _said.add((operator, chosen))
         _log.info("%s: using the %s implementation%s", operator, chosen, f" ({reason})" if reason else "")

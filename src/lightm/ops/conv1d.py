@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightm.ops.checks import check_kinds, check_shape, choose
+from lightm.ops.register import operator
 
 _NAME = "causal_conv1d"
 
@@ -64,7 +65,7 @@ def reference_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool)
     return (functional.silu(y) if silu else y).to(x.dtype)
 
 
-@torch.library.custom_op("lightm::causal_conv1d", mutates_args=(), device_types="cpu")
+@operator("lightm::causal_conv1d")
 def conv1d_op(x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool) -> Tensor:  # noqa: UP045
     """The CPU kernel as a PyTorch operator."""
     from lightm.ops.conv1d_cpu import run_forward
@@ -77,7 +78,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("lightm::causal_conv1d_backward", mutates_args=(), device_types="cpu")
+@operator("lightm::causal_conv1d_backward")
 def conv1d_backward_op(
     grad_y: Tensor,
     x: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightm.ops.checks import check_kinds, choose
+from lightm.ops.register import operator
 
 _NAME = "depthwise_conv"
 
@@ -60,7 +61,7 @@ def reference_depthwise(x: Tensor, weight: Tensor) -> Tensor:
     return y.to(x.dtype)
 
 
-@torch.library.custom_op("lightm::depthwise_conv", mutates_args=(), device_types="cpu")
+@operator("lightm::depthwise_conv")
 def depthwise_op(x: Tensor, weight: Tensor) -> Tensor:
     """The CPU kernel as a PyTorch operator."""
     from lightm.ops.depthwise_cpu import run_forward
@@ -73,7 +74,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("lightm::depthwise_conv_backward", mutates_args=(), device_types="cpu")
+@operator("lightm::depthwise_conv_backward")
 def depthwise_backward_op(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of (x, weight)."""
     from lightm.ops.depthwise_cpu import run_backward

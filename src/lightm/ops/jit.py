@@ -6,8 +6,11 @@ package cannot be written to. Import this module only from kernel modules: it lo
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -16,6 +19,27 @@ from numba.core import config, event
 _log = logging.getLogger("lightm.ops")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _kernels: set[Any] = set()
+
+
+@cache
+def _sources() -> str:
+    """A checksum of all of this package's code."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _stamp(compiled: Any) -> None:
+    """Let the cache on disk forget a kernel when any file of this package changes.
+
+    Numba looks at the kernel's own file alone, and at its time and size only: a kernel whose pieces come from other
+    files would go on with old ones after an update. Without these inner names of Numba's its own rule stays.
+    """
+    index = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+    stamp = getattr(index, "_source_stamp", None)
+    if index is not None and stamp is not None:
+        index._source_stamp = (stamp, _sources())
 
 
 class _Note(event.Listener):
@@ -37,6 +61,7 @@ def kernel(function: _Function) -> _Function:
     if not _kernels:
         event.register("numba:compile", _Note())
     compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})(function)
+    _stamp(compiled)
     _kernels.add(compiled)
     return compiled
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightm.ops.checks import check_kinds, check_shape, choose
+from lightm.ops.register import operator
 
 _GATED = "gated_norm"
 _GROUP = "group_norm_relu"
@@ -117,7 +118,7 @@ def reference_group_norm_relu(x: Tensor, groups: int, weight: Tensor, bias: Tens
     return functional.relu(normed).movedim(1, -1).contiguous().to(x.dtype)
 
 
-@torch.library.custom_op("lightm::gated_norm", mutates_args=(), device_types="cpu")
+@operator("lightm::gated_norm")
 def gated_norm_op(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> Tensor:
     """The CPU kernel as a PyTorch operator."""
     from lightm.ops.norms_cpu import gated_norm_forward
@@ -130,7 +131,7 @@ def _(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("lightm::gated_norm_backward", mutates_args=(), device_types="cpu")
+@operator("lightm::gated_norm_backward")
 def gated_norm_backward_op(
     grad_out: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -148,7 +149,7 @@ def _(
     return dy, dz, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-@torch.library.custom_op("lightm::group_norm_relu", mutates_args=(), device_types="cpu")
+@operator("lightm::group_norm_relu")
 def group_norm_op(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The CPU kernel as a PyTorch operator: the result, and the groups' (mean, 1 / deviation), float32, (Bt, G)."""
     from lightm.ops.norms_cpu import group_norm_forward
@@ -162,7 +163,7 @@ def _(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple
     return x.new_empty(x.shape), mean, inverse
 
 
-@torch.library.custom_op("lightm::group_norm_relu_backward", mutates_args=(), device_types="cpu")
+@operator("lightm::group_norm_relu_backward")
 def group_norm_backward_op(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -122,13 +122,9 @@ def _by_channel(x: Tensor, channels: int) -> Tensor:
     return x.repeat_interleave(channels // x.shape[1], 1)
 
 
-def group_norm_forward(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """relu(GroupNorm(x)) in x's dtype, and the groups' (mean, 1 / deviation), (Bt, G) each."""
-    batch, channels = x.shape[0], x.shape[-1]
-    voxels = x.shape[1:-1].numel()
-    rows, offset, out = _vector(x), _vector(bias), _new(*x.shape)
+def group_moments_of(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / deviation) of the groups of contiguous float32 rows (Bt, *S, C), (Bt, G) each."""
+    batch, channels, voxels = rows.shape[0], rows.shape[-1], rows.shape[1:-1].numel()
     moments = _new(batch, -(-voxels // STRETCH), 2, channels)
     mean, inverse = _new(batch, groups), _new(batch, groups)
 
@@ -140,6 +136,25 @@ def group_norm_forward(
 
     _for_blocks(batch, voxels, channels, measure)
     parallel_for(join, batch)
+    return mean, inverse
+
+
+def group_statistics(
+    rows: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `group_forward` needs to normalise contiguous float32 rows: (mean (Bt, C), scale (Bt, C), shift (C))."""
+    channels = rows.shape[-1]
+    mean, inverse = group_moments_of(rows, groups, eps)
+    return _by_channel(mean, channels), _by_channel(inverse, channels) * weight.float(), _vector(bias)
+
+
+def group_norm_forward(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """relu(GroupNorm(x)) in x's dtype, and the groups' (mean, 1 / deviation), (Bt, G) each."""
+    batch, channels = x.shape[0], x.shape[-1]
+    rows, offset, out = _vector(x), _vector(bias), _new(*x.shape)
+    mean, inverse = group_moments_of(rows, groups, eps)
     middle, factor = _by_channel(mean, channels), _by_channel(inverse, channels) * weight.float()
 
     def apply(entry: int, first: int, last: int) -> None:
@@ -154,7 +169,7 @@ def group_norm_forward(
             last,
         )
 
-    _for_blocks(batch, voxels, channels, apply)
+    _for_blocks(batch, x.shape[1:-1].numel(), channels, apply)
     return out.to(x.dtype), mean, inverse
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lightm.ops.checks import check_kinds, choose
+from lightm.ops.register import operator
 
 
 def max_pool2(x: Tensor, impl: str = "auto") -> Tensor:
@@ -84,7 +84,7 @@ def _pool(name: str, kind: str, x: Tensor, impl: str) -> Tensor:
     return pool_op(x, kind)
 
 
-@torch.library.custom_op("lightm::pool2", mutates_args=(), device_types="cpu")
+@operator("lightm::pool2")
 def pool_op(x: Tensor, kind: str) -> Tensor:
     """The CPU pooling kernel as a PyTorch operator; kind is "max" or "mean"."""
     from lightm.ops.resample_cpu import pool_forward
@@ -97,7 +97,7 @@ def _(x: Tensor, kind: str) -> Tensor:
     return x.new_empty((x.shape[0], *(size // 2 for size in x.shape[1:-1]), x.shape[-1]))
 
 
-@torch.library.custom_op("lightm::pool2_backward", mutates_args=(), device_types="cpu")
+@operator("lightm::pool2_backward")
 def pool_backward_op(grad_y: Tensor, x: Tensor, kind: str) -> Tensor:
     """Gradient of x."""
     from lightm.ops.resample_cpu import pool_backward
@@ -110,7 +110,7 @@ def _(grad_y: Tensor, x: Tensor, kind: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("lightm::upsample_linear2", mutates_args=(), device_types="cpu")
+@operator("lightm::upsample_linear2")
 def upsample_op(x: Tensor) -> Tensor:
     """The CPU interpolation kernel as a PyTorch operator."""
     from lightm.ops.resample_cpu import upsample_forward
@@ -123,7 +123,7 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], *(size * 2 for size in x.shape[1:-1]), x.shape[-1]))
 
 
-@torch.library.custom_op("lightm::upsample_linear2_backward", mutates_args=(), device_types="cpu")
+@operator("lightm::upsample_linear2_backward")
 def upsample_backward_op(grad_y: Tensor) -> Tensor:
     """Gradient of the interpolated tensor."""
     from lightm.ops.resample_cpu import upsample_backward

@@ -315,6 +315,7 @@ def network_description(config: TrainConfig, plan: Plan) -> dict[str, Any]:
         "spatial_dims": plan.spatial_dims,
         "in_channels": len(plan.channels),
         "out_channels": len(plan.labels),
+        "image_size": plan.patch_size,
         "options": config.network_options,
     }
 

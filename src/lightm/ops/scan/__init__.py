@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightm.ops.checks import check_kinds, check_shape, choose, wants_grad
+from lightm.ops.scan.gpu import triton_limits
 from lightm.ops.scan.operator import CHUNK, scan_op
 from lightm.ops.scan.reference import reference_scan
+from lightm.ops.scan.triton_operator import triton_scan_op
 
 __all__ = ["reference_scan", "selective_scan"]
 
@@ -82,8 +84,9 @@ def selective_scan(
         B, C: (Bt, L, N), or (Bt, L, G, N): group g serves channels g*E/G .. (g+1)*E/G - 1.
         initial_state: (Bt, E, N), the states before the first token; zeros if None.
         return_state: also return the states after the last token, so that a sequence can be cut into parts.
-        impl: "cpu" (Numba kernels; float32, bfloat16, float16), "reference" (plain PyTorch, any device, float64
-            too), or "auto": "cpu" where possible, else "reference"; what was chosen is logged once.
+        impl: "cpu" (Numba kernels; float32, bfloat16, float16), "triton" (kernels for a GPU, the same types; needs
+            Triton; not timed on hardware yet), "reference" (plain PyTorch, any device, float64 too), or "auto": "cpu"
+            or, on a GPU, "triton" where possible, else "reference"; what was chosen is logged once.
 
     Returns:
         y (Bt, L, E) in u's dtype; with `return_state`, (y, state) with the state (Bt, E, N) in float32 (float64 for
@@ -94,7 +97,8 @@ def selective_scan(
         TypeError: something that is not a tensor.
 
     Cost of "cpu": L E N exponentials and about 3 L E N multiply-adds forward, about 2.3 times that backward; memory
-    beyond the inputs and y: L E N / 64 floats of kept states when a gradient is wanted, otherwise a constant.
+    beyond the inputs and y: L E N / 64 floats of kept states when a gradient is wanted, otherwise a constant. Cost of
+    "triton": twice L E N exponentials forward and four times backward; L E N / 32 to L E N / 256 floats of states.
     """
     check_kinds(
         _NAME,
@@ -104,8 +108,11 @@ def selective_scan(
     _check_shapes(u, delta, A, B, C, d_skip, z, delta_bias, initial_state)
     if B.dim() == 3:
         B, C = B.unsqueeze(2), C.unsqueeze(2)
-    if choose(_NAME, impl, u) == "reference":
+    chosen = choose(_NAME, impl, u, triton_limits=triton_limits)
+    if chosen == "reference":
         y, state = reference_scan(u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state)
+    elif chosen == "triton":
+        y, state, _ = triton_scan_op(u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state)
     elif A.shape[1] > _MOST_STATES:
         y, state = _by_state_blocks(u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state)
     else:

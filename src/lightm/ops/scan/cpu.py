@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from lightm.ops.jit import LANES
-from lightm.ops.scan.kernels import backward_kernel, forward_kernel, scratch_floats, sum_kernel
+from lightm.ops.scan.kernels import backward_kernel, forward_kernel, scratch_floats, sum_kernel, summary_kernel
 from lightm.ops.scan.layout import STRETCH, Layout
+from lightm.ops.scan.parts import carry_states, cut, part_count
+from lightm.ops.scan.results import RESULTS
 from lightm.ops.threads import parallel_for, worker_count
 from lightm.ops.vector_math import LOG2E
 
@@ -41,7 +43,7 @@ def run_forward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, last state, states before every `chunk`-th token; the last is empty when chunk is 0)."""
-    y = torch.empty(u.shape, dtype=u.dtype)
+    y = RESULTS.empty(u.shape, u.dtype)
     decay, (skip, bias) = _parameters(layout, A, (d_skip, delta_bias))
     shape = (layout.batch, layout.tiles, layout.kernel_states, LANES)
     state = torch.zeros(shape) if initial_state is None else layout.tile_states(initial_state)
@@ -50,8 +52,11 @@ def run_forward(
     rows = [x for x in (u, delta, z, y) if x is not None]
     in_place = all(map(layout.channels_in_place, rows)) and all(map(layout.numbers_in_place, (B, C)))
     stretch = max(layout.length, 1) if in_place else STRETCH
-    run = forward_kernel(layout.kernel_states)
-    scratch = torch.empty((worker_count(layout.batch * layout.tiles), (chunk or PASS) * LANES))
+    run = forward_kernel(layout.kernel_states, layout.groups_of_tile)
+    items = layout.batch * layout.tiles
+    pass_tokens = chunk or PASS
+    most_parts = part_count(items, torch.get_num_threads(), min(stretch, layout.length))
+    scratch = torch.empty((worker_count(items * most_parts), pass_tokens * LANES))
     skip_at, bias_at = _spots(skip)[0], _spots(bias)[0]
     state_bytes = 4 * layout.kernel_states * LANES
 
@@ -63,28 +68,80 @@ def run_forward(
         spots = [_spots(x) for x in (u_rows, delta_rows, b_rows, c_rows, z_rows, y_rows)]
         group_bytes = (4 * b_rows.stride(2), 4 * c_rows.stride(2))
 
-        def work(item: int, worker: int) -> None:
+        def where(item: int, first: int) -> list[int]:
+            """Addresses and steps of the rows of a tile from token `first` on."""
             entry, tile = divmod(item, layout.tiles)
-            group = tile // layout.tiles_of_group
+            group = layout.first_group(tile)
             across = [tile * _TILE] * 2 + [group * size for size in group_bytes] + [tile * _TILE] * 2
-            where: list[int] = []
+            found: list[int] = []
             for (address, entry_step, step), offset in zip(spots, across, strict=True):
-                where += [address + entry * entry_step + offset if address else 0, step]
-            run(
-                *where,
+                found += [address + entry * entry_step + offset + first * step if address else 0, step]
+            return found
+
+        def vectors(item: int) -> tuple[int, int, int]:
+            """Addresses of a tile's A, d_skip and delta_bias."""
+            tile = item % layout.tiles
+            return (
                 decay.data_ptr() + tile * state_bytes,
                 skip_at + tile * _TILE if skip_at else 0,
                 bias_at + tile * _TILE if bias_at else 0,
-                int(delta_softplus),
-                state.data_ptr() + item * state_bytes,
-                saved.data_ptr() + (item * number + start // chunk) * state_bytes if chunk else 0,
-                state_bytes,
-                chunk or PASS,
-                stop - start,
-                scratch[worker].data_ptr(),
             )
 
-        parallel_for(work, layout.batch * layout.tiles)
+        def scan(item: int, worker: int, first: int, last: int, state_at: int) -> None:
+            number_before = item * number + (start + first) // pass_tokens
+            run(
+                *where(item, first),
+                *vectors(item),
+                int(delta_softplus),
+                state_at + item * state_bytes,
+                saved.data_ptr() + number_before * state_bytes if chunk else 0,
+                state_bytes,
+                pass_tokens,
+                last - first,
+                scratch[worker].data_ptr(),
+                *group_bytes,
+            )
+
+        parts = part_count(items, torch.get_num_threads(), stop - start)
+        if parts == 1:
+            parallel_for(lambda item, worker: scan(item, worker, 0, stop - start, state.data_ptr()), items)
+            layout.finish_rows(y_rows, y, start, stop)
+            return
+
+        borders = cut(stop - start, parts, pass_tokens)
+        sum_up = summary_kernel(layout.kernel_states, layout.groups_of_tile)
+        alone = torch.zeros((parts - 2, *state.shape))
+        steps = torch.empty((parts - 2, layout.batch, layout.tiles, 1, LANES))
+
+        def first_round(index: int, worker: int) -> None:
+            part, item = divmod(index, items)
+            if part == 0:
+                scan(item, worker, 0, borders[1], state.data_ptr())
+                return
+            rows = where(item, borders[part])
+            a_at, _, own_bias = vectors(item)
+            sum_up(
+                *rows[:6],
+                a_at,
+                own_bias,
+                int(delta_softplus),
+                alone[part - 1].data_ptr() + item * state_bytes,
+                steps[part - 1].data_ptr() + item * _TILE,
+                pass_tokens,
+                borders[part + 1] - borders[part],
+                scratch[worker].data_ptr(),
+                group_bytes[0],
+            )
+
+        parallel_for(first_round, items * (parts - 1))
+        between = carry_states(state, alone, steps, decay)
+
+        def second_round(index: int, worker: int) -> None:
+            part, item = divmod(index, items)
+            scan(item, worker, borders[part + 1], borders[part + 2], between[part].data_ptr())
+
+        parallel_for(second_round, items * (parts - 1))
+        state.copy_(between[-1])
         layout.finish_rows(y_rows, y, start, stop)
 
     for start in range(0, layout.length, stretch):
@@ -95,6 +152,10 @@ def run_forward(
 def _sum_tiles(layout: Layout, parts: Tensor, result: Tensor, start: int, stop: int) -> None:
     """Tokens start..stop-1 of dB or dC (Bt, L, G, N) from the tiles' shares (Bt, tiles, longest, kernel_states)."""
     n, tokens, block = layout.kernel_states, stop - start, 1024
+    if layout.paired:  # one tile a group: nothing to add
+        own = parts[:, :, :tokens].unflatten(-1, (2, n))[..., : layout.states]  # (Bt, tiles, tokens, 2, N)
+        result[:, start:stop] = own.movedim(2, 1).reshape(layout.batch, tokens, layout.groups, layout.states)
+        return
     in_place = layout.numbers_in_place(result)
     total = result[:, start:stop] if in_place else torch.empty((layout.batch, tokens, layout.groups, n))
     run = sum_kernel(n)
@@ -148,9 +209,10 @@ def run_backward(
     dskip, dbias = (torch.zeros((layout.batch, layout.tiles, 1, LANES)) for _ in range(2))
     number = saved.shape[2]
     longest = min(STRETCH, layout.length)
-    parts_b, parts_c = (torch.empty((layout.batch, layout.tiles, longest, n)) for _ in range(2))
+    sums = layout.groups_of_tile * n
+    parts_b, parts_c = (torch.empty((layout.batch, layout.tiles, longest, sums)) for _ in range(2))
     scratch = torch.empty((worker_count(items), scratch_floats(n, chunk)))
-    run = backward_kernel(n)
+    run = backward_kernel(n, layout.groups_of_tile)
     skip_at, bias_at = _spots(skip)[0], _spots(bias)[0]
     state_bytes = 4 * n * LANES
 
@@ -168,7 +230,7 @@ def run_backward(
 
         def work(item: int, worker: int) -> None:
             entry, tile = divmod(item, layout.tiles)
-            group = tile // layout.tiles_of_group
+            group = layout.first_group(tile)
             across = [tile * _TILE] * 2 + [group * size for size in group_bytes] + [tile * _TILE] * 5
             where: list[int] = []
             for (address, entry_step, step), offset in zip(spots_in + spots_out, across, strict=True):
@@ -184,13 +246,14 @@ def run_backward(
                 chunk,
                 tokens,
                 *where[12:],
-                parts_b.data_ptr() + item * longest * n * 4,
-                parts_c.data_ptr() + item * longest * n * 4,
+                parts_b.data_ptr() + item * longest * sums * 4,
+                parts_c.data_ptr() + item * longest * sums * 4,
                 carry.data_ptr() + item * state_bytes,
                 dA.data_ptr() + item * state_bytes,
                 dskip.data_ptr() + item * _TILE,
                 dbias.data_ptr() + item * _TILE,
                 scratch[worker].data_ptr(),
+                *group_bytes,
             )
 
         parallel_for(work, items)

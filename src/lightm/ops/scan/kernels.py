@@ -1,7 +1,8 @@
 """The scan's kernels: a stretch of tokens for one tile of channels, forward and backward.
 
 All arguments are integers: addresses of float32 data, strides and sizes in bytes or tokens as named. A tile is
-LANES channels; `*_step` is the distance in bytes from one token to the next.
+LANES channels of one group, or half of them of one and half of the next (`groups` = 2, the second group's B and C
+`*_gap` bytes after the first's); `*_step` is the distance in bytes from one token to the next.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from lightm.ops.jit import LANES, device_function, kernel
-from lightm.ops.scan.step import advance, record, retreat
+from lightm.ops.scan.step import absorb, advance_groups, record, retreat
 from lightm.ops.vector import fma, full, load, load_rows, store, store_rows
 from lightm.ops.vector_math import LN2, sigmoid, softplus
 
@@ -30,13 +31,13 @@ def _steps(delta, delta_step, bias, soft, first, last, target):  # type: ignore[
 
 
 @cache
-def forward_kernel(states: int) -> Callable[..., Any]:
-    """The forward kernel for N = `states`."""
+def forward_kernel(states: int, groups: int = 1) -> Callable[..., Any]:
+    """The forward kernel for N = `states` and so many groups in a tile."""
 
     @kernel
     def scan_forward(  # type: ignore[no-untyped-def]
         u, u_step, delta, delta_step, b, b_step, c, c_step, z, z_step, y, y_step,
-        a, skip, bias, soft, state, saved, saved_step, chunk, tokens, scratch,
+        a, skip, bias, soft, state, saved, saved_step, chunk, tokens, scratch, b_gap, c_gap,
     ):  # fmt: skip
         """Advance `state` (N rows) over `tokens` tokens and write y.
 
@@ -60,7 +61,7 @@ def forward_kernel(states: int) -> Callable[..., Any]:
             for t in range(start, stop):
                 u_t = load(u + t * u_step, LANES)
                 d = load(ds + (t - start) * ds_step, LANES)
-                h, total = advance(h, d, d * u_t, a, b + t * b_step, c + t * c_step)
+                h, total = advance_groups(h, d, d * u_t, a, b + t * b_step, c + t * c_step, b_gap, c_gap, groups)
                 store(y + t * y_step, fma(d_skip, u_t, total))
             if z != 0:
                 for t in range(start, stop):
@@ -72,21 +73,55 @@ def forward_kernel(states: int) -> Callable[..., Any]:
 
 
 @cache
-def backward_kernel(states: int) -> Callable[..., Any]:
-    """The backward kernel for N = `states`."""
+def summary_kernel(states: int, groups: int = 1) -> Callable[..., Any]:
+    """The kernel that says what a part of the tokens does to the states, for N = `states`."""
+
+    @kernel
+    def scan_summary(  # type: ignore[no-untyped-def]
+        u, u_step, delta, delta_step, b, b_step, a, bias, soft, state, steps, chunk, tokens, scratch, b_gap,
+    ):  # fmt: skip
+        """Write the states (N rows) that `tokens` tokens leave when they begin with zeros, and the sum of their dt.
+
+        Whatever they begin with, h, they leave exp2(a * sum of dt) * h + these states. The sum is taken chunk by
+        chunk, which keeps its rounding small.
+        """
+        zero = full(0.0, LANES)
+        d_bias = load(bias, LANES) if bias != 0 else zero
+        h = load_rows(state, states, LANES)
+        total = zero
+        for start in range(0, tokens, chunk):
+            stop = min(start + chunk, tokens)
+            _steps(delta, delta_step, d_bias, soft, start, stop, scratch)
+            part = zero
+            for t in range(start, stop):
+                d = load(scratch + (t - start) * _ROW, LANES)
+                part = part + d
+                h = absorb(h, d, d * load(u + t * u_step, LANES), a, b + t * b_step, b_gap, groups)
+            total = total + part
+        store_rows(state, h)
+        store(steps, total)
+
+    return scan_summary
+
+
+@cache
+def backward_kernel(states: int, groups: int = 1) -> Callable[..., Any]:
+    """The backward kernel for N = `states` and so many groups in a tile."""
     rows = _ROW * states
+    sums = 4 * states * groups
 
     @kernel
     def scan_backward(  # type: ignore[no-untyped-def]
         u, u_step, delta, delta_step, b, b_step, c, c_step, z, z_step, dy, dy_step,
         a, skip, bias, soft, saved, saved_step, chunk, tokens,
         du, du_step, ddelta, ddelta_step, dz, dz_step, db, dc, carry, da, dskip, dbias, scratch,
+        b_gap, c_gap,
     ):  # fmt: skip
         """Sweep a stretch of tokens (its first one at a chunk's start) from last to first.
 
         `carry` (N rows) comes in as the gradient of the states after the stretch and leaves as that of the states
-        before it; da (N rows), dskip and dbias (one row) are added to; db and dc (tokens, N) are written: sums over
-        this tile alone. `scratch` holds a chunk's states (chunk + 1 times N rows), decays (chunk times N rows), dt
+        before it; da (N rows), dskip and dbias (one row) are added to; db and dc (tokens, groups, N) are written: sums
+        over this tile alone. `scratch` holds a chunk's states (chunk + 1 times N rows), decays (chunk times N rows), dt
         and the gradient before the gate (chunk rows each) and N rows of da.
         """
         zero = full(0.0, LANES)
@@ -123,7 +158,7 @@ def backward_kernel(states: int) -> Callable[..., Any]:
                 i = t - start
                 d = load(ds + i * _ROW, LANES)
                 du_t = d * load(u + t * u_step, LANES)
-                h = record(h, d, du_t, a, b + t * b_step, hs + (i + 1) * rows, xs + i * rows)
+                h = record(h, d, du_t, a, b + t * b_step, hs + (i + 1) * rows, xs + i * rows, b_gap, groups)
             for t in range(stop - 1, start - 1, -1):
                 i = t - start
                 d = load(ds + i * _ROW, LANES)
@@ -132,7 +167,7 @@ def backward_kernel(states: int) -> Callable[..., Any]:
                 g, sum_a, sum_b, sum_c = retreat(
                     g, d, d * u_t, out, a, b + t * b_step, c + t * c_step,
                     hs + (i + 1) * rows, hs + i * rows, xs + i * rows, da_sum,
-                    db + t * (4 * states), dc + t * (4 * states),
+                    db + t * sums, dc + t * sums, b_gap, c_gap, groups,
                 )  # fmt: skip
                 if z != 0:
                     store(dz + t * dz_step, load(dz + t * dz_step, LANES) * fma(d_skip, u_t, sum_c))

@@ -7,6 +7,7 @@ Otherwise a stretch of tokens at a time is copied into that form, so that the co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,28 +29,49 @@ class Layout:
     channels: int
     groups: int
     states: int
+    paired: bool = False
+    """Whether a tile holds two groups, one in each half of its lanes; only where `can_pair`."""
 
-    @property
+    @cached_property
+    def can_pair(self) -> bool:
+        """Whether groups are so small, and so many, that two fit in a tile."""
+        return self.groups % 2 == 0 and self.of_group <= LANES // 2
+
+    @cached_property
     def of_group(self) -> int:
         """Channels of a group."""
         return self.channels // self.groups
 
-    @property
+    @cached_property
     def tiles_of_group(self) -> int:
-        """Tiles of a group; the last one may be part padding."""
+        """Tiles of a group that shares none; the last one may be part padding."""
         return -(-self.of_group // LANES)
 
-    @property
+    @cached_property
+    def group_width(self) -> int:
+        """Channels of a group with its padding."""
+        return LANES // 2 if self.paired else self.tiles_of_group * LANES
+
+    @cached_property
+    def groups_of_tile(self) -> int:
+        """Groups that have channels in one tile."""
+        return 2 if self.paired else 1
+
+    @cached_property
     def tiles(self) -> int:
         """Tiles of all groups."""
-        return self.groups * self.tiles_of_group
+        return self.groups * self.group_width // LANES
 
-    @property
+    def first_group(self, tile: int) -> int:
+        """The (first) group of a tile."""
+        return 2 * tile if self.paired else tile // self.tiles_of_group
+
+    @cached_property
     def width(self) -> int:
         """Channels with the padding of every group."""
         return self.tiles * LANES
 
-    @property
+    @cached_property
     def kernel_states(self) -> int:
         """The compiled state size that holds N."""
         return next(size for size in STATE_SIZES if size >= self.states)
@@ -58,13 +80,13 @@ class Layout:
         """(..., E, n) -> (..., tiles, n, LANES), float32, padded with zeros."""
         lead, n = x.shape[:-2], x.shape[-1]
         x = x.float().reshape(*lead, self.groups, self.of_group, n)
-        x = functional.pad(x, (0, 0, 0, self.tiles_of_group * LANES - self.of_group))
+        x = functional.pad(x, (0, 0, 0, self.group_width - self.of_group))
         return x.reshape(*lead, self.tiles, LANES, n).transpose(-1, -2).contiguous()
 
     def untile_rows(self, x: Tensor) -> Tensor:
         """(..., tiles, n, LANES) -> (..., E, n): undoes `tile_rows`."""
         lead, n = x.shape[:-3], x.shape[-2]
-        x = x.transpose(-1, -2).reshape(*lead, self.groups, self.tiles_of_group * LANES, n)
+        x = x.transpose(-1, -2).reshape(*lead, self.groups, self.group_width, n)
         return x[..., : self.of_group, :].reshape(*lead, self.channels, n)
 
     def tile_states(self, x: Tensor) -> Tensor:
@@ -91,7 +113,7 @@ class Layout:
         part = part.float()
         if self.width != self.channels:
             part = part.reshape(self.batch, stop - start, self.groups, self.of_group)
-            part = functional.pad(part, (0, self.tiles_of_group * LANES - self.of_group))
+            part = functional.pad(part, (0, self.group_width - self.of_group))
         return part.reshape(self.batch, stop - start, self.width).contiguous()
 
     def number_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -111,5 +133,5 @@ class Layout:
         """Copy scratch from `row_buffer` to its place; nothing to do when it is the place."""
         if self.channels_in_place(result):
             return
-        part = buffer.reshape(self.batch, stop - start, self.groups, self.tiles_of_group * LANES)
+        part = buffer.reshape(self.batch, stop - start, self.groups, self.group_width)
         result[:, start:stop] = part[..., : self.of_group].reshape(self.batch, stop - start, self.channels)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+
+from lightm.ops.register import operator
 
 CHUNK = 64
 """Tokens between kept states: the backward pass recomputes the states of one such chunk at a time."""
@@ -14,10 +17,11 @@ CHUNK = 64
 def _layout(u: Tensor, A: Tensor, B: Tensor) -> Any:
     from lightm.ops.scan.layout import Layout
 
-    return Layout(u.shape[0], u.shape[1], u.shape[2], B.shape[2], A.shape[1])
+    layout = Layout(u.shape[0], u.shape[1], u.shape[2], B.shape[2], A.shape[1])
+    return replace(layout, paired=layout.can_pair)
 
 
-@torch.library.custom_op("lightm::selective_scan", mutates_args=(), device_types="cpu")
+@operator("lightm::selective_scan")
 def scan_op(
     u: Tensor,
     delta: Tensor,
@@ -61,7 +65,7 @@ def _(
     return u.new_empty(u.shape), state, u.new_empty(saved, dtype=torch.float32)
 
 
-@torch.library.custom_op("lightm::selective_scan_backward", mutates_args=(), device_types="cpu")
+@operator("lightm::selective_scan_backward")
 def scan_backward_op(
     grad_y: Tensor,
     grad_state: Tensor,

@@ -1,0 +1,189 @@
+"""Write docs/presets/: a page and a diagram for every preset, and an index: `python docs/draw_presets.py`.
+
+Everything but the notes below is read off the networks: `lightm.nets.accounting` counts, `lightm.nets.diagram` draws.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lightm.nets.accounting import Account, account, compare
+from lightm.nets.accounting.families import settings_of
+from lightm.nets.accounting.table import source_of
+from lightm.nets.accounting.text import SYMBOLS, errata_lines, giga, grouped_rows, layer_rows, markdown, source_rows
+from lightm.nets.diagram import draw_network
+from lightm.nets.presets import PRESETS
+
+FOLDER = Path(__file__).with_name("presets")
+SPATIAL = {3: (128, 128, 128), 2: (512, 512)}
+ALSO_2D = ("lightm-unet",)  # drawn in 2D too; the others differ in the same way
+
+PAPER = "LightM-UNet, arXiv 2403.05246"
+MAMBA = "Mamba, arXiv 2312.00752 (the state-space layer inside)"
+ULTRALIGHT = "UltraLight VM-UNet, arXiv 2403.20035 (parallel narrow state-space modules)"
+
+_RVM = (
+    "The report's Eq. 1 prints `+ s`; its text, its figure and the released code add s times the layer's input. So "
+    "does this network.",
+    "s is a vector over channels in the paper and one scalar in the released code; here it is the vector.",
+    "The paper writes two LayerNorms for a layer; the released code uses one twice. Here there are two.",
+    "The paper's Eq. 3 has a LayerNorm after the state-space recurrence; the released code has none. Here it is there.",
+    "The bottleneck has three layers in one place of the report and four in another; here four, a setting "
+    "(`bottleneck_layers`).",
+)
+_SPM = (
+    "The report's figure draws four state-space modules side by side; its code, as UltraLight VM-UNet, uses one four "
+    "times. `spm-lightm-unet` has four, `spm-lightm-unet-shared` one.",
+    "In the report's figure the scaled residual is taken behind the first LayerNorm, unlike in RVM. So it is here.",
+    "Pooling Add (max pooling plus average pooling) replaces max pooling, and the bottleneck has three layers: the "
+    "report's Figure 6.",
+    "s is a vector over channels and the LayerNorm after the recurrence is there, as in the paper's RVM.",
+    "The four parts run as one scan. Their matrix products run as products with block-diagonal matrices; the products "
+    "with zeros that this brings are not in the figures here (`lightm info` gives them).",
+)
+_RELEASED = (
+    "Residual blocks of two layers each, with GroupNorm and ReLU before each layer; the paper describes single layers.",
+    "One LayerNorm used twice in a layer, a scalar s, no LayerNorm after the recurrence; the paper has two, a vector "
+    "and one.",
+    "Stages 1 to 3 open with a layer that doubles the width, at the resolution of the stage before, and max pooling.",
+    "Stem, decoder and head are the paper's: depthwise and pointwise convolutions, linear upsampling, GroupNorm.",
+)
+_OWN = (
+    "The stem is a full convolution: of one image channel a depthwise stem makes multiples of one filtered image, "
+    "whose size the next LayerNorm divides out ([decision 5](../decisions/0005-the-default-network.md)).",
+    "A residual depthwise convolution stands before every layer, so that each token sees its neighbours along every "
+    "axis (conditional positional encoding, arXiv 2102.10882). Neither is in the paper or in the report.",
+)
+_SMALL = "16 filters in place of 32: half the width everywhere."
+
+# by the beginning of the name, the first that fits: what it is, sources, deviations
+NOTES: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = [
+    (
+        "lightm-unet-released",
+        "The network of the code that LightM-UNet's authors released; weights trained with that code load into it.",
+        (f"the code released with {PAPER}", MAMBA),
+        _RELEASED,
+    ),
+    (
+        "lightm-unet",
+        "LightM-UNet as its paper describes it: RVM layers, max pooling.",
+        (PAPER, MAMBA),
+        _RVM,
+    ),
+    (
+        "spm-lightm-unet-shared",
+        "The report's network: SPM layers whose four parts share the weights of one state-space module, Pooling Add.",
+        ("the report", PAPER, ULTRALIGHT, MAMBA),
+        _SPM,
+    ),
+    (
+        "spm",
+        "The report's network: SPM layers (four narrow state-space modules side by side), Pooling Add.",
+        ("the report", PAPER, ULTRALIGHT, MAMBA),
+        _SPM,
+    ),
+    (
+        "lightm",
+        "This project's own network: the report's SPM network with a full convolution as stem, position convolutions.",
+        ("the report", PAPER, ULTRALIGHT, MAMBA, "conditional positional encoding, arXiv 2102.10882"),
+        (*_OWN, *_SPM[1:]),
+    ),
+]
+
+OTHER = ("A variant for comparisons; its settings are below.", (PAPER, "the report", MAMBA), (*_RVM, *_SPM))
+
+
+def pages(name: str) -> dict[str, str]:
+    """Return the files of one preset, its page and its diagrams, by file name."""
+    title, sources, deviations = next((rest for start, *rest in NOTES if name.startswith(start)), OTHER)
+    three, two = (account(name, spatial=SPATIAL[dims], out_channels=classes) for dims, classes in ((3, 3), (2, 2)))
+    files = {f"{name}.svg": draw_network(name)}
+    pictures = [f"![{name} in 3D]({name}.svg)"]
+    if name in ALSO_2D:
+        files[f"{name}-2d.svg"] = draw_network(name, spatial=SPATIAL[2], out_channels=2)
+        pictures += ["", "The same in 2D:", "", f"![{name} in 2D]({name}-2d.svg)"]
+    lines = [
+        f"# {name}",
+        "",
+        title + (f" {_SMALL}" if name.endswith("-small") else ""),
+        "",
+        "Written by `python docs/draw_presets.py`; every number is counted from the network.",
+        "",
+        *markdown(_summary(three, two)),
+        "",
+        "Sources: " + "; ".join(sources) + ".",
+        "",
+        *pictures,
+        "",
+        "## Parameters",
+        "",
+        "In 3D, 1 image channel, 3 classes. " + SYMBOLS,
+        "",
+        *markdown(source_rows(three), left=2),
+        "",
+        *markdown(grouped_rows(three, "stage")),
+        "",
+        *markdown(grouped_rows(three, "kind")),
+        "",
+        "## Operations",
+        "",
+        "For one image of 128 x 128 x 128. What counts as a multiply-add and as an exponential is said in "
+        "`lightm.nets.accounting.operations` and printed by `lightm info`.",
+        "",
+        *markdown(layer_rows(three), left=2),
+        "",
+        "## Where the sources disagree",
+        "",
+        *(f"- {line}" for line in (*deviations, *errata_lines(three), *errata_lines(two)[1:])),
+        "",
+        "Settings: " + ", ".join(f"{key} {_plain(value)}" for key, value in settings_of(name, {})[1].items()) + ".",
+        "",
+    ]
+    return {f"{name}.md": "\n".join(lines), **files}
+
+
+def _summary(three: Account, two: Account) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("", "parameters", "multiply-adds, G", "without the scan, G", "exponentials, G")]
+    for cost, what in ((three, "3D, 128³, 3 classes"), (two, "2D, 512², 2 classes")):
+        total = cost.operations.total
+        numbers = (total.multiply_adds.total(), total.without_scan, total.exponentials.total())
+        rows.append((what, f"{cost.parameters.total:,}", *map(giga, numbers)))
+    return rows
+
+
+def index() -> str:
+    """Return the page that lists all presets."""
+    rows: list[tuple[str, ...]] = [("preset", "source", "parameters", "multiply-adds, G", "exponentials, G")]
+    for row in compare(list(PRESETS)):
+        numbers = (f"{row.parameters:,}", giga(row.multiply_adds), giga(row.exponentials))
+        rows.append((f"[`{row.name}`]({row.name}.md)", source_of(row.name), *numbers))
+    return "\n".join(
+        [
+            "# Presets",
+            "",
+            "In 3D with 1 image channel and 3 classes; operations for one image of 128 x 128 x 128, the scan included. "
+            "`lightm info PRESET` gives the same for other sizes and settings, `lightm info --all` shows the peers.",
+            "",
+            *markdown(rows, left=2),
+            "",
+        ]
+    )
+
+
+def _plain(value: object) -> str:
+    return "-".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def main() -> None:
+    """Write all files."""
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / "README.md").write_text(index(), encoding="utf-8")
+    for name in PRESETS:
+        for file, text in pages(name).items():
+            (FOLDER / file).write_text(text, encoding="utf-8")
+        print(name, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The rows of a benchmark: CSV with everything that a number depends on, and a table to read.
+
+Columns of the CSV: `date` (UTC), `commit`, versions, `cpu`, `threads`; the case (`level`, `case`, `impl`, `shape`,
+`mode`, `parameters`); seconds `p20_s`, `p50_s`, `p80_s` of `runs` measurements; `peak_mb` (10^6 bytes; empty: not
+measured); what the case needs at least (`bytes`, `flops`, `exps`), the time for that on this machine (`floor_s`) and
+p50 as a multiple of it; `baseline` and the median ratio of the times to the baseline's, round by round (below 1 is
+faster); the machine's limits in the same run.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightm.errors import InputError
+from lightm.files import write_text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured case; numbers that were not measured are None. Columns as in the module's text."""
+
+    date: str
+    commit: str
+    lightm: str
+    torch: str
+    numba: str
+    monai: str
+    python: str
+    cpu: str
+    threads: int
+    level: str
+    case: str
+    impl: str
+    shape: str
+    mode: str
+    parameters: int
+    p20_s: float
+    p50_s: float
+    p80_s: float
+    runs: int
+    peak_mb: float | None
+    bytes: float
+    flops: float
+    exps: float
+    floor_s: float
+    ratio_to_floor: float
+    baseline: str
+    ratio_to_baseline: float | None
+    limit_product_gflops: float
+    limit_register_gflops: float
+    limit_copy_gbs: float
+    limit_gexps: float
+    limit_gupdates: float
+
+    @property
+    def edge(self) -> int:
+        """Voxels along the last axis: the edge of the cube that a network row was measured on."""
+        return int(self.shape.split(",")[0].split("x")[-1])
+
+
+_COLUMNS = [field.name for field in dataclasses.fields(Row)]
+_KINDS = {field.name: str(field.type) for field in dataclasses.fields(Row)}
+
+
+def format_csv(rows: Sequence[Row]) -> str:
+    """The rows as CSV text with a header."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for row in rows:
+        values = dataclasses.asdict(row)
+        writer.writerow(["" if values[name] is None else values[name] for name in _COLUMNS])
+    return stream.getvalue()
+
+
+def write_csv(rows: Sequence[Row], path: Path | str) -> None:
+    """Write rows as CSV in one step. Raises LightMError when the file cannot be written."""
+    write_text(path, format_csv(rows))
+
+
+def read_csv(path: Path | str) -> list[Row]:
+    """Read rows that `write_csv` wrote; floats come back exactly.
+
+    Raises InputError, naming the file, when it is missing, has other columns, or holds something that is no number.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give a file that `lightm bench --out` wrote"
+        ) from error
+    reader = csv.DictReader(io.StringIO(text))
+    if reader.fieldnames != _COLUMNS:
+        missing = [name for name in _COLUMNS if name not in (reader.fieldnames or [])]
+        what = f"lacks {', '.join(missing)}" if missing else "has other columns"
+        raise InputError(f"{path}: {what}; expected a file that this version of `lightm bench --out` wrote")
+    rows = []
+    for number, values in enumerate(reader, start=2):
+        try:
+            rows.append(Row(**{name: _value(_KINDS[name], values[name]) for name in _COLUMNS}))  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}, line {number}: {error}") from error
+    return rows
+
+
+def _value(kind: str, text: str) -> str | int | float | None:
+    if kind == "str":
+        return text
+    if kind == "int":
+        return int(text)
+    if "None" in kind and text == "":
+        return None
+    return float(text)
+
+
+def format_json(rows: Sequence[Row]) -> str:
+    """The rows as a JSON list of objects with the CSV's columns; null: not measured."""
+    return json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+
+
+# Tables -------------------------------------------------------------------------------------------------------
+
+HEADINGS = ("case", "parameters", "shape", "mode", "seconds (p20–p80)", "peak MB", "floor s", "x floor", "x baseline")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One line of the table that is printed."""
+    name = f"{row.case} ({row.impl})" if row.impl else row.case
+    spread = f"{_number(row.p50_s)} ({_number(row.p20_s)}–{_number(row.p80_s)})"
+    peak = (
+        "not measured" if row.peak_mb is None else f"{row.peak_mb:.0f}" if row.peak_mb >= 10 else f"{row.peak_mb:.1f}"
+    )
+    if row.ratio_to_baseline is None:
+        against = ""
+    elif row.baseline == (row.impl or row.case):
+        against = "1 (baseline)"
+    else:
+        against = _number(row.ratio_to_baseline)
+    floor = (_number(row.floor_s), _number(row.ratio_to_floor)) if row.floor_s else ("", "")
+    return (name, f"{row.parameters:,}" if row.parameters else "", row.shape, row.mode, spread, peak, *floor, against)
+
+
+def format_markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table below one line that says where and how they were measured."""
+    if not rows:
+        return "No case was measured."
+    first = rows[0]
+    lines = [
+        f"LightM {first.lightm} ({first.commit}), torch {first.torch}, numba {first.numba}, Python {first.python}; "
+        f"{first.cpu}, {first.threads} threads; {first.date}. Limits in this run: matrix product "
+        f"{first.limit_product_gflops:.0f} GFLOP/s, multiply-adds in registers {first.limit_register_gflops:.0f} "
+        f"GFLOP/s, copy {first.limit_copy_gbs:.1f} GB/s, {first.limit_gexps:.2f} G exponentials/s, bare scan "
+        f"{first.limit_gupdates:.2f} G state updates/s.",
+        "",
+        f"| {' | '.join(HEADINGS)} |",
+        f"|{' --- |' * len(HEADINGS)}",
+    ]
+    return "\n".join([*lines, *(f"| {' | '.join(cells(row))} |" for row in rows)])
+
+
+def _number(value: float) -> str:
+    """Three significant digits without an exponent for the sizes that occur here."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    text = f"{value:.3g}"
+    return f"{value:.7f}".rstrip("0") if "e" in text else text

@@ -1,0 +1,138 @@
+"""Closed forms of the parameters of every layer, from its settings alone: no tensor is looked at here.
+
+Symbols: C width of a layer, O width behind its projection, E = expand C inner width, N states, R = ceil(C / 16) rank
+of dt, K taps, d axes. With g parts, C', E' and R' are those of one part, C' = C / g, and `sets` sets of weights are
+held (g, or 1 when shared). Sources: the report's Eq. 7-9 with Mamba's depthwise convolution (arXiv 2312.00752).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+TAPS = 4  # of Mamba's causal convolution
+
+MATRIX, CONVOLUTION, STATE, NORM, SCALE = "matrix product", "convolution", "state space", "normalisation", "scale"
+
+
+@dataclass(frozen=True)
+class Term:
+    """The parameters of one source in one layer: where they stand, the closed form and its value.
+
+    `printed` is what the report's formula gives where that is another one.
+    """
+
+    source: str
+    kind: str
+    formula: str
+    value: int
+    stage: str = ""
+    layer: str = ""
+    printed: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What the size of a state-space layer depends on, beside its widths."""
+
+    state_size: int = 16
+    expand: int = 2
+    inner_norm: bool = True
+    vector_scale: bool = True
+    one_norm: bool = False
+    parts: int = 1
+    shared: bool = False
+
+
+def vss(channels: int, layer: LayerSettings) -> Iterator[Term]:
+    """The state-space module of width C, or the g modules of width C / g."""
+    several = layer.parts > 1
+    c = channels // layer.parts
+    e, n, r, k = layer.expand * c, layer.state_size, math.ceil(c / 16), TAPS
+    sets = 1 if layer.shared else layer.parts
+    mark, times = "'" if several else "", several and not layer.shared
+
+    def term(source: str, kind: str, formula: str, value: int) -> Term:
+        written = formula.replace("C", "C" + mark).replace("E", "E" + mark).replace("R", "R" + mark)
+        if times and written.startswith("2 "):
+            written = "2 g" + written[1:]
+        elif times:
+            written = f"g ({written})" if "+" in written else f"g {written}"
+        return Term(source, kind, written, sets * value)
+
+    yield term("in_proj", MATRIX, "2 E C", 2 * e * c)
+    yield term("out_proj", MATRIX, "E C", e * c)
+    yield term("x_proj", MATRIX, "E (R + 2 N)", e * (r + 2 * n))
+    yield term("dt_proj", MATRIX, "R E + E", r * e + e)
+    yield term("A_log", STATE, "E N", e * n)
+    yield term("d_skip", STATE, "E", e)
+    yield replace(term("conv1d", CONVOLUTION, "E K + E", e * k + e), printed=sets * (e * e * k + e))
+    if layer.inner_norm:
+        yield term("inner norm", NORM, "2 E", 2 * e)
+
+
+def mixing_layer(channels: int, out: int, layer: LayerSettings) -> Iterator[Term]:
+    """RVM or SPM: the state-space module with its LayerNorms, the scaled residual and the projection C -> O."""
+    yield from vss(channels, layer)
+    norms = 1 if layer.one_norm else 2
+    yield Term("layer norms", NORM, "2 C" if layer.one_norm else "4 C", norms * 2 * channels)
+    yield _skip_scale(channels, layer.vector_scale)
+    yield Term("projection", MATRIX, "C O + O", channels * out + out)
+
+
+def position_conv(channels: int, dims: int) -> Term:
+    """The depthwise convolution before a layer."""
+    return Term("position conv", CONVOLUTION, f"3^{dims} C", 3**dims * channels)
+
+
+def depthwise_stem(image: int, filters: int, dims: int) -> Iterator[Term]:
+    """A depthwise convolution of the image's I channels, then a pointwise one, without biases."""
+    yield Term("depthwise", CONVOLUTION, f"3^{dims} I", 3**dims * image)
+    yield Term("pointwise", MATRIX, "I O", image * filters)
+
+
+def full_stem(image: int, filters: int, dims: int) -> Iterator[Term]:
+    """A full convolution of the image's I channels, with biases."""
+    yield Term("full convolution", CONVOLUTION, f"3^{dims} I O + O", 3**dims * image * filters + filters)
+
+
+def decoder_stage(channels: int, dims: int, *, vector_scale: bool) -> Iterator[Term]:
+    """Reduction C -> H = C / 2, two GroupNorms, a depthwise and a pointwise convolution and a scaled residual."""
+    h = channels // 2
+    yield Term("reduction", MATRIX, "C H", channels * h)
+    yield Term("group norms", NORM, "4 H", 4 * h)
+    yield Term("depthwise", CONVOLUTION, f"3^{dims} H", 3**dims * h)
+    yield Term("pointwise", MATRIX, "H H", h * h)
+    scale = _skip_scale(h, vector_scale)
+    yield replace(scale, formula=scale.formula.replace("C", "H"))
+
+
+def head(filters: int, classes: int) -> Iterator[Term]:
+    """GroupNorm, a scale and an offset for each of the C channels, and the pointwise product to the O classes."""
+    yield Term("group norms", NORM, "2 C", 2 * filters)
+    yield Term("depthwise", CONVOLUTION, "2 C", 2 * filters)
+    yield Term("pointwise", MATRIX, "C O + O", filters * classes + classes)
+
+
+def group_norm(channels: int) -> Term:
+    """A GroupNorm with weights and offsets."""
+    return Term("group norms", NORM, "2 C", 2 * channels)
+
+
+def _skip_scale(channels: int, vector: bool) -> Term:
+    return Term("skip scale", SCALE, "C" if vector else "1", channels if vector else 1)
+
+
+def merged(terms: Iterator[Term]) -> list[Term]:
+    """Terms with equal stage, layer and source as one, their formulas joined."""
+    found: dict[tuple[str, str, str], Term] = {}
+    for term in terms:
+        key = (term.stage, term.layer, term.source)
+        before = found.get(key)
+        if before is None:
+            found[key] = term
+        else:
+            formula = before.formula if term.formula == before.formula else f"{before.formula} + {term.formula}"
+            found[key] = replace(before, formula=formula, value=before.value + term.value)
+    return list(found.values())

@@ -1,0 +1,223 @@
+"""What RVM and SPM share: how a layer runs over its tokens, with little memory, with and without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightm import ops
+from lightm.nets.recompute import autocast_state, is_plain, recomputed
+from lightm.ops.layer import SCANS, LayerParameters, layer_runs_fused, state_space_layer
+
+POOLINGS = ("max", "avg", "add")
+_CHUNK = 1 << 20  # numbers of inner width that a stretch of recomputed tokens has, about
+
+
+def pool(x: Tensor, pooling: str | None) -> Tensor:
+    """Pool (B, *S, C) by 2: "max", "avg", "add" (the sum of both, the report's Figure 6), or None for no pooling."""
+    if pooling is None:
+        return x
+    if pooling == "max":
+        return ops.max_pool2(x)
+    average = ops.avg_pool2(x)
+    return average if pooling == "avg" else ops.max_pool2(x) + average
+
+
+class TokenLayer(nn.Module):
+    """out = Linear(LayerNorm(VSS(LayerNorm(M)) + s * residual)): the frame of RVM and SPM.
+
+    A subclass gives the VSS and says whether the residual is M or LayerNorm(M). (B, *S, C) -> (B, *S, C_out), or
+    (B, *S/2, C_out) when pooled.
+
+    Three ways to run, the same result up to rounding:
+    - without gradients on the CPU, `ops.state_space_layer`: nothing of the inner width is ever whole in memory;
+    - with gradients and `recompute` (the default), stretches of tokens one after the other: saved are the layer's input
+      and the states between the stretches, the rest is computed again when the backward pass comes to it;
+    - otherwise operator by operator on all tokens. Everything is kept for the backward pass with `recompute` off; with
+      scans other than "raster" it is computed again from the input, all tokens at once.
+    """
+
+    def __init__(
+        self,
+        vss: Any,
+        channels: int,
+        out_channels: int,
+        *,
+        of_norm: bool,
+        vector_scale: bool = True,
+        one_norm: bool = False,
+        scan: str = "raster",
+    ) -> None:
+        super().__init__()
+        if scan not in SCANS:
+            raise ValueError(f"scan '{scan}': one of {', '.join(SCANS)}")
+        self.norm_in = nn.LayerNorm(channels)
+        self.vss: Any = vss
+        self.skip_scale = nn.Parameter(torch.ones(channels if vector_scale else 1))
+        self.norm_out = None if one_norm else nn.LayerNorm(channels)
+        self.proj = nn.Linear(channels, out_channels)
+        self.of_norm, self.scan = of_norm, scan
+        self.recompute = True
+
+    def forward(self, x: Tensor, pooling: str | None = None) -> Tensor:
+        if not (torch.is_grad_enabled() and (x.requires_grad or self.proj.weight.requires_grad)):
+            parameters = self.layer_parameters()
+            if parameters is not None and layer_runs_fused(x, parameters):
+                return state_space_layer(x, parameters, self.scan, pooling)[0]
+        elif self.recompute and self.scan == "raster" and is_plain(x):
+            return _Recompute.apply(self, pooling, x, *self.parameters())
+        return recomputed(lambda x: self._plain(x, pooling), self.parameters(), self.recompute, x)
+
+    def _plain(self, x: Tensor, pooling: str | None) -> Tensor:
+        """Operator by operator on all tokens."""
+        tokens = self._tokens(x.flatten(1, -2), tuple(x.shape[1:-1]))[0]
+        return pool(tokens.unflatten(1, x.shape[1:-1]), pooling)
+
+    def layer_parameters(self) -> LayerParameters | None:
+        """The layer's tensors for `ops.state_space_layer`; None if its VSS is of another kind."""
+        tensors = getattr(self.vss, "layer_tensors", None)
+        if tensors is None:
+            return None
+        norm_out = self.norm_in if self.norm_out is None else self.norm_out
+        return LayerParameters(
+            norm=(self.norm_in.weight, self.norm_in.bias, self.norm_in.eps),
+            scale=self.skip_scale,
+            of_norm=self.of_norm,
+            out_norm=(norm_out.weight, norm_out.bias, norm_out.eps),
+            projection=self.proj.weight,
+            projection_bias=self.proj.bias,
+            **tensors(),
+        )
+
+    def _tokens(
+        self, tokens: Tensor, sizes: tuple[int, ...], state: Tensor | None = None, halo: int = 0, keep: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer on (B, halo + L, C) with plain operators: (B, L, C_out) and, with `keep`, the last state.
+
+        The first `halo` tokens lie before the stretch: the causal convolution looks at them, the scan has passed them.
+        """
+        normed = self.norm_in(tokens)
+        end: Tensor | None = None
+        if self.scan == "raster":
+            found = self.vss(normed, state, halo=halo, return_state=keep)
+            mixed, end = found if keep else (found, None)
+        else:
+            mixed = sum_of_orders(self.vss, normed, sizes, self.scan)
+        residual = (normed if self.of_norm else tokens)[:, halo:]
+        norm_out = self.norm_in if self.norm_out is None else self.norm_out
+        mixed = torch.addcmul(mixed, residual, self.skip_scale)
+        return ops.linear(norm_out(mixed), self.proj.weight, self.proj.bias), end
+
+
+def sum_of_orders(vss: Callable[[Tensor], Tensor], tokens: Tensor, sizes: tuple[int, ...], scan: str) -> Tensor:
+    """The sum of vss(tokens) over the orders of `scan`, tokens (B, L, C) of an image of `sizes` in raster order."""
+    total = vss(tokens)
+    if scan == "bidirectional":
+        return total + vss(tokens.flip(1)).flip(1)
+    image = tokens.unflatten(1, sizes)
+    for axis in range(len(sizes), 1, -1):
+        # the axis before the last, then the one before that, runs fastest; the others keep their order
+        moved = image.movedim(axis - 1, -2)
+        total = total + vss(moved.flatten(1, -2)).unflatten(1, moved.shape[1:-1]).movedim(-2, axis - 1).flatten(1, -2)
+    return total
+
+
+def _stretches(x: Tensor, inner: int, pooling: str | None) -> list[tuple[int, int]]:
+    """(first, last + 1) rows of the first spatial axis that are recomputed together."""
+    height = x.shape[1]
+    plane = max(1, x[0, 0, ..., 0].numel())
+    rows = max(1, _CHUNK // (inner * plane))
+    if pooling is not None:
+        rows = max(2, rows - rows % 2)
+    return [(first, min(first + rows, height)) for first in range(0, height, rows)]
+
+
+class _Recompute(torch.autograd.Function):
+    """The layer with its input and the states between stretches saved, and the rest computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: TokenLayer, pooling: str | None, x: Tensor, *weights: Tensor) -> Tensor:
+        x = x.contiguous()
+        stretches = _stretches(x, layer.vss.inner_total, pooling)
+        parameters = layer.layer_parameters()
+        rows = stretches[0][1]
+        with torch.no_grad():
+            if parameters is not None and layer_runs_fused(x, parameters):
+                out, states = state_space_layer(x, parameters, "raster", pooling, keep_states=rows)
+                ctx.states = [None, *(states[1:] if states is not None else ())]
+            else:
+                parts, ctx.states, state = [], [], None
+                for first, last in stretches:
+                    ctx.states.append(state)
+                    part, state = _stretch(layer, x, first, last, state, pooling)
+                    parts.append(part)
+                out = torch.cat(parts, dim=1)
+        ctx.layer, ctx.pooling, ctx.stretches = layer, pooling, stretches
+        ctx.autocast = autocast_state(x)
+        ctx.save_for_backward(x, *weights)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        layer, pooling = ctx.layer, ctx.pooling
+        wanted = [weight for weight in weights if weight.requires_grad]
+        totals = [torch.zeros_like(weight) for weight in wanted]
+        dx = torch.zeros_like(x)
+        plane = x[0, 0, ..., 0].numel()
+        dtokens = dx.view(x.shape[0], -1, x.shape[-1])
+        grad_state: Tensor | None = None
+        for (first, last), state in zip(reversed(ctx.stretches), reversed(ctx.states), strict=True):
+            halo = _halo(layer, first * plane)
+            with torch.enable_grad(), torch.autocast(*ctx.autocast):
+                start = None if state is None else state.detach().requires_grad_()
+                part = x.view(dtokens.shape)[:, first * plane - halo : last * plane].detach().requires_grad_()
+                out, end = _of_tokens(layer, part, x.shape, first, last, start, halo, pooling)
+            step = 1 if pooling is None else 2
+            outputs, grads = [out], [grad[:, first // step : last // step]]
+            if grad_state is not None:
+                outputs.append(end)
+                grads.append(grad_state)
+            inputs = [part, *([] if start is None else [start]), *wanted]
+            found = list(torch.autograd.grad(outputs, inputs, grads))
+            dtokens[:, first * plane - halo : last * plane] += found.pop(0)
+            grad_state = None if start is None else found.pop(0)
+            for total, share in zip(totals, found, strict=True):
+                total += share
+        shares = iter(totals)
+        return None, None, dx, *(next(shares) if weight.requires_grad else None for weight in weights)
+
+
+def _halo(layer: TokenLayer, first: int) -> int:
+    """Tokens before the stretch that its causal convolution looks at."""
+    return min(layer.vss.taps - 1, first)
+
+
+def _stretch(
+    layer: TokenLayer, x: Tensor, first: int, last: int, state: Tensor | None, pooling: str | None
+) -> tuple[Tensor, Tensor]:
+    plane = x[0, 0, ..., 0].numel()
+    halo = _halo(layer, first * plane)
+    tokens = x.flatten(1, -2)[:, first * plane - halo : last * plane]
+    return _of_tokens(layer, tokens, x.shape, first, last, state, halo, pooling)
+
+
+def _of_tokens(
+    layer: TokenLayer,
+    tokens: Tensor,
+    shape: torch.Size,
+    first: int,
+    last: int,
+    state: Tensor | None,
+    halo: int,
+    pooling: str | None,
+) -> tuple[Tensor, Tensor]:
+    """The layer and the pooling on rows first..last-1, and the state after them."""
+    sizes = (last - first, *shape[2:-1])
+    out, end = layer._tokens(tokens, sizes, state, halo, keep=True)
+    assert end is not None
+    return pool(out.unflatten(1, sizes), pooling), end

@@ -1,0 +1,190 @@
+"""Kernels of a whole state-space layer: what comes before the scan of a chunk of tokens, and what comes after it.
+
+Addresses point to float32 data; `*_row` is in bytes from one token to the next. Tokens are numbered in the order of
+the scan; the rows of the image that they lie in follow by index arithmetic from (base, n1, n2, s0, s1, s2): token
+(i0 * n1 + i1) * n2 + i2 is row base + i0 * s0 + i1 * s1 + i2 * s2.
+"""
+
+from __future__ import annotations
+
+from lightm.ops.jit import LANES, device_function, kernel
+from lightm.ops.matmul_kernels import SCRATCH, multiply
+from lightm.ops.vector import fma, full, load, store
+from lightm.ops.vector_math import sigmoid, softplus
+from lightm.ops.vector_parts import get, moments, put
+
+BLOCK = 192
+"""Tokens of one call: their intermediate rows stay in the first cache levels."""
+
+
+@device_function
+def _row_of(t, base, n1, n2, s0, s1, s2):  # type: ignore[no-untyped-def]
+    """The image's row of token t."""
+    i2 = t % n2
+    rest = t // n2
+    return base + (rest // n1) * s0 + (rest % n1) * s1 + i2 * s2
+
+
+@device_function
+def _normalise(x, out, channels, weight, bias, eps):  # type: ignore[no-untyped-def]
+    """LayerNorm of one row."""
+    mean, inverse = moments(x, channels, eps)
+    for c in range(0, channels, LANES):
+        left = channels - c
+        put(
+            out + 4 * c,
+            fma((get(x + 4 * c, left) - mean) * inverse, get(weight + 4 * c, left), get(bias + 4 * c, left)),
+            left,
+        )
+
+
+@kernel
+def before_scan(  # type: ignore[no-untyped-def]
+    x, channels, base, n1, n2, s0, s1, s2, norm_weight, norm_bias, eps,
+    x_plan, x_blocks, x_weight, x_zero, z_plan, z_blocks, z_weight, z_zero, conv, conv_bias, taps, inner,
+    m_plan, m_blocks, m_weight, m_zero, low, dt_plan, dt_blocks, dt_weight, dt_bias,
+    begin, end, u, z, d, numbers, numbers_row, scratch,
+):  # fmt: skip
+    """Write u, z and dt (rows of `inner` channels) and B, C (rows of `numbers_row` bytes) of tokens begin..end-1.
+
+    u = silu(causal convolution of x), (x, z) = LayerNorm(tokens) @ in_proj, (B, C, low) = u @ x_proj,
+    dt = softplus(low @ dt_proj + bias); `low` is the offset in bytes of its numbers in their row. The convolution sees
+    up to taps - 1 tokens before a block, whose x is computed again; before token 0 there is nothing, so 0.
+    u, z, d and numbers are the rows of token `begin`.
+    """
+    row = 4 * channels
+    wide = 4 * inner
+    normed = scratch + SCRATCH
+    for first in range(begin, end, BLOCK):
+        last = min(first + BLOCK, end)
+        halo = min(taps - 1, first)
+        total = last - first + halo
+        xs = normed + (BLOCK + taps) * row
+        for i in range(total):
+            at = x + row * _row_of(first - halo + i, base, n1, n2, s0, s1, s2)
+            _normalise(at, normed + i * row, channels, norm_weight, norm_bias, eps)
+        missing = taps - 1 - halo
+        for i in range(missing):
+            for c in range(0, inner, LANES):
+                store(xs + i * wide + 4 * c, full(0.0, LANES))
+        multiply(x_plan, x_blocks, normed, row, x_weight, x_zero, xs + missing * wide, wide, total, scratch)
+        multiply(z_plan, z_blocks, normed + halo * row, row, z_weight, z_zero, z, wide, last - first, scratch)
+        for c in range(0, inner, LANES):
+            shift = load(conv_bias + 4 * c, LANES)
+            for t in range(last - first):
+                value = shift
+                for k in range(taps):
+                    value = fma(load(conv + k * wide + 4 * c, LANES), load(xs + (t + k) * wide + 4 * c, LANES), value)
+                store(u + t * wide + 4 * c, value * sigmoid(value, LANES))
+        multiply(m_plan, m_blocks, u, wide, m_weight, m_zero, numbers, numbers_row, last - first, scratch)
+        multiply(dt_plan, dt_blocks, numbers + low, numbers_row, dt_weight, dt_bias, d, wide, last - first, scratch)
+        for i in range(0, (last - first) * wide, 4 * LANES):
+            store(d + i, softplus(load(d + i, LANES), LANES))
+        u += (last - first) * wide
+        z += (last - first) * wide
+        d += (last - first) * wide
+        numbers += (last - first) * numbers_row
+
+
+@device_function
+def _gate(y, z, out, inner, width, weight, bias, eps):  # type: ignore[no-untyped-def]
+    """LayerNorm of each part of `width` channels (none if 0), times silu(z), of one row."""
+    if width == 0:
+        for c in range(0, inner, LANES):
+            gate = load(z + 4 * c, LANES)
+            store(out + 4 * c, load(y + 4 * c, LANES) * (gate * sigmoid(gate, LANES)))
+    else:
+        for part in range(0, inner, width):
+            mean, inverse = moments(y + 4 * part, width, eps)
+            for k in range(0, width, LANES):
+                c = 4 * (part + k)
+                gate = load(z + c, LANES)
+                value = fma((load(y + c, LANES) - mean) * inverse, load(weight + c, LANES), load(bias + c, LANES))
+                store(out + c, value * (gate * sigmoid(gate, LANES)))
+
+
+@device_function
+def _finish_row(  # type: ignore[no-untyped-def]
+    mixed, x, channels, norm_weight, norm_bias, eps, scale, of_norm, out_weight, out_bias, out_eps, spare
+):
+    """mixed = LayerNorm(mixed + scale * residual); the residual is x, or LayerNorm(x) if `of_norm`."""
+    residual = x
+    if of_norm != 0:
+        _normalise(x, spare, channels, norm_weight, norm_bias, eps)
+        residual = spare
+    for c in range(0, channels, LANES):
+        left = channels - c
+        value = fma(get(residual + 4 * c, left), get(scale + 4 * c, left), get(mixed + 4 * c, left))
+        put(mixed + 4 * c, value, left)
+    _normalise(mixed, mixed, channels, out_weight, out_bias, out_eps)
+
+
+@kernel
+def after_scan(  # type: ignore[no-untyped-def]
+    y, z, inner, width, gate_weight, gate_bias, gate_eps, o_plan, o_blocks, o_weight, o_zero,
+    x, channels, base, n1, n2, s0, s1, s2, norm_weight, norm_bias, eps, scale, of_norm, out_weight, out_bias, out_eps,
+    p_plan, p_blocks, p_weight, p_bias, mode, sums, out, out_row, begin, end, scratch,
+):  # fmt: skip
+    """From the scan's y (rows of `inner` channels) of tokens begin..end-1 to rows of the layer's result.
+
+    mixed = (LayerNorm(y) * silu(z)) @ out_proj, then LayerNorm(mixed + scale * residual) @ projection + bias. With
+    `mode` 0 all of it, to the image's rows of `out`; 1 and 2: mixed alone is written or added to the image's rows of
+    `sums`, for several orders of the scan. y and z are the rows of token `begin`.
+    """
+    row = 4 * channels
+    wide = 4 * inner
+    gated = scratch + SCRATCH
+    mixed = gated + BLOCK * wide
+    spare = mixed + BLOCK * row
+    for first in range(begin, end, BLOCK):
+        last = min(first + BLOCK, end)
+        for i in range(last - first):
+            _gate(y + i * wide, z + i * wide, gated + i * wide, inner, width, gate_weight, gate_bias, gate_eps)
+        multiply(o_plan, o_blocks, gated, wide, o_weight, o_zero, mixed, row, last - first, scratch)
+        if mode == 0:
+            for i in range(last - first):
+                at = x + row * _row_of(first + i, base, n1, n2, s0, s1, s2)
+                _finish_row(
+                    mixed + i * row, at, channels, norm_weight, norm_bias, eps, scale, of_norm, out_weight, out_bias,
+                    out_eps, spare,
+                )  # fmt: skip
+            # in this mode tokens are in raster order, so their rows follow each other
+            multiply(p_plan, p_blocks, mixed, row, p_weight, p_bias, out, out_row, last - first, scratch)
+        else:
+            for i in range(last - first):
+                at = sums + row * _row_of(first + i, base, n1, n2, s0, s1, s2)
+                for c in range(0, channels, LANES):
+                    left = channels - c
+                    value = get(mixed + i * row + 4 * c, left)
+                    put(at + 4 * c, value if mode == 1 else value + get(at + 4 * c, left), left)
+        y += (last - first) * wide
+        z += (last - first) * wide
+        out += (last - first) * out_row
+
+
+@kernel
+def finish(  # type: ignore[no-untyped-def]
+    sums, x, channels, norm_weight, norm_bias, eps, scale, of_norm, out_weight, out_bias, out_eps,
+    p_plan, p_blocks, p_weight, p_bias, out, out_row, begin, end, scratch,
+):  # fmt: skip
+    """The end of `after_scan` for rows begin..end-1 of the sums over the orders of the scan."""
+    row = 4 * channels
+    mixed = scratch + SCRATCH
+    spare = mixed + BLOCK * row
+    for first in range(begin, end, BLOCK):
+        last = min(first + BLOCK, end)
+        for i in range(last - first):
+            at = (first + i) * row
+            for c in range(0, channels, LANES):
+                put(mixed + i * row + 4 * c, get(sums + at + 4 * c, channels - c), channels - c)
+            _finish_row(
+                mixed + i * row, x + at, channels, norm_weight, norm_bias, eps, scale, of_norm, out_weight, out_bias,
+                out_eps, spare,
+            )  # fmt: skip
+        multiply(p_plan, p_blocks, mixed, row, p_weight, p_bias, out, out_row, last - first, scratch)
+        out += (last - first) * out_row
+
+
+def scratch_floats(channels: int, inner: int, taps: int) -> int:
+    """Floats of scratch memory that a thread needs."""
+    return SCRATCH // 4 + (BLOCK + taps) * channels + (BLOCK + taps) * inner + (BLOCK + 1) * channels

@@ -1,0 +1,94 @@
+"""A linear layer over channels-last data: many rows, small weights."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightm.ops.checks import check_kinds, check_shape, choose
+from lightm.ops.register import operator
+
+_NAME = "linear"
+_FEW_ROWS = 64  # below this many, packing the weights costs more than it saves
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tensor:
+    """Multiply every row with a small matrix: y = x @ weight.T + bias.
+
+    As `torch.nn.functional.linear`, for many rows (tokens or voxels) of few channels, where general libraries of matrix
+    products leave most of the processor idle.
+
+    Args:
+        x: (..., C), any strides; float32, bfloat16, float16, or float64 for the reference.
+        weight: (C_out, C). bias: (C_out,) or None.
+        impl: "cpu" (own kernels, float32), "reference" (PyTorch's), or "auto": "cpu" for float32 on the CPU.
+
+    Returns: (..., C_out) in x's dtype.
+    Raises ValueError for shapes, dtypes or devices that do not fit, or an impossible `impl`.
+    Cost: C * C_out multiply-adds a row forward, twice that backward; x is what the backward pass keeps.
+    """
+    check_kinds(_NAME, {"x": x, "weight": weight, "bias": bias})
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{_NAME}: x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected (..., C) and (C_out, C)"
+        )
+    if bias is not None:
+        check_shape(_NAME, "bias", bias, (weight.shape[0],), "(C_out,), C_out from weight's first axis")
+    limits = None
+    if (
+        x.dtype != torch.float32
+        or weight.dtype != torch.float32
+        or (x.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
+    ):
+        limits = "the kernels multiply float32 only"
+    elif x[..., 0].numel() < _FEW_ROWS and impl == "auto":
+        limits = "only a few rows"
+    if choose(_NAME, impl, x, limits) == "reference":
+        return functional.linear(x, weight, bias)
+    return linear_op(x, weight, bias)
+
+
+@operator("lightm::linear")
+def linear_op(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
+    """The CPU kernel as a PyTorch operator."""
+    from lightm.ops.linear_cpu import run_product
+
+    return run_product(x, weight.t(), bias)
+
+
+@linear_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@operator("lightm::linear_weight_grad")
+def linear_weight_grad(x: Tensor, grad_y: Tensor) -> Tensor:
+    """The weight's gradient (C_out, C): summed over all rows in a fixed order."""
+    from lightm.ops.linear_cpu import run_weight_gradient
+
+    return run_weight_gradient(grad_y, x)
+
+
+@linear_weight_grad.register_fake
+def _(x: Tensor, grad_y: Tensor) -> Tensor:
+    return x.new_empty((grad_y.shape[-1], x.shape[-1]))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    dx = linear_op(grad_y, weight.t(), None) if ctx.needs_input_grad[0] else None
+    dweight = linear_weight_grad(x, grad_y) if ctx.needs_input_grad[1] else None
+    dbias = grad_y.flatten(0, -2).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+    return dx, dweight, dbias
+
+
+linear_op.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,61 @@
+"""The linear layer on the CPU: kernels spread over stretches of rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightm.ops.jit import LANES
+from lightm.ops.matmul_kernels import SCRATCH, Packed, gradient_kernel, product_kernel
+from lightm.ops.threads import parallel_for, worker_count
+
+_STRETCH = 1920  # rows of one piece of a product
+_SUMMED = 2048  # rows of one piece of a weight's gradient; fixed, so that sums do not depend on the number of threads
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as (rows, C) with channels next to each other; a copy only where the layout asks for one."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def run_product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., C) @ matrix (C, C_out) + bias."""
+    rows = _rows(x)
+    packed = Packed(matrix, bias)
+    y = torch.empty((*x.shape[:-1], packed.columns))
+    plan, blocks, weight, shift = packed.arguments
+    items = -(-rows.shape[0] // _STRETCH)
+    scratch = torch.empty((worker_count(items), SCRATCH // 4))
+    row_in, row_out = 4 * rows.stride(0), 4 * packed.columns
+
+    def work(item: int, worker: int) -> None:
+        first = item * _STRETCH
+        product_kernel(
+            plan, blocks, rows.data_ptr() + first * row_in, row_in, weight, shift, y.data_ptr() + first * row_out,
+            row_out, min(_STRETCH, rows.shape[0] - first), scratch[worker].data_ptr(),
+        )  # fmt: skip
+
+    parallel_for(work, items)
+    return y
+
+
+def run_weight_gradient(left: Tensor, right: Tensor) -> Tensor:
+    """transpose(left) @ right over all rows of left (..., A) and right (..., B): (A, B)."""
+    a, b = _rows(left), _rows(right)
+    count = a.shape[0]
+    items = max(1, -(-count // _SUMMED))
+    parts = torch.zeros((items, a.shape[1], b.shape[1]))
+    zeros = torch.zeros(4 * LANES)
+    scratch = torch.empty((worker_count(items), SCRATCH // 2 + _SUMMED * LANES))
+
+    def work(item: int, worker: int) -> None:
+        first = item * _SUMMED
+        gradient_kernel(
+            a.data_ptr() + 4 * first * a.stride(0), 4 * a.stride(0), a.shape[1],
+            b.data_ptr() + 4 * first * b.stride(0), 4 * b.stride(0), b.shape[1],
+            min(_SUMMED, count - first), parts[item].data_ptr(), zeros.data_ptr(), scratch[worker].data_ptr(),
+        )  # fmt: skip
+
+    parallel_for(work, items)
+    return parts.sum(0)

@@ -1,0 +1,173 @@
+"""The SSD scan as matrix products over chunks of tokens (Mamba-2, arXiv 2405.21060, section 6), on any device.
+
+For one head, with a[t] = dt[t] * A, S its running sum inside a chunk of Q tokens, x[t] = dt[t] * u[t]:
+
+    y[t] = sum over s <= t in the chunk of exp(S[t] - S[s]) * (C[t] . B[s]) * x[s]  +  exp(S[t]) * C[t] h
+    h    <- exp(S[end]) * h + sum over s of exp(S[end] - S[s]) * x[s] (outer) B[s]
+
+Every exponent is a sum of a over a range of tokens, never positive when A is not: nothing overflows. The sums are
+kept in float64, because the difference of two large running sums would lose a small one between them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from lightm.ops.checks import wants_grad
+
+CHUNK = 32
+"""Q, tokens of a chunk: work inside chunks grows with Q, the number of chunk states with 1 / Q. Tuned on a CPU."""
+STRETCH = 4096
+"""Tokens whose temporaries are alive at a time; a multiple of CHUNK."""
+
+Optionals = tuple[Tensor | None, ...]
+
+
+def _decays(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(sums[t] - sums[s]) for s <= t, 0 above: (..., T) -> (..., T, T)."""
+    size = sums.shape[-1]
+    gaps = sums.unsqueeze(-1) - sums.unsqueeze(-2)
+    future = torch.ones((size, size), dtype=torch.bool, device=sums.device).triu(1)
+    # masked before the exponential: above the diagonal the exponents are positive and could overflow
+    return gaps.masked_fill_(future, float("-inf")).to(dtype).exp_()
+
+
+def _stretch(
+    state: Tensor,
+    softplus: bool,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    d_skip: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(y, state after) of some tokens; `state` and the arithmetic are float32 or float64, y has u's type."""
+    inner = state.dtype
+    _, length, heads, width = u.shape
+    groups, states = B.shape[2:]
+    of_group = heads // groups
+    size = min(CHUNK, length)
+    number = -(-length // size)
+    dt = delta.to(inner)
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(inner)
+    if softplus:
+        dt = functional.softplus(dt)
+    x = u.to(inner)
+
+    def chunks(part: Tensor) -> Tensor:
+        """(Bt, L, G, ...) -> (Bt, chunks, G, Q, ...), padded with tokens of dt = 0, which change nothing."""
+        part = functional.pad(part, (0, 0) * (part.dim() - 2) + (0, number * size - length))
+        return part.unflatten(1, (number, size)).transpose(2, 3)
+
+    a = chunks(dt * A.to(inner)).double().unflatten(2, (groups, of_group))  # (Bt, chunks, G, H/G, Q)
+    sums = a.cumsum(-1)
+    inflow = chunks(dt.unsqueeze(-1) * x).unflatten(2, (groups, of_group))  # (Bt, chunks, G, H/G, Q, P)
+    b, c = (chunks(part.to(inner)).unsqueeze(3) for part in (B, C))  # (Bt, chunks, G, 1, Q, N)
+    y = (c @ b.mT * _decays(sums, inner)) @ inflow
+    # states that each chunk adds, carried from chunk to chunk; chunk 0 of the sum is what came before
+    to_end = (sums[..., -1:] - sums).to(inner).exp()
+    added = (inflow * to_end.unsqueeze(-1)).mT @ b  # (Bt, chunks, G, H/G, P, N)
+    before = state.unflatten(1, (groups, of_group)).unsqueeze(1)
+    ends = functional.pad(sums[..., -1].movedim(1, -1), (1, 0)).cumsum(-1)  # (Bt, G, H/G, chunks + 1)
+    flat = torch.cat((before, added), dim=1).movedim(1, 3).flatten(-2)  # (Bt, G, H/G, chunks + 1, P N)
+    carried = (_decays(ends, inner) @ flat).unflatten(-1, (width, states))
+    entering = carried[..., :-1, :, :].movedim(3, 1)
+    y = y + (c @ entering.mT) * sums.to(inner).exp().unsqueeze(-1)
+    y = y.flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :length]  # (Bt, L, H, P)
+    if d_skip is not None:
+        y = y + d_skip.to(inner).unsqueeze(-1) * x
+    if z is not None:
+        y = y * functional.silu(z.to(inner))
+    return y.to(u.dtype), carried[..., -1, :, :].flatten(1, 2)
+
+
+def _part(tensors: Optionals, start: int) -> Optionals:
+    """Tokens of one stretch of (u, delta, A, B, C, d_skip, z, delta_bias)."""
+    by_token = (True, True, False, True, True, False, True, False)
+    cut = slice(start, start + STRETCH)
+    return tuple(x[:, cut] if x is not None and split else x for x, split in zip(tensors, by_token, strict=True))
+
+
+class _Chunked(torch.autograd.Function):
+    """Keeps the inputs and one state a stretch; the backward pass recomputes a stretch at a time, last one first."""
+
+    @staticmethod
+    def forward(ctx: Any, softplus: bool, state: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, last, entered = chunked_forward(tensors, state, softplus, keep=True)
+        ctx.softplus, ctx.given = softplus, len(tensors)
+        ctx.save_for_backward(*tensors, *entered)
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> Optionals:
+        tensors, entered = ctx.saved_tensors[: ctx.given], ctx.saved_tensors[ctx.given :]
+        wanted = ctx.needs_input_grad[2:]
+        grads = [torch.zeros_like(x) if need else None for x, need in zip(tensors, wanted, strict=True)]
+        for index in reversed(range(len(entered))):
+            start = index * STRETCH
+            leaves = [
+                None if x is None else x.detach().requires_grad_(need)
+                for x, need in zip(_part(tensors, start), wanted, strict=True)
+            ]
+            entering = entered[index].detach().requires_grad_()
+            with torch.enable_grad():
+                y, state = _stretch(entering, ctx.softplus, *leaves)  # type: ignore[arg-type]
+            asked = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
+            found = iter(
+                torch.autograd.grad((y, state), [entering, *asked], (grad_y[:, start : start + STRETCH], grad_state))
+            )
+            grad_state = next(found)
+            for target in _part(tuple(grads), start):
+                if target is not None:
+                    target += next(found)
+        return None, grad_state if ctx.needs_input_grad[1] else None, *grads
+
+
+def chunked_forward(
+    tensors: Optionals, state: Tensor, softplus: bool, keep: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(y, last state, with `keep` the states before every stretch) of (u, delta, A, B, C, d_skip, z, delta_bias)."""
+    u = tensors[0]
+    if u is None:
+        raise TypeError("u is missing")
+    y, entered = torch.empty(u.shape, dtype=u.dtype, device=u.device), []
+    for start in range(0, u.shape[1], STRETCH):
+        if keep:
+            entered.append(state)
+        y[:, start : start + STRETCH], state = _stretch(state, softplus, *_part(tensors, start))  # type: ignore[arg-type]
+    return y, state, entered
+
+
+def chunked_ssd(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    d_skip: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return (y, last state); arguments as in `ssd_scan`, B and C (Bt, L, G, N)."""
+    inner = torch.float64 if u.dtype == torch.float64 else torch.float32
+    shape = (u.shape[0], u.shape[2], u.shape[3], B.shape[3])
+    state = u.new_zeros(shape, dtype=inner) if initial_state is None else initial_state.to(inner)
+    # parameters in the inner type: their gradients are summed over the stretches
+    A, d_skip, delta_bias = (None if x is None else x.to(inner) for x in (A, d_skip, delta_bias))  # type: ignore[assignment]
+    tensors = (u, delta, A, B, C, d_skip, z, delta_bias)
+    if wants_grad(*tensors, state):
+        y, state = _Chunked.apply(delta_softplus, state, *tensors)
+        return y, state
+    return chunked_forward(tensors, state, delta_softplus, keep=False)[:2]

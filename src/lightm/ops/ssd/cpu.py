@@ -1,0 +1,200 @@
+"""The SSD scan on the CPU: the Numba kernels, spread over batch entries and tiles of channels.
+
+A head is what `Layout` calls a group: its P channels are padded to whole tiles. B and C have G groups of heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightm.ops.jit import LANES
+from lightm.ops.scan.cpu import _spots, _sum_tiles
+from lightm.ops.scan.layout import STRETCH, Layout
+from lightm.ops.scan.results import RESULTS
+from lightm.ops.ssd.kernels import backward_kernel, forward_kernel, scratch_floats
+from lightm.ops.threads import parallel_for, worker_count
+from lightm.ops.vector_math import LOG2E
+
+PASS = 64  # tokens that the forward kernel takes at a time when no states are kept
+_TILE = 4 * LANES  # bytes of one row of a tile
+
+
+def _layout(u: Tensor, A: Tensor, B: Tensor) -> Layout:
+    return Layout(u.shape[0], u.shape[1], u.shape[2], A.shape[0], B.shape[3])
+
+
+def _numbers(x: Tensor | None) -> Tensor | None:
+    """A vector over heads as consecutive float32 numbers."""
+    return None if x is None else x.float().contiguous()
+
+
+def _at(x: Tensor | None, head: int) -> int:
+    """Address of a head's number; 0 for None."""
+    return 0 if x is None else x.data_ptr() + 4 * head
+
+
+def run_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    d_skip: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, last state, states before every `chunk`-th token; the last is empty when chunk is 0).
+
+    u, z and y are (Bt, L, H * P), delta (Bt, L, H), states (Bt, H * P, N).
+    """
+    layout = _layout(u, A, B)
+    heads_of_group = layout.groups // B.shape[2]
+    y = RESULTS.empty(u.shape, u.dtype)
+    rate, skip, bias = A.float() * LOG2E, _numbers(d_skip), _numbers(delta_bias)
+    shape = (layout.batch, layout.tiles, layout.kernel_states, LANES)
+    state = torch.zeros(shape) if initial_state is None else layout.tile_states(initial_state)
+    number = -(-layout.length // chunk) if chunk else 0
+    saved = torch.empty((layout.batch, layout.tiles, number, layout.kernel_states, LANES))
+    rows = [x for x in (u, z, y) if x is not None]
+    in_place = all(map(layout.channels_in_place, rows)) and all(map(layout.numbers_in_place, (B, C)))
+    in_place = in_place and delta.dtype == torch.float32
+    stretch = max(layout.length, 1) if in_place else STRETCH
+    run = forward_kernel(layout.kernel_states)
+    scratch = torch.empty((worker_count(layout.batch * layout.tiles), 2 * (chunk or PASS)))
+    state_bytes = 4 * layout.kernel_states * LANES
+
+    def sweep(start: int, stop: int) -> None:
+        u_rows, delta_rows = layout.channel_rows(u, start, stop), delta[:, start:stop].float()
+        b_rows, c_rows = (layout.number_rows(x, start, stop) for x in (B, C))
+        z_rows = None if z is None else layout.channel_rows(z, start, stop)
+        y_rows = layout.row_buffer(y, start, stop)
+        spots = [_spots(x) for x in (u_rows, delta_rows, b_rows, c_rows, z_rows, y_rows)]
+        delta_bytes, group_bytes = 4 * delta_rows.stride(2), (4 * b_rows.stride(2), 4 * c_rows.stride(2))
+
+        def work(item: int, worker: int) -> None:
+            entry, tile = divmod(item, layout.tiles)
+            head = tile // layout.tiles_of_group
+            in_group = [head // heads_of_group * size for size in group_bytes]
+            across = [tile * _TILE, head * delta_bytes, *in_group, tile * _TILE, tile * _TILE]
+            where: list[int] = []
+            for (address, entry_step, step), offset in zip(spots, across, strict=True):
+                where += [address + entry * entry_step + offset if address else 0, step]
+            run(
+                *where,
+                _at(rate, head),
+                _at(skip, head),
+                _at(bias, head),
+                int(delta_softplus),
+                state.data_ptr() + item * state_bytes,
+                saved.data_ptr() + (item * number + start // chunk) * state_bytes if chunk else 0,
+                state_bytes,
+                chunk or PASS,
+                stop - start,
+                scratch[worker].data_ptr(),
+            )
+
+        parallel_for(work, layout.batch * layout.tiles)
+        layout.finish_rows(y_rows, y, start, stop)
+
+    for start in range(0, layout.length, stretch):
+        sweep(start, min(start + stretch, layout.length))
+    return y, layout.untile_states(state), saved
+
+
+def run_backward(
+    grad_y: Tensor,
+    grad_state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    d_skip: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    saved: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients (u, delta, A, B, C, d_skip, z, delta_bias, initial state) in their tensors' types."""
+    layout = _layout(u, A, B)
+    heads_of_group = layout.groups // B.shape[2]
+    # the same tiles, seen from the groups of B and C
+    shared = Layout(layout.batch, layout.length, layout.width, B.shape[2], layout.states)
+    rate, skip, bias = A.float() * LOG2E, _numbers(d_skip), _numbers(delta_bias)
+    du, ddelta = torch.empty(u.shape, dtype=u.dtype), torch.empty(delta.shape, dtype=delta.dtype)
+    dz = torch.empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype)
+    dB, dC = torch.empty(B.shape, dtype=B.dtype), torch.empty(C.shape, dtype=C.dtype)
+    n, items, number = layout.kernel_states, layout.batch * layout.tiles, saved.shape[2]
+    carry = layout.tile_states(grad_state)
+    sums = torch.zeros((3, layout.batch, layout.tiles, LANES))  # dA, dskip, dbias
+    longest = -(-min(STRETCH, layout.length) // LANES) * LANES
+    parts_b, parts_c = (torch.empty((layout.batch, layout.tiles, longest, n)) for _ in range(2))
+    parts_d = torch.empty((layout.batch, layout.groups, layout.tiles_of_group, longest))
+    scratch = torch.empty((worker_count(items), scratch_floats(n, chunk)))
+    run = backward_kernel(n)
+    state_bytes = 4 * n * LANES
+
+    def sweep(start: int, stop: int) -> None:
+        u_rows, delta_rows = layout.channel_rows(u, start, stop), delta[:, start:stop].float()
+        b_rows, c_rows = (layout.number_rows(x, start, stop) for x in (B, C))
+        z_rows = None if z is None else layout.channel_rows(z, start, stop)
+        dy_rows, du_rows = layout.channel_rows(grad_y, start, stop), layout.row_buffer(du, start, stop)
+        dz_rows = None if z is None else layout.row_buffer(dz, start, stop)
+        spots = [_spots(x) for x in (u_rows, delta_rows, b_rows, c_rows, z_rows, dy_rows, du_rows, dz_rows)]
+        delta_bytes, group_bytes = 4 * delta_rows.stride(2), (4 * b_rows.stride(2), 4 * c_rows.stride(2))
+
+        def work(item: int, worker: int) -> None:
+            entry, tile = divmod(item, layout.tiles)
+            head = tile // layout.tiles_of_group
+            in_group = [head // heads_of_group * size for size in group_bytes]
+            across = [tile * _TILE, head * delta_bytes, *in_group] + [tile * _TILE] * 4
+            where: list[int] = []
+            for (address, entry_step, step), offset in zip(spots, across, strict=True):
+                where += [address + entry * entry_step + offset if address else 0, step]
+            run(
+                *where[:12],
+                _at(rate, head),
+                _at(skip, head),
+                _at(bias, head),
+                int(delta_softplus),
+                saved.data_ptr() + (item * number + start // chunk) * state_bytes,
+                state_bytes,
+                chunk,
+                stop - start,
+                *where[12:],
+                parts_d.data_ptr() + item * longest * 4,
+                parts_b.data_ptr() + item * longest * n * 4,
+                parts_c.data_ptr() + item * longest * n * 4,
+                carry.data_ptr() + item * state_bytes,
+                *(sums[i].data_ptr() + item * _TILE for i in range(3)),
+                scratch[worker].data_ptr(),
+            )
+
+        parallel_for(work, items)
+        layout.finish_rows(du_rows, du, start, stop)
+        if dz_rows is not None:
+            layout.finish_rows(dz_rows, dz, start, stop)
+        ddelta[:, start:stop] = _in_order(parts_d)[..., : stop - start].transpose(1, 2)
+        for parts, result in ((parts_b, dB), (parts_c, dC)):
+            _sum_tiles(shared, parts, result, start, stop)
+
+    for start in reversed(range(0, layout.length, STRETCH)):
+        sweep(start, min(start + STRETCH, layout.length))
+    dA, dskip, dbias = (
+        torch.empty(0) if given is None else total.reshape(layout.batch, layout.groups, -1).sum((0, 2)).to(given.dtype)
+        for given, total in zip((A, d_skip, delta_bias), sums.unbind(0), strict=True)
+    )
+    return du, ddelta, dA, dB, dC, dskip, dz, dbias, layout.untile_states(carry)
+
+
+def _in_order(parts: Tensor) -> Tensor:
+    """Sum over the tiles of each head, always in the same order: (Bt, H, tiles, t) -> (Bt, H, t)."""
+    total = parts[:, :, 0]
+    for tile in range(1, parts.shape[2]):
+        total = total + parts[:, :, tile]
+    return total

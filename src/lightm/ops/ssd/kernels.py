@@ -1,0 +1,185 @@
+"""The SSD scan's kernels: a stretch of tokens for one tile of channels of one head, forward and backward.
+
+All arguments are integers: addresses of float32 data, strides and sizes in bytes or tokens as named. A tile is
+LANES channels; `*_step` is the distance in bytes from one token to the next; `chunk` is a multiple of LANES.
+A head's numbers (delta, A, bias, skip) are single floats. Steps dt and decays exp(dt * A) depend on the token and the
+head alone: they are computed with LANES tokens a vector, one exponential a token for the whole tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from lightm.ops.jit import LANES, device_function, kernel
+from lightm.ops.ssd.step import advance, record, retreat, store_sum
+from lightm.ops.vector import broadcast, fma, full, load, load_rows, store, store_rows
+from lightm.ops.vector_math import LN2, exp2, sigmoid, softplus
+
+_ROW = 4 * LANES
+
+
+@device_function
+def _gather(delta, delta_step, bias, first, last, target):  # type: ignore[no-untyped-def]
+    """Write delta + bias of tokens first..last-1 as consecutive floats, and zeros up to a whole vector."""
+    whole = (last - first + LANES - 1) // LANES * LANES
+    for t in range(first, last):
+        store(target + 4 * (t - first), load(delta + t * delta_step, 1))
+    for i in range(last - first, whole):
+        store(target + 4 * i, full(0.0, 1))
+    for i in range(0, whole, LANES):
+        store(target + 4 * i, load(target + 4 * i, LANES) + bias)
+    return whole
+
+
+@device_function
+def _steps(raw, soft, rate, whole, steps, decays):  # type: ignore[no-untyped-def]
+    """dt from what `_gather` wrote, and exp2(dt * rate): `whole` floats each; `steps` may be `raw`."""
+    for i in range(0, whole, LANES):
+        d = load(raw + 4 * i, LANES)
+        if soft != 0:
+            d = softplus(d, LANES)
+        store(steps + 4 * i, d)
+        store(decays + 4 * i, exp2(d * rate))
+
+
+@cache
+def forward_kernel(states: int) -> Callable[..., Any]:
+    """The forward kernel for N = `states`."""
+
+    @kernel
+    def ssd_forward(  # type: ignore[no-untyped-def]
+        u, u_step, delta, delta_step, b, b_step, c, c_step, z, z_step, y, y_step,
+        a, skip, bias, soft, state, saved, saved_step, chunk, tokens, scratch,
+    ):  # fmt: skip
+        """Advance `state` (N rows) over `tokens` tokens and write y.
+
+        `a` is where the head's A * log2(e) is; z, skip and bias are 0 where there is none; `soft` is 1 to apply
+        softplus; with `saved` not 0, the states before every `chunk`-th token are kept there, `saved_step` bytes
+        apart. `scratch` holds a chunk's dt and decays: 2 chunk floats.
+        """
+        zero = full(0.0, LANES)
+        d_skip = broadcast(skip, LANES) if skip != 0 else zero
+        d_bias = broadcast(bias, LANES) if bias != 0 else zero
+        rate = broadcast(a, LANES)
+        decays = scratch + 4 * chunk
+        h = load_rows(state, states, LANES)
+        for start in range(0, tokens, chunk):
+            stop = min(start + chunk, tokens)
+            if saved != 0:
+                store_rows(saved, h)
+                saved += saved_step
+            whole = _gather(delta, delta_step, d_bias, start, stop, scratch)
+            _steps(scratch, soft, rate, whole, scratch, decays)
+            for t in range(start, stop):
+                at = 4 * (t - start)
+                u_t = load(u + t * u_step, LANES)
+                du = broadcast(scratch + at, LANES) * u_t
+                h, total = advance(h, broadcast(decays + at, LANES), du, b + t * b_step, c + t * c_step)
+                store(y + t * y_step, fma(d_skip, u_t, total))
+            if z != 0:
+                for t in range(start, stop):
+                    z_t = load(z + t * z_step, LANES)
+                    store(y + t * y_step, load(y + t * y_step, LANES) * (z_t * sigmoid(z_t, LANES)))
+        store_rows(state, h)
+
+    return ssd_forward
+
+
+@cache
+def backward_kernel(states: int) -> Callable[..., Any]:
+    """The backward kernel for N = `states`."""
+    rows = _ROW * states
+
+    @kernel
+    def ssd_backward(  # type: ignore[no-untyped-def]
+        u, u_step, delta, delta_step, b, b_step, c, c_step, z, z_step, dy, dy_step,
+        a, skip, bias, soft, saved, saved_step, chunk, tokens,
+        du, du_step, dz, dz_step, ddelta, db, dc, carry, da, dskip, dbias, scratch,
+    ):  # fmt: skip
+        """Sweep a stretch of tokens (its first one at a chunk's start) from last to first.
+
+        `carry` (N rows) comes in as the gradient of the states after the stretch and leaves as that of the states
+        before it; da, dskip and dbias (one row each, whose sum counts) are added to; ddelta (a float a token, written
+        up to a whole vector), db and dc (tokens, N) are written: sums over this tile alone. `scratch` holds a chunk's
+        states (chunk + 1 times N rows), the gradient before the gate (chunk rows), and four floats a token.
+        """
+        zero = full(0.0, LANES)
+        one = full(1.0, LANES)
+        d_skip = broadcast(skip, LANES) if skip != 0 else zero
+        d_bias = broadcast(bias, LANES) if bias != 0 else zero
+        rate = broadcast(a, LANES)
+        natural = rate * full(LN2, LANES)  # A itself
+        da_sum = zero
+        skip_sum = zero
+        bias_sum = zero
+        hs = scratch
+        inner = hs + (chunk + 1) * rows
+        raw = inner + chunk * _ROW
+        ds = raw + 4 * chunk
+        xs = ds + 4 * chunk
+        dds = xs + 4 * chunk
+        g = load_rows(carry, states, LANES)
+        number = (tokens + chunk - 1) // chunk
+        for k in range(number - 1, -1, -1):
+            start = k * chunk
+            stop = min(start + chunk, tokens)
+            whole = _gather(delta, delta_step, d_bias, start, stop, raw)
+            _steps(raw, soft, rate, whole, ds, xs)
+            for t in range(start, stop):
+                out = load(dy + t * dy_step, LANES)
+                if z != 0:
+                    z_t = load(z + t * z_step, LANES)
+                    s = sigmoid(z_t, LANES)
+                    # the factor of the output before the gate; the sweep below multiplies that in
+                    store(dz + t * dz_step, out * s * fma(z_t, one - s, one))
+                    out = out * (z_t * s)
+                store(inner + (t - start) * _ROW, out)
+            h = load_rows(saved + k * saved_step, states, LANES)
+            store_rows(hs, h)
+            for t in range(start, stop):
+                i = t - start
+                du_t = broadcast(ds + 4 * i, LANES) * load(u + t * u_step, LANES)
+                h = record(h, broadcast(xs + 4 * i, LANES), du_t, b + t * b_step, hs + (i + 1) * rows)
+            for i in range(stop - start, whole):
+                store(dds + 4 * i, full(0.0, 1))
+            # sums of a chunk, then of chunks: far smaller rounding errors than one long sum
+            da_part = zero
+            skip_part = zero
+            bias_part = zero
+            for t in range(stop - 1, start - 1, -1):
+                i = t - start
+                d = broadcast(ds + 4 * i, LANES)
+                u_t = load(u + t * u_step, LANES)
+                out = load(inner + i * _ROW, LANES)
+                g, sum_q, sum_b, sum_c = retreat(
+                    g, broadcast(xs + 4 * i, LANES), d * u_t, out, b + t * b_step, c + t * c_step,
+                    hs + (i + 1) * rows, hs + i * rows, db + t * (4 * states), dc + t * (4 * states),
+                )  # fmt: skip
+                if z != 0:
+                    store(dz + t * dz_step, load(dz + t * dz_step, LANES) * fma(d_skip, u_t, sum_c))
+                store(du + t * du_step, fma(d, sum_b, d_skip * out))
+                skip_part = fma(out, u_t, skip_part)
+                da_part = fma(d, sum_q, da_part)
+                store_sum(dds + 4 * i, fma(natural, sum_q, u_t * sum_b))
+            for i in range(0, whole, LANES):
+                dd = load(dds + 4 * i, LANES)
+                if soft != 0:
+                    dd = dd * sigmoid(load(raw + 4 * i, LANES), LANES)
+                bias_part = bias_part + dd
+                store(ddelta + 4 * (start + i), dd)
+            da_sum = da_sum + da_part
+            skip_sum = skip_sum + skip_part
+            bias_sum = bias_sum + bias_part
+        store_rows(carry, g)
+        store(da, load(da, LANES) + da_sum)
+        store(dskip, load(dskip, LANES) + skip_sum)
+        store(dbias, load(dbias, LANES) + bias_sum)
+
+    return ssd_backward
+
+
+def scratch_floats(states: int, chunk: int) -> int:
+    """Floats of scratch memory that a thread's backward kernel needs."""
+    return LANES * (states * (chunk + 1) + chunk) + 4 * chunk

@@ -1,0 +1,49 @@
+"""The SSD scan, token by token in plain PyTorch: the oracle of the fast implementations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def reference_ssd(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    d_skip: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (y, last state) of the SSD scan; arguments as in `ssd_scan`, B and C (Bt, L, G, N).
+
+    Works on any device, in float64 when u is float64 and in float32 otherwise; y has u's dtype. Time
+    O(Bt L H P N) in L steps of Python; autograd keeps every step's state.
+    """
+    inner = torch.float64 if u.dtype == torch.float64 else torch.float32
+    batch, _, heads, width = u.shape
+    dt = delta.to(inner)
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(inner)
+    if delta_softplus:
+        dt = functional.softplus(dt)
+    x, rate = u.to(inner), A.to(inner)
+    b, c = (part.to(inner).repeat_interleave(heads // B.shape[2], dim=2) for part in (B, C))  # (Bt, L, H, N)
+    shape = (batch, heads, width, B.shape[3])
+    h = u.new_zeros(shape, dtype=inner) if initial_state is None else initial_state.to(inner)
+    outputs = []
+    # unbind, not indexing: autograd would fill a whole tensor with zeros for every indexed token
+    for x_t, dt_t, b_t, c_t in zip(*(part.unbind(1) for part in (x, dt, b, c)), strict=True):
+        inflow = (dt_t.unsqueeze(-1) * x_t).unsqueeze(-1) * b_t.unsqueeze(-2)  # (Bt, H, P, N)
+        h = torch.exp(dt_t * rate)[..., None, None] * h + inflow
+        outputs.append((h * c_t.unsqueeze(-2)).sum(-1))
+    y = torch.stack(outputs, dim=1) if outputs else x
+    if d_skip is not None:
+        y = y + d_skip.to(inner).unsqueeze(-1) * x
+    if z is not None:
+        y = y * functional.silu(z.to(inner))
+    return y.to(u.dtype), h
