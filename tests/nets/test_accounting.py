@@ -209,15 +209,6 @@ def test_a_scan_in_several_orders_is_counted_once_for_each() -> None:
         assert total.multiply_adds["interpolation"] == once.multiply_adds["interpolation"]
 
 
-def test_products_with_structural_zeros_are_counted_apart() -> None:
-    total = account("spm-lightm-unet", spatial=(16, 16)).operations.total
-    grouped = 0
-    for c, count, scale in ((32, 1, 1), (64, 2, 4), (128, 2, 16), (256, 3, 64)):
-        grouped += count * vss(256 // scale, c, parts=4)[0]
-    assert total.structural_zeros == 3 * grouped  # four parts: three blocks in four are zero
-    assert account("lightm-unet", spatial=(16, 16)).operations.total.structural_zeros == 0
-
-
 @pytest.mark.parametrize("states", [16, 40])
 def test_the_scan_is_counted_by_its_sizes(states: int) -> None:
     class Scan(nn.Module):

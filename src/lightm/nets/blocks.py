@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lightm import ops
-from lightm.nets.recompute import recomputed
+from lightm.nets.recompute import recomputed, recomputes
 from lightm.nets.token_layer import TokenLayer
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -241,8 +241,16 @@ class RVM(TokenLayer):
         vector_scale: bool = True,
         one_norm: bool = False,
         scan: str = "raster",
+        ssm: str = "mamba1",
     ) -> None:
-        vss = VSS(channels, state_size=state_size, expand=expand, inner_norm=inner_norm)
+        vss: nn.Module
+        if ssm == "mamba2":
+            from lightm.nets.mamba2 import VSS2
+
+            head = min(16, expand * channels)
+            vss = VSS2(channels, state_size=state_size, expand=expand, head_dim=head, inner_norm=inner_norm)
+        else:
+            vss = VSS(channels, state_size=state_size, expand=expand, inner_norm=inner_norm)
         super().__init__(
             vss, channels, out_channels, of_norm=False, vector_scale=vector_scale, one_norm=one_norm, scan=scan
         )
@@ -278,11 +286,12 @@ class DecoderStage(nn.Module):
         self.conv = DWConv(half, half, spatial_dims)
         self.skip_scale = nn.Parameter(torch.ones(half if vector_scale else 1))
         self.norm2 = GroupNormReLU(half, groups)
-        self.recompute = True
+        self.recompute: bool | None = None
 
     def forward(self, x: Tensor, skip: Tensor, *, overwrite_skip: bool = False) -> Tensor:
         """`overwrite_skip` lets a call without gradients compute in the skip's memory: its content is lost."""
-        if (self.recompute or not torch.is_grad_enabled()) and ops.stage_runs_fused(x, skip, self.reduce.weight):
+        again = recomputes(self.recompute, skip.numel())
+        if (again or not torch.is_grad_enabled()) and ops.stage_runs_fused(x, skip, self.reduce.weight):
             return ops.decoder_stage(
                 ops.linear(x, self.reduce.weight),
                 skip,
@@ -293,16 +302,17 @@ class DecoderStage(nn.Module):
                 self.norm2.tensors(),
                 overwrite_skip=overwrite_skip,
             )
-        return recomputed(self._plain, self.parameters(), self.recompute, x, skip)
+        return recomputed(self._plain, self.parameters(), again, x, skip)
 
     def _plain(self, x: Tensor, skip: Tensor) -> Tensor:
         x = ops.upsample_linear2(ops.linear(x, self.reduce.weight)) + skip
         return self.norm2(torch.addcmul(self.conv(self.norm1(x)), x, self.skip_scale))
 
 
-def run_head(norm: GroupNormReLU, conv: DWConv, x: Tensor, recompute: bool) -> Tensor:
+def run_head(norm: GroupNormReLU, conv: DWConv, x: Tensor, recompute: bool | None) -> Tensor:
     """The head, norm, ReLU, DWConv 1: (B, *S, C) -> (B, *S, classes), raw logits."""
-    return recomputed(lambda x: _head(norm, conv, x), [*norm.parameters(), *conv.parameters()], recompute, x)
+    again = recomputes(recompute, x.numel())
+    return recomputed(lambda x: _head(norm, conv, x), [*norm.parameters(), *conv.parameters()], again, x)
 
 
 def _head(norm: GroupNormReLU, conv: DWConv, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from lightm.nets.token_layer import POOLINGS
 
 LAYERS = ("rvm", "spm", "spm-shared")
 STEMS = ("dwconv", "conv")
+SSMS = ("mamba1", "mamba2")
 
 
 class Positioned(nn.Sequential):
@@ -55,6 +57,7 @@ class LightMUNet(nn.Module):
         position_conv: a residual depthwise convolution before every layer (in neither source).
         scan: "raster"; "bidirectional": VSS summed over the raster order and its reverse; "axes": summed over raster
             orders with each axis in turn as the fastest (in neither source). The weights are the same for all orders.
+        ssm: "mamba1" (a decay for every channel and state) or "mamba2" (one for a head of 16 channels).
 
     Input (B, in_channels, *S) of any float type, every size a multiple of `2 ** len(encoder_layers)`; output
     (B, out_channels, *S), raw logits. Raises ValueError for other sizes. Cost: linear in the number of voxels.
@@ -78,22 +81,29 @@ class LightMUNet(nn.Module):
         stem: str = "dwconv",
         position_conv: bool = False,
         scan: str = "raster",
+        ssm: str = "mamba1",
     ) -> None:
         super().__init__()
         _check(spatial_dims, in_channels, out_channels, filters, encoder_layers, bottleneck_layers, groups)
-        for what, given, known in (("layer", layer, LAYERS), ("pooling", pooling, POOLINGS), ("stem", stem, STEMS)):
+        for what, given, known in (
+            ("layer", layer, LAYERS),
+            ("pooling", pooling, POOLINGS),
+            ("stem", stem, STEMS),
+            ("ssm", ssm, SSMS),
+        ):
             if given not in known:
                 raise ValueError(f"{what} '{given}': one of {', '.join(known)}")
         self.spatial_dims, self.in_channels, self.pooling = spatial_dims, in_channels, pooling
         self.divisor = 2 ** len(encoder_layers)
 
+        settings: dict[str, Any] = {"state_size": state_size, "expand": expand, "scan": scan, "ssm": ssm}
+
         def build(channels: int, out: int) -> nn.Module:
             made: nn.Module
             if layer == "rvm":
-                made = RVM(channels, out, state_size=state_size, expand=expand, scan=scan)
+                made = RVM(channels, out, **settings)
             else:
-                shared = layer == "spm-shared"
-                made = SPM(channels, out, parts=parts, shared=shared, state_size=state_size, expand=expand, scan=scan)
+                made = SPM(channels, out, parts=parts, shared=layer == "spm-shared", **settings)
             return Positioned(PositionConv(channels, spatial_dims), made) if position_conv else made
 
         self.stem = (DWConv if stem == "dwconv" else ConvStem)(in_channels, filters, spatial_dims)
@@ -108,7 +118,7 @@ class LightMUNet(nn.Module):
         for _ in encoder_layers:
             self.decoder.append(DecoderStage(width, spatial_dims, groups=groups))
             width //= 2
-        self.recompute = True
+        self.recompute: bool | None = None
         self.head_norm = GroupNormReLU(width, groups)
         self.head = DWConv(width, out_channels, spatial_dims, kernel_size=1, bias=True)
 

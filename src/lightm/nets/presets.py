@@ -15,15 +15,26 @@ from lightm.nets.released import ReleasedLightMUNet
 _SPM = {"layer": "spm", "pooling": "add", "bottleneck_layers": 3}  # the report's Figure 6
 _OWN = {**_SPM, "stem": "conv", "position_conv": True}
 
+_SMALL = {"filters": 16}
+
 PRESETS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    # the project's own
     "lightm": (LightMUNet, _OWN),
-    "lightm-small": (LightMUNet, {**_OWN, "filters": 16}),
+    "lightm-small": (LightMUNet, {**_OWN, **_SMALL}),
+    # the paper's network and the released code's
     "lightm-unet": (LightMUNet, {}),
-    "lightm-unet-small": (LightMUNet, {"filters": 16}),
+    "lightm-unet-small": (LightMUNet, _SMALL),
     "lightm-unet-released": (ReleasedLightMUNet, {}),
+    "lightm-unet-released-small": (ReleasedLightMUNet, _SMALL),
+    # the report's
     "spm-lightm-unet": (LightMUNet, _SPM),
-    "spm-lightm-unet-small": (LightMUNet, {**_SPM, "filters": 16}),
+    "spm-lightm-unet-small": (LightMUNet, {**_SPM, **_SMALL}),
     "spm-lightm-unet-shared": (LightMUNet, {**_SPM, "layer": "spm-shared"}),
+    "spm-lightm-unet-shared-small": (LightMUNet, {**_SPM, "layer": "spm-shared", **_SMALL}),
+    # between both: layer and pooling exchanged one at a time, and the other state-space core
+    "lightm-unet-add": (LightMUNet, {"pooling": "add"}),
+    "spm-lightm-unet-max": (LightMUNet, {**_SPM, "pooling": "max"}),
+    "lightm-unet-mamba2": (LightMUNet, {"ssm": "mamba2"}),
 }
 DEFAULT = "lightm-small"
 

@@ -8,6 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+KEPT = 1 << 23
+"""Numbers in the largest tensor of a block up to which training keeps everything unless told otherwise: 32 MiB."""
+
+
+def recomputes(on: bool | None, numbers: int) -> bool:
+    """Whether to recompute a block whose largest tensor has `numbers`; `on` is the user's choice, None for none."""
+    return numbers > KEPT if on is None else on
+
 
 def is_plain(x: Tensor) -> bool:
     """Whether x is an ordinary tensor in an ordinary call: nothing is being compiled, exported or only shaped."""
@@ -50,8 +58,11 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *(next(found) if x.requires_grad else None for x in leaves)
 
 
-def set_recompute(network: nn.Module, on: bool) -> nn.Module:
-    """Choose for all blocks of a network whether training recomputes (less memory, the default) or keeps all."""
+def set_recompute(network: nn.Module, on: bool | None) -> nn.Module:
+    """Choose how a network trains: True recomputes (less memory), False keeps all activations (less work).
+
+    None, the state of a new network, recomputes those blocks whose tensors have more than `KEPT` numbers.
+    """
     for module in network.modules():
         if hasattr(module, "recompute"):
             module.recompute = on  # type: ignore[assignment]

@@ -83,7 +83,7 @@ class ReleasedLightMUNet(nn.Module):
         for _ in blocks_up:
             self.decoder.append(DecoderStage(width, spatial_dims, groups=groups, vector_scale=False))
             width //= 2
-        self.recompute = True
+        self.recompute: bool | None = None
         self.head_norm = GroupNormReLU(width, groups)
         self.head = DWConv(width, out_channels, spatial_dims, kernel_size=1, bias=True)
 

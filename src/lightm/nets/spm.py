@@ -20,8 +20,7 @@ class GroupedLinear(nn.Module):
     (..., parts * fan_in) -> for every out in outs (..., parts * out), the parts one after the other in each. With
     `shared` one weight serves all parts. Parameters: fan_in * sum(outs), times `parts` unless shared.
 
-    Computed as products with block-diagonal matrices: `parts` times the multiplications, but none of the copies that
-    a batched product needs to put its results beside each other; at these widths that is faster on a CPU.
+    Each result is one product with a matrix a part (`ops.linear`): nothing is cut apart or put together.
     """
 
     def __init__(self, parts: int, fan_in: int, outs: Sequence[int], *, shared: bool) -> None:
@@ -33,7 +32,7 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         weight = self.weight.expand(self.parts, -1, -1)
         # a product for each result: the gradients of slices of one product would have to be joined token by token
-        return tuple(ops.linear(x, torch.block_diag(*part.unbind(0))) for part in weight.split(self.outs, dim=1))
+        return tuple(ops.linear(x, part) for part in weight.split(self.outs, dim=1))
 
 
 class ParallelVSS(nn.Module):
@@ -163,8 +162,16 @@ class SPM(TokenLayer):
         inner_norm: bool = True,
         vector_scale: bool = True,
         scan: str = "raster",
+        ssm: str = "mamba1",
     ) -> None:
-        vss = ParallelVSS(
-            channels, parts=parts, shared=shared, state_size=state_size, expand=expand, inner_norm=inner_norm
-        )
+        settings: dict[str, Any] = {
+            "parts": parts, "shared": shared, "state_size": state_size, "expand": expand, "inner_norm": inner_norm
+        }  # fmt: skip
+        vss: nn.Module
+        if ssm == "mamba2":
+            from lightm.nets.mamba2 import VSS2
+
+            vss = VSS2(channels, head_dim=min(16, expand * channels // parts), **settings)
+        else:
+            vss = ParallelVSS(channels, **settings)
         super().__init__(vss, channels, out_channels, of_norm=True, vector_scale=vector_scale, scan=scan)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightm import ops
-from lightm.nets.recompute import autocast_state, is_plain, recomputed
+from lightm.nets.recompute import autocast_state, is_plain, recomputed, recomputes
 from lightm.ops.layer import SCANS, LayerParameters, layer_runs_fused, state_space_layer
 
 POOLINGS = ("max", "avg", "add")
@@ -33,11 +33,12 @@ class TokenLayer(nn.Module):
     (B, *S/2, C_out) when pooled.
 
     Three ways to run, the same result up to rounding:
-    - without gradients on the CPU, `ops.state_space_layer`: nothing of the inner width is ever whole in memory;
-    - with gradients and `recompute` (the default), stretches of tokens one after the other: saved are the layer's input
-      and the states between the stretches, the rest is computed again when the backward pass comes to it;
-    - otherwise operator by operator on all tokens. Everything is kept for the backward pass with `recompute` off; with
-      scans other than "raster" it is computed again from the input, all tokens at once.
+    - without gradients, `ops.state_space_layer` where it can (Mamba-1 in float32 on the CPU), else stretches of tokens
+      one after the other with the state handed on: nothing of the inner width is ever whole in memory;
+    - with gradients and `recompute` (None: for large inputs), stretches of tokens one after the other: saved are the
+      layer's input and the states between the stretches, the rest is computed again when the backward pass comes to it;
+    - otherwise operator by operator on all tokens. Everything is kept for the backward pass unless `recompute`; scans
+      other than "raster" are then computed again from the input, all tokens at once.
     """
 
     def __init__(
@@ -60,16 +61,19 @@ class TokenLayer(nn.Module):
         self.norm_out = None if one_norm else nn.LayerNorm(channels)
         self.proj = nn.Linear(channels, out_channels)
         self.of_norm, self.scan = of_norm, scan
-        self.recompute = True
+        self.recompute: bool | None = None
 
     def forward(self, x: Tensor, pooling: str | None = None) -> Tensor:
         if not (torch.is_grad_enabled() and (x.requires_grad or self.proj.weight.requires_grad)):
             parameters = self.layer_parameters()
             if parameters is not None and layer_runs_fused(x, parameters):
                 return state_space_layer(x, parameters, self.scan, pooling)[0]
-        elif self.recompute and self.scan == "raster" and is_plain(x):
+            if self.scan == "raster" and is_plain(x):
+                return _in_stretches(self, x, _stretches(x, self.vss.inner_total, pooling), pooling)[0]
+        again = recomputes(self.recompute, x[..., 0].numel() * self.vss.inner_total)
+        if again and torch.is_grad_enabled() and self.scan == "raster" and is_plain(x):
             return _Recompute.apply(self, pooling, x, *self.parameters())
-        return recomputed(lambda x: self._plain(x, pooling), self.parameters(), self.recompute, x)
+        return recomputed(lambda x: self._plain(x, pooling), self.parameters(), again, x)
 
     def _plain(self, x: Tensor, pooling: str | None) -> Tensor:
         """Operator by operator on all tokens."""
@@ -149,12 +153,7 @@ class _Recompute(torch.autograd.Function):
                 out, states = state_space_layer(x, parameters, "raster", pooling, keep_states=rows)
                 ctx.states = [None, *(states[1:] if states is not None else ())]
             else:
-                parts, ctx.states, state = [], [], None
-                for first, last in stretches:
-                    ctx.states.append(state)
-                    part, state = _stretch(layer, x, first, last, state, pooling)
-                    parts.append(part)
-                out = torch.cat(parts, dim=1)
+                out, ctx.states = _in_stretches(layer, x, stretches, pooling)
         ctx.layer, ctx.pooling, ctx.stretches = layer, pooling, stretches
         ctx.autocast = autocast_state(x)
         ctx.save_for_backward(x, *weights)
@@ -197,13 +196,21 @@ def _halo(layer: TokenLayer, first: int) -> int:
     return min(layer.vss.taps - 1, first)
 
 
-def _stretch(
-    layer: TokenLayer, x: Tensor, first: int, last: int, state: Tensor | None, pooling: str | None
-) -> tuple[Tensor, Tensor]:
+def _in_stretches(
+    layer: TokenLayer, x: Tensor, stretches: list[tuple[int, int]], pooling: str | None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The layer's result, one stretch after the other, and the states before each (None before the first)."""
     plane = x[0, 0, ..., 0].numel()
-    halo = _halo(layer, first * plane)
-    tokens = x.flatten(1, -2)[:, first * plane - halo : last * plane]
-    return _of_tokens(layer, tokens, x.shape, first, last, state, halo, pooling)
+    tokens = x.flatten(1, -2)
+    states: list[Tensor | None] = [None]
+    parts = []
+    for first, last in stretches:
+        halo = _halo(layer, first * plane)
+        part = tokens[:, first * plane - halo : last * plane]
+        result, state = _of_tokens(layer, part, x.shape, first, last, states[-1], halo, pooling)
+        parts.append(result)
+        states.append(state)
+    return torch.cat(parts, dim=1), states[:-1]
 
 
 def _of_tokens(

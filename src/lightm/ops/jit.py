@@ -30,16 +30,15 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _stamp(compiled: Any) -> None:
-    """Let the cache on disk forget a kernel when any file of this package changes.
+def _file_name(function: Callable[..., Any]) -> str:
+    """A name of the kernel's own for its files in the cache: its variables from outside and all code are in it.
 
-    Numba looks at the kernel's own file alone, and at its time and size only: a kernel whose pieces come from other
-    files would go on with old ones after an update. Without these inner names of Numba's its own rule stays.
+    Numba keeps the variants of a kernel in one set of files, which two processes that compile at the same time can mix
+    up, and looks for changes in the kernel's own file only, which misses those of the pieces it is made of.
     """
-    index = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
-    stamp = getattr(index, "_source_stamp", None)
-    if index is not None and stamp is not None:
-        index._source_stamp = (stamp, _sources())
+    outside = [cell.cell_contents for cell in function.__closure__ or ()]
+    numbers = [str(value) for value in outside if isinstance(value, int)]
+    return "-".join([function.__qualname__.replace(".<locals>", ""), *numbers, _sources()[:12]])
 
 
 class _Note(event.Listener):
@@ -60,8 +59,8 @@ def kernel(function: _Function) -> _Function:
     """Compile an entry point called from Python: takes and gives integers, floats and addresses only."""
     if not _kernels:
         event.register("numba:compile", _Note())
+    function.__qualname__ = _file_name(function)
     compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})(function)
-    _stamp(compiled)
     _kernels.add(compiled)
     return compiled
 

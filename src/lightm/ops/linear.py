@@ -16,27 +16,29 @@ _FEW_ROWS = 64  # below this many, packing the weights costs more than it saves
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tensor:
-    """Multiply every row with a small matrix: y = x @ weight.T + bias.
+    """Multiply every row with a small matrix: y = x @ weight.T + bias; or parts of it with one matrix each.
 
     As `torch.nn.functional.linear`, for many rows (tokens or voxels) of few channels, where general libraries of matrix
     products leave most of the processor idle.
 
     Args:
         x: (..., C), any strides; float32, bfloat16, float16, or float64 for the reference.
-        weight: (C_out, C). bias: (C_out,) or None.
+        weight: (C_out, C), or (G, C_out / G, C / G): matrix g takes the g-th of G equal parts of the channels to the
+            g-th part of the result. bias: (C_out,) or None.
         impl: "cpu" (own kernels, float32), "reference" (PyTorch's), or "auto": "cpu" for float32 on the CPU.
 
     Returns: (..., C_out) in x's dtype.
     Raises ValueError for shapes, dtypes or devices that do not fit, or an impossible `impl`.
-    Cost: C * C_out multiply-adds a row forward, twice that backward; x is what the backward pass keeps.
+    Cost: C * C_out multiply-adds a row (a G-th of it with parts) forward, twice that backward, which keeps x.
     """
     check_kinds(_NAME, {"x": x, "weight": weight, "bias": bias})
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+    if weight.dim() not in (2, 3) or x.dim() < 1 or x.shape[-1] != _parts(weight) * weight.shape[-1]:
         raise ValueError(
-            f"{_NAME}: x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected (..., C) and (C_out, C)"
+            f"{_NAME}: x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected (..., C) and (C_out, C), or "
+            "(G, C_out / G, C / G)"
         )
     if bias is not None:
-        check_shape(_NAME, "bias", bias, (weight.shape[0],), "(C_out,), C_out from weight's first axis")
+        check_shape(_NAME, "bias", bias, (_width(weight),), "(C_out,), C_out from weight's shape")
     limits = None
     if (
         x.dtype != torch.float32
@@ -44,11 +46,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "a
         or (x.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
     ):
         limits = "the kernels multiply float32 only"
-    elif x[..., 0].numel() < _FEW_ROWS and impl == "auto":
+    elif 0 in weight.shape:
+        limits = "there are no channels"
+    elif x.shape[:-1].numel() < _FEW_ROWS and impl == "auto":
         limits = "only a few rows"
     if choose(_NAME, impl, x, limits) == "reference":
-        return functional.linear(x, weight, bias)
+        return functional.linear(x, weight if weight.dim() == 2 else torch.block_diag(*weight), bias)
     return linear_op(x, weight, bias)
+
+
+def _parts(weight: Tensor) -> int:
+    return 1 if weight.dim() == 2 else weight.shape[0]
+
+
+def _width(weight: Tensor) -> int:
+    """Channels of the result."""
+    return _parts(weight) * weight.shape[-2]
 
 
 @operator("lightm::linear")
@@ -56,25 +69,25 @@ def linear_op(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # n
     """The CPU kernel as a PyTorch operator."""
     from lightm.ops.linear_cpu import run_product
 
-    return run_product(x, weight.t(), bias)
+    return run_product(x, weight, bias)
 
 
 @linear_op.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], _width(weight)))
 
 
 @operator("lightm::linear_weight_grad")
-def linear_weight_grad(x: Tensor, grad_y: Tensor) -> Tensor:
-    """The weight's gradient (C_out, C): summed over all rows in a fixed order."""
+def linear_weight_grad(x: Tensor, grad_y: Tensor, parts: int) -> Tensor:
+    """The weight's gradient (parts, C_out / parts, C / parts): summed over all rows in a fixed order."""
     from lightm.ops.linear_cpu import run_weight_gradient
 
-    return run_weight_gradient(grad_y, x)
+    return run_weight_gradient(grad_y, x, parts)
 
 
 @linear_weight_grad.register_fake
-def _(x: Tensor, grad_y: Tensor) -> Tensor:
-    return x.new_empty((grad_y.shape[-1], x.shape[-1]))
+def _(x: Tensor, grad_y: Tensor, parts: int) -> Tensor:
+    return x.new_empty((parts, grad_y.shape[-1] // parts, x.shape[-1] // parts))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -85,10 +98,24 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    dx = linear_op(grad_y, weight.t(), None) if ctx.needs_input_grad[0] else None
-    dweight = linear_weight_grad(x, grad_y) if ctx.needs_input_grad[1] else None
-    dbias = grad_y.flatten(0, -2).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+    dx = linear_op(grad_y, weight.mT, None) if ctx.needs_input_grad[0] else None
+    dweight = None
+    if ctx.needs_input_grad[1]:
+        dweight = linear_weight_grad(x, grad_y, _parts(weight)).view(weight.shape)
+    dbias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
     return dx, dweight, dbias
 
 
+def _keep_both(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward_of_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, grad_y = ctx.saved_tensors
+    dx = linear_op(grad_y, grad.mT, None) if ctx.needs_input_grad[0] else None
+    dgrad_y = linear_op(x, grad, None) if ctx.needs_input_grad[1] else None
+    return dx, dgrad_y, None
+
+
 linear_op.register_autograd(_backward, setup_context=_keep)
+linear_weight_grad.register_autograd(_backward_of_gradient, setup_context=_keep_both)

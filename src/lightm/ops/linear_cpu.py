@@ -19,10 +19,13 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
-def run_product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., C) @ matrix (C, C_out) + bias."""
+def run_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., C) times the transpose of weight, (C_out, C) or (G, C_out / G, C / G), + bias."""
     rows = _rows(x)
-    packed = Packed(matrix, bias)
+    if weight.dim() == 2:
+        packed = Packed(weight.t(), bias)
+    else:
+        packed = Packed(torch.block_diag(*weight).t(), bias, groups=weight.shape[0])
     y = torch.empty((*x.shape[:-1], packed.columns))
     plan, blocks, weight, shift = packed.arguments
     items = -(-rows.shape[0] // _STRETCH)
@@ -40,22 +43,23 @@ def run_product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def run_weight_gradient(left: Tensor, right: Tensor) -> Tensor:
-    """transpose(left) @ right over all rows of left (..., A) and right (..., B): (A, B)."""
+def run_weight_gradient(left: Tensor, right: Tensor, groups: int = 1) -> Tensor:
+    """transpose(left) @ right over all rows, part by part: (groups, A / groups, B / groups)."""
     a, b = _rows(left), _rows(right)
-    count = a.shape[0]
+    count, high, wide = a.shape[0], a.shape[1] // groups, b.shape[1] // groups
     items = max(1, -(-count // _SUMMED))
-    parts = torch.zeros((items, a.shape[1], b.shape[1]))
+    parts = torch.zeros((items, groups, high, wide))
     zeros = torch.zeros(4 * LANES)
     scratch = torch.empty((worker_count(items), SCRATCH // 2 + _SUMMED * LANES))
 
     def work(item: int, worker: int) -> None:
         first = item * _SUMMED
-        gradient_kernel(
-            a.data_ptr() + 4 * first * a.stride(0), 4 * a.stride(0), a.shape[1],
-            b.data_ptr() + 4 * first * b.stride(0), 4 * b.stride(0), b.shape[1],
-            min(_SUMMED, count - first), parts[item].data_ptr(), zeros.data_ptr(), scratch[worker].data_ptr(),
-        )  # fmt: skip
+        for g in range(groups):
+            gradient_kernel(
+                a.data_ptr() + 4 * (first * a.stride(0) + g * high), 4 * a.stride(0), high,
+                b.data_ptr() + 4 * (first * b.stride(0) + g * wide), 4 * b.stride(0), wide,
+                min(_SUMMED, count - first), parts[item, g].data_ptr(), zeros.data_ptr(), scratch[worker].data_ptr(),
+            )  # fmt: skip
 
     parallel_for(work, items)
     return parts.sum(0)

@@ -118,19 +118,23 @@ def _block(rows: int, vectors: int) -> Any:
 
 
 def _all_rows(vectors: int) -> Any:
-    """A function that computes any number of rows of `vectors` vectors."""
-    many = _ROWS[vectors]
-    several, single = _block(many, vectors), _block(1, vectors)
+    """A function that computes any number of rows of `vectors` vectors, as many at a time as registers hold."""
+    many, few = _ROWS[vectors], 4 if _ROWS[vectors] >= 8 else 2
+    several, some, single = _block(many, vectors), _block(few, vectors), _block(1, vectors)
 
     @device_function
     def all_rows(a, a_row, a_inner, w, w_inner, inner, bias, out, out_row, rows, columns, scratch):  # type: ignore[no-untyped-def]
-        whole = rows - rows % many
-        for t in range(0, whole, many):
-            several(
-                a + t * a_row, a_row, a_inner, w, w_inner, inner, bias, out + t * out_row, out_row, columns, scratch
-            )
-        for t in range(whole, rows):
+        t = 0
+        while t + many <= rows:
+            at, to = a + t * a_row, out + t * out_row
+            several(at, a_row, a_inner, w, w_inner, inner, bias, to, out_row, columns, scratch)
+            t += many
+        while t + few <= rows:
+            some(a + t * a_row, a_row, a_inner, w, w_inner, inner, bias, out + t * out_row, out_row, columns, scratch)
+            t += few
+        while t < rows:
             single(a + t * a_row, a_row, a_inner, w, w_inner, inner, bias, out + t * out_row, out_row, columns, scratch)
+            t += 1
 
     return all_rows
 

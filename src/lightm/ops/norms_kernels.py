@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from lightm.ops.jit import LANES, device_function, kernel
 from lightm.ops.vector import fma, full, load, maximum, splat, store
 from lightm.ops.vector_math import sigmoid
-from lightm.ops.vector_parts import clear, get, keep, moments, number, put, root, spread
+from lightm.ops.vector_parts import clear, get, keep, lane_moments, moments, number, put, spread
 
 STRETCH = 256  # tokens or voxels that are summed in float32
 
@@ -34,20 +34,12 @@ def _passed(typing: Any, output: Any, gradient: Any) -> Any:
 
 
 @device_function
-def _lane_moments(values, eps, width):  # type: ignore[no-untyped-def]
-    """(values - mean, 1 / deviation) of every `width` neighbouring lanes."""
-    scale = full(1.0 / width, LANES)
-    far = values - spread(values, width) * scale
-    return far, full(1.0, LANES) / root(fma(spread(far * far, width), scale, full(eps, LANES)))
-
-
-@device_function
 def _forward_lanes(  # type: ignore[no-untyped-def]
     y, y_step, z, z_step, out, weight, bias, channels, eps, first, last, width
 ):
     for t in range(first, last):
         for c in range(0, channels, LANES):
-            far, inverse = _lane_moments(load(y + t * y_step + 4 * c, LANES), eps, width)
+            far, inverse = lane_moments(load(y + t * y_step + 4 * c, LANES), eps, width)
             gate = load(z + t * z_step + 4 * c, LANES)
             value = fma(far * inverse, load(weight + 4 * c, LANES), load(bias + 4 * c, LANES))
             store(out + 4 * (t * channels + c), value * (gate * sigmoid(gate, LANES)))
@@ -96,7 +88,7 @@ def _backward_lanes(  # type: ignore[no-untyped-def]
     scale = full(1.0 / width, LANES)
     for t in range(first, last):
         for c in range(0, channels, LANES):
-            far, inverse = _lane_moments(load(y + t * y_step + 4 * c, LANES), eps, width)
+            far, inverse = lane_moments(load(y + t * y_step + 4 * c, LANES), eps, width)
             normed = far * inverse
             factor = load(weight + 4 * c, LANES)
             gate, given = load(z + t * z_step + 4 * c, LANES), load(grad + t * grad_step + 4 * c, LANES)

@@ -168,7 +168,7 @@ def run_stage_backward(
     x = _upsampled(low, skip, False)
     normed, mean1, inverse1 = group_norm_forward(x, groups1, weight1, bias1, eps1)
     filtered = depthwise_forward(normed, depthwise)
-    y = run_product(filtered, pointwise.t(), None)
+    y = run_product(filtered, pointwise, None)
     channels, rows = x.shape[-1], x[..., 0].numel()
     each = scale.expand(channels).contiguous()
     _add_scaled_everywhere(y, x, each)
@@ -177,9 +177,9 @@ def run_stage_backward(
     del y
     dscale = _column_products(dy.view(rows, channels), x.view(rows, channels))
     dscale = dscale.sum().view(scale.shape) if scale.numel() == 1 else dscale
-    dpointwise = run_weight_gradient(dy, filtered)
+    dpointwise = run_weight_gradient(dy, filtered)[0]
     del filtered
-    dfiltered = run_product(dy, pointwise, None)
+    dfiltered = run_product(dy, pointwise.t(), None)
     dnormed, ddepthwise = depthwise_backward(dfiltered, normed, depthwise)
     del dfiltered, normed
     dx, dweight1, dbias1 = group_norm_backward(dnormed, x, weight1, bias1, mean1, inverse1)

@@ -132,3 +132,11 @@ def moments(y, width, eps):  # type: ignore[no-untyped-def]
         far = keep(get(y + 4 * c, width - c) - mean, width - c)
         total = fma(far, far, total)
     return mean, full(1.0, LANES) / root(fma(spread(total, LANES), scale, full(eps, LANES)))
+
+
+@device_function
+def lane_moments(values, eps, width):  # type: ignore[no-untyped-def]
+    """(values - mean, 1 / deviation) of every `width` neighbouring lanes."""
+    scale = full(1.0 / width, LANES)
+    far = values - spread(values, width) * scale
+    return far, full(1.0, LANES) / root(fma(spread(far * far, width), scale, full(eps, LANES)))

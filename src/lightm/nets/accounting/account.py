@@ -189,6 +189,5 @@ def _tally(tally: Tally) -> dict[str, Any]:
         "multiply_adds_without_scan": tally.without_scan,
         "exponentials": tally.exponentials.total(),
         "exponentials_by_kind": dict(tally.exponentials),
-        "structural_zeros": tally.structural_zeros,
         "other_elements": tally.other_elements,
     }

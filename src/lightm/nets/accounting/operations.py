@@ -12,8 +12,6 @@ What is counted (per image voxel or token, unless said otherwise):
 - **Not counted**: additions alone, products element by element, normalisations, poolings, comparisons. The elements
   that all these operators write are given as `other_elements`, so that their share can be judged.
 - What depends on weights alone, such as A = -exp(A_log), is no work of an image and is not counted.
-- Products with the zeros of block-diagonal matrices, as which SPM's parts are computed, are no work of the network:
-  they are counted apart, as `structural_zeros`.
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ from torch.utils._pytree import tree_leaves
 from lightm import ops  # noqa: F401  (registers the operators)
 from lightm.errors import LightMError
 from lightm.nets.accounting.shapes import meta_forward
-from lightm.nets.spm import GroupedLinear
 
 SCAN, ATTENTION = "scan", "attention"
 _aten = torch.ops.aten
@@ -44,13 +41,11 @@ class Tally:
 
     multiply_adds: Counter[str] = field(default_factory=Counter)
     exponentials: Counter[str] = field(default_factory=Counter)
-    structural_zeros: int = 0
     other_elements: int = 0
 
     def add(self, other: Tally) -> None:
         self.multiply_adds += other.multiply_adds
         self.exponentials += other.exponentials
-        self.structural_zeros += other.structural_zeros
         self.other_elements += other.other_elements
 
     @property
@@ -131,9 +126,7 @@ class _Counter(TorchDispatchMode):
         packet = func.overloadpacket
         if (rule := _PRODUCTS.get(packet)) is not None:
             kind, number = rule(args, result)
-            parts = _parts_of_block_diagonal(self._stack[-1], number // max(1, _numel(result)))
-            tally.multiply_adds[kind] += number // parts
-            tally.structural_zeros += number - number // parts
+            tally.multiply_adds[kind] += number
             if kind == ATTENTION:
                 tally.exponentials["activation"] += prod(args[0].shape[:-1]) * args[1].shape[-2]
         elif (own := _OWN.get(func.name())) is not None:
@@ -147,16 +140,6 @@ class _Counter(TorchDispatchMode):
         elif not _is_view(func):
             tally.other_elements += sum(x.numel() for x in made)
         return result
-
-
-def _parts_of_block_diagonal(module: nn.Module, rows: int) -> int:
-    """How many times more products run than a grouped linear layer has, when it runs as a block-diagonal matrix.
-
-    `rows`: how many numbers each result of the product is a sum over.
-    """
-    if not isinstance(module, GroupedLinear):
-        return 1
-    return module.parts if rows == module.parts * module.weight.shape[-1] else 1
 
 
 def _storage(x: Tensor) -> int:
@@ -195,6 +178,10 @@ def _convolution(args: Any, result: Tensor) -> tuple[str, int]:
     return "depthwise convolution" if depthwise else "convolution", places * weight.numel()
 
 
+def _linear(args: Any, result: Tensor) -> tuple[str, int]:
+    return "matrix product", result.numel() * args[1].shape[-1]  # the weight may be one matrix a part
+
+
 def _attention(args: Any, result: Any) -> tuple[str, int]:
     query, key, value = args[:3]
     pairs = prod(query.shape[:-1]) * key.shape[-2]
@@ -206,7 +193,7 @@ def _upsample(args: Any, result: Tensor) -> tuple[str, int]:
 
 
 _PRODUCTS: dict[Any, Callable[[Any, Any], tuple[str, int]]] = {
-    torch.ops.lightm.linear: _mm,
+    torch.ops.lightm.linear: _linear,
     _aten.mm: _mm,
     _aten.bmm: _mm,
     _aten.addmm: _addmm,

@@ -86,8 +86,6 @@ def operation_rows(account: Account) -> list[Row]:
         rows.append(("multiply-adds as counters without the scan give them", giga(total.without_scan)))
     exponentials = sorted(total.exponentials.items(), key=lambda item: -item[1])
     rows += [(f"exponentials, {kind}", giga(number)) for kind, number in exponentials if number]
-    if total.structural_zeros:
-        rows.append(("products with zeros of block-diagonal matrices, not in the sums", giga(total.structural_zeros)))
     return [*rows, ("elements written by all other operators", giga(total.other_elements))]
 
 

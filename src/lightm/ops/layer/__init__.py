@@ -58,7 +58,7 @@ def state_space_layer(
         raise ValueError(
             f"state_space_layer: x {tuple(x.shape)} {x.dtype} on {x.device} with E = {parameters.inner}, "
             f"G = {parameters.groups}, N = {parameters.states}: float32 on the CPU, E / G a multiple of the vector's "
-            "lanes and N of 4, 8 or 16 are needed; run the layer's operators one by one"
+            "lanes or half of them, and N of 4, 8 or 16 are needed; run the layer's operators one by one"
         )
     from lightm.ops.layer.cpu import run_layer
 

@@ -17,9 +17,8 @@ from lightm.ops.jit import LANES
 from lightm.ops.layer import kernels
 from lightm.ops.layer.kernels import BLOCK, scratch_floats
 from lightm.ops.layer.parameters import LayerParameters
-from lightm.ops.matmul_kernels import VECTORS
 from lightm.ops.resample import avg_pool2, max_pool2
-from lightm.ops.scan.kernels import forward_kernel
+from lightm.ops.scan.kernels import STATE_SIZES, forward_kernel
 from lightm.ops.threads import parallel_for, worker_count
 from lightm.ops.vector_math import LOG2E
 
@@ -90,7 +89,7 @@ class _Run:
         decay = (p.A.float() * LOG2E).reshape(tiles, LANES, p.states).transpose(1, 2)
         self.decay, self.skip = self._at(decay), self._at(p.d_skip)
         self.tiles, self.state_bytes = tiles, 4 * p.states * LANES
-        self.scan = forward_kernel(p.states)
+        self.scan = forward_kernel(p.states, max(1, p.groups * LANES // e))
         self.scratch = torch.empty((worker_count(1 << 20), scratch_floats(c, e, k)))
         self.kept: dict[int, Tensor] = {}  # copies of the states before these tokens, (E, N), where asked for
 
@@ -236,5 +235,7 @@ def _pool(x: Tensor, pooling: str) -> Tensor:
 
 
 def can_run(p: LayerParameters) -> bool:
-    """Whether the kernels take these sizes: whole vectors a group, a compiled number of states."""
-    return (p.inner // p.groups) % LANES == 0 and p.states in (4, 8, 16) and VECTORS > 0
+    """Whether the kernels take these sizes: whole vectors a group, or two groups a vector; a compiled N."""
+    width = p.inner // p.groups
+    paired = 2 * width == LANES and p.groups % 2 == 0
+    return (width % LANES == 0 or paired) and p.states in STATE_SIZES

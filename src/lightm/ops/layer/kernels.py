@@ -11,8 +11,9 @@ from lightm.ops.jit import LANES, device_function, kernel
 from lightm.ops.matmul_kernels import SCRATCH, multiply
 from lightm.ops.vector import fma, full, load, store
 from lightm.ops.vector_math import sigmoid, softplus
-from lightm.ops.vector_parts import get, moments, put
+from lightm.ops.vector_parts import get, lane_moments, moments, put
 
+HALF = LANES // 2
 BLOCK = 192
 """Tokens of one call: their intermediate rows stay in the first cache levels."""
 
@@ -88,11 +89,18 @@ def before_scan(  # type: ignore[no-untyped-def]
 
 @device_function
 def _gate(y, z, out, inner, width, weight, bias, eps):  # type: ignore[no-untyped-def]
-    """LayerNorm of each part of `width` channels (none if 0), times silu(z), of one row."""
+    """LayerNorm of each part of `width` channels (half a vector, or whole ones; 0: none), times silu(z), of one row."""
     if width == 0:
         for c in range(0, inner, LANES):
             gate = load(z + 4 * c, LANES)
             store(out + 4 * c, load(y + 4 * c, LANES) * (gate * sigmoid(gate, LANES)))
+    elif width <= LANES:
+        for c in range(0, 4 * inner, 4 * LANES):
+            values = load(y + c, LANES)
+            far, inverse = lane_moments(values, eps, LANES) if width == LANES else lane_moments(values, eps, HALF)
+            gate = load(z + c, LANES)
+            value = fma(far * inverse, load(weight + c, LANES), load(bias + c, LANES))
+            store(out + c, value * (gate * sigmoid(gate, LANES)))
     else:
         for part in range(0, inner, width):
             mean, inverse = moments(y + 4 * part, width, eps)
