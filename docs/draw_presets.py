@@ -20,6 +20,7 @@ SPATIAL = {3: (128, 128, 128), 2: (512, 512)}
 ALSO_2D = ("lightm-unet",)  # drawn in 2D too; the others differ in the same way
 
 PAPER = "LightM-UNet, arXiv 2403.05246"
+MAMBA2 = "Mamba-2, arXiv 2405.21060 (the state-space layer inside)"
 MAMBA = "Mamba, arXiv 2312.00752 (the state-space layer inside)"
 ULTRALIGHT = "UltraLight VM-UNet, arXiv 2403.20035 (parallel narrow state-space modules)"
 
@@ -39,8 +40,7 @@ _SPM = (
     "Pooling Add (max pooling plus average pooling) replaces max pooling, and the bottleneck has three layers: the "
     "report's Figure 6.",
     "s is a vector over channels and the LayerNorm after the recurrence is there, as in the paper's RVM.",
-    "The four parts run as one scan. Their matrix products run as products with block-diagonal matrices; the products "
-    "with zeros that this brings are not in the figures here (`lightm info` gives them).",
+    "The four parts run as one scan, and each of their matrix products in one pass with one matrix a part.",
 )
 _RELEASED = (
     "Residual blocks of two layers each, with GroupNorm and ReLU before each layer; the paper describes single layers.",
@@ -49,11 +49,21 @@ _RELEASED = (
     "Stages 1 to 3 open with a layer that doubles the width, at the resolution of the stage before, and max pooling.",
     "Stem, decoder and head are the paper's: depthwise and pointwise convolutions, linear upsampling, GroupNorm.",
 )
+_MAMBA2 = (
+    "One decay for a head of 16 channels (Mamba-2, section 2) instead of one for every channel and state; dt belongs "
+    "to a head too, and z, x, B, C and dt all come from one projection of the layer's input ("
+    "[decision 10](../decisions/0010-the-mamba-2-core.md)).",
+    "LayerNorm and gate follow as in the paper's Eq. 3; Mamba-2 gates first and divides by the root mean square.",
+)
 _OWN = (
     "The stem is a full convolution: of one image channel a depthwise stem makes multiples of one filtered image, "
     "whose size the next LayerNorm divides out ([decision 5](../decisions/0005-the-default-network.md)).",
     "A residual depthwise convolution stands before every layer, so that each token sees its neighbours along every "
     "axis (conditional positional encoding, arXiv 2102.10882). Neither is in the paper or in the report.",
+)
+_MAX = (
+    "The report pools by Pooling Add, the paper by the maximum, as here; the bottleneck has the three layers of the "
+    "report's Figure 6. Nothing else differs from `spm-lightm-unet`."
 )
 _SMALL = "16 filters in place of 32: half the width everywhere."
 
@@ -66,6 +76,19 @@ NOTES: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = [
         _RELEASED,
     ),
     (
+        "lightm-unet-add",
+        "LightM-UNet with the report's Pooling Add (max pooling plus average pooling) in place of max pooling, so that "
+        "the pooling's effect can be told from the layer's: the parameters are those of `lightm-unet`.",
+        (PAPER, "the report (its Figure 6)", MAMBA),
+        (*_RVM, "The paper pools by the maximum; nothing else differs from `lightm-unet`."),
+    ),
+    (
+        "lightm-unet-mamba2",
+        "LightM-UNet with the state-space core of Mamba-2 in its RVM layers; all else is `lightm-unet`.",
+        (PAPER, MAMBA2),
+        (*_MAMBA2, *_RVM),
+    ),
+    (
         "lightm-unet",
         "LightM-UNet as its paper describes it: RVM layers, max pooling.",
         (PAPER, MAMBA),
@@ -76,6 +99,13 @@ NOTES: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = [
         "The report's network: SPM layers whose four parts share the weights of one state-space module, Pooling Add.",
         ("the report", PAPER, ULTRALIGHT, MAMBA),
         _SPM,
+    ),
+    (
+        "spm-lightm-unet-max",
+        "The report's network with the paper's max pooling in place of Pooling Add, so that the layer's effect "
+        "can be told from the pooling's: the parameters are those of `spm-lightm-unet`.",
+        ("the report", PAPER, ULTRALIGHT, MAMBA),
+        (*(line for line in _SPM if not line.startswith("Pooling Add")), _MAX),
     ),
     (
         "spm",

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "numpy", "numba", "monai", "lightning", "matplotlib", "nibabel", "scipy", "skimage")
 VERBS = (
     "demo",
+    "convert",
     "phantom",
     "check",
     "plan",
@@ -28,6 +29,7 @@ VERBS = (
     "bench",
     "info",
     "import-released",
+    "pack",
 )
 
 

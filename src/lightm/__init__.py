@@ -11,7 +11,7 @@ from typing import Any
 
 # Read once, when torch is loaded, and only if not set already. PyTorch's OpenMP threads otherwise spin while they
 # wait, in the way of the kernels' own threads and of autograd's; and large tensors are otherwise made of small pages,
-# each of which costs a fault when it is first written. Both are measured in src/lightm/ops/README.md.
+# each of which costs a fault when it is first written. Both are explained in src/lightm/ops/README.md.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -22,6 +22,7 @@ _PUBLIC = {
     "LightMError": "lightm.errors",
     "Volume": "lightm.data.volume",
     "check_dataset": "lightm.data.dataset",
+    "convert_dataset": "lightm.data.convert",
     "create_loss": "lightm.losses",
     "create_network": "lightm.nets",
     "evaluate_folder": "lightm.evaluate",

@@ -32,6 +32,9 @@ OVERRIDES: list[tuple[str, dict[str, Any]]] = [
     ("spm-lightm-unet", {"parts": 2, "state_size": 24}),
     ("spm-lightm-unet", {"parts": 8, "expand": 3, "filters": 48}),
     ("spm-lightm-unet-shared", {"parts": 8, "position_conv": True}),
+    ("lightm-unet", {"ssm": "mamba2", "filters": 16, "expand": 1, "state_size": 20}),
+    ("spm-lightm-unet", {"ssm": "mamba2", "filters": 16}),
+    ("spm-lightm-unet-shared", {"ssm": "mamba2", "parts": 8, "position_conv": True}),
     ("lightm-unet-released", {"filters": 16, "blocks_down": (1, 3, 1), "blocks_up": (1, 1), "state_size": 4}),
 ]
 
@@ -77,6 +80,33 @@ def test_one_layer_by_hand() -> None:
     }
     assert {source: part.counted for source, part in parts.items()} == expected
     assert parts["conv1d"].printed == 64 * 64 * 4 + 64
+
+
+@pytest.mark.parametrize(("kind", "sets"), [("spm", 4), ("spm-shared", 1)])
+def test_one_layer_of_mamba2_with_parts_by_hand(kind: str, sets: int) -> None:
+    options = {"layer": kind, "ssm": "mamba2"}
+    network = build_network("lightm-unet", 1, 2, (16, 16), options)
+    table = count_parts(network, "lightm-unet", 2, 1, 2, options)
+    parts = {p.source: p for p in table.parts if p.stage == "encoder 3" and p.layer == "layer 1"}
+    # C = 128, of one part C' = 32, E' = 64, H = 4 heads of 16 channels, N = 16, K = 4, O = 128
+    expected = {
+        "in_proj": sets * 32 * (2 * 64 + 2 * 16 + 4),
+        "out_proj": sets * 64 * 32,
+        "dt_proj": sets * 4,
+        "A_log": sets * 4,
+        "d_skip": sets * 4,
+        "conv1d": sets * (64 + 2 * 16) * 5,
+        "inner norm": sets * 128,
+        "layer norms": 4 * 128,
+        "skip scale": 128,
+        "projection": 128 * 128 + 128,
+    }
+    assert {source: part.counted for source, part in parts.items()} == expected
+    g = "g " if sets == 4 else ""
+    assert [parts[source].formula for source in ("out_proj", "A_log", "inner norm")] == [
+        f"{g}E' C'", f"{g}E' / P", f"2 {g}E'"
+    ]  # fmt: skip
+    assert parts["conv1d"].printed is None  # the report speaks of Mamba-1
 
 
 def test_a_count_that_is_not_the_formulas_is_an_error_that_names_the_part() -> None:
@@ -153,6 +183,9 @@ def test_errata_are_said_and_hold_for_the_network_at_hand() -> None:
     assert "printed number to its last digit" in text
     assert "E E K + E" in text
     assert account("segresnet", spatial=(32, 32, 32)).counter_erratum is None
+    other = account("lightm-unet-mamba2", spatial=(16, 16))  # neither the paper's network nor the report's formula
+    assert other.counter_erratum is None
+    assert other.convolution_erratum is None
 
 
 def vss(tokens: int, c: int, n: int = 16, k: int = 4, parts: int = 1) -> tuple[int, int, int]:
@@ -165,38 +198,59 @@ def vss(tokens: int, c: int, n: int = 16, k: int = 4, parts: int = 1) -> tuple[i
     return products, scan, exponentials
 
 
-def layer(tokens: int, c: int, out: int, parts: int = 1) -> tuple[int, int]:
+def vss2(tokens: int, c: int, n: int = 16, p: int = 16, parts: int = 1) -> tuple[int, int, int]:
+    """The same of the module with Mamba-2's core, heads of p channels."""
+    w = c // parts
+    e = 2 * w
+    heads = e // p
+    products = parts * tokens * (w * (2 * e + 2 * n + heads) + e * w)
+    scan = parts * tokens * (e * n * 5 // 2 + heads // 2 + e)
+    # SiLU of the convolved x, B and C, the gate's SiLU; a head's decay and softplus
+    exponentials = parts * tokens * (e + 2 * n + e + 2 * heads)
+    return products, scan, exponentials
+
+
+def layer(tokens: int, c: int, out: int, parts: int = 1, ssm: str = "mamba1") -> tuple[int, int]:
     """(multiply-adds, exponentials) of an RVM (one part) or SPM layer."""
-    products, scan, exponentials = vss(tokens, c, parts=parts)
-    return products + scan + tokens * (2 * c * 4 + c * out), exponentials
+    products, scan, exponentials = (vss if ssm == "mamba1" else vss2)(tokens, c, parts=parts)
+    convolved = 2 * c + (0 if ssm == "mamba1" else 2 * 16 * parts)
+    return products + scan + tokens * (convolved * 4 + c * out), exponentials
 
 
-@pytest.mark.parametrize("spatial", [(16, 24, 8), (16, 40)])
+@pytest.mark.parametrize("spatial", [(32, 64, 32), (64, 80)])  # 64 tokens or more in the bottleneck
 @pytest.mark.parametrize(
-    ("name", "parts", "bottleneck"),
-    [("lightm-unet", 1, 4), ("spm-lightm-unet", 4, 3), ("spm-lightm-unet-shared", 4, 3)],
+    ("name", "options", "parts", "bottleneck"),
+    [
+        ("lightm-unet", {}, 1, 4),
+        ("spm-lightm-unet", {}, 4, 3),
+        ("spm-lightm-unet-shared", {}, 4, 3),
+        ("lightm-unet-mamba2", {"ssm": "mamba2"}, 1, 4),
+        ("spm-lightm-unet", {"ssm": "mamba2", "filters": 64}, 4, 3),
+        ("spm-lightm-unet-shared", {"ssm": "mamba2", "filters": 64}, 4, 3),
+    ],
 )
 def test_operations_equal_closed_forms_layer_by_layer(
-    name: str, parts: int, bottleneck: int, spatial: tuple[int, ...]
+    name: str, options: dict[str, Any], parts: int, bottleneck: int, spatial: tuple[int, ...]
 ) -> None:
-    cost = account(name, spatial=spatial, in_channels=2, out_channels=5)
+    cost = account(name, spatial=spatial, in_channels=2, out_channels=5, options=options)
+    f, ssm = options.get("filters", 32), options.get("ssm", "mamba1")
     found = {
         (x.stage, x.layer): (x.operations.multiply_adds.total(), x.operations.exponentials.total()) for x in cost.layers
     }
     voxels, dims = math.prod(spatial), len(spatial)
     taps, per = 3**dims, 2**dims
-    expected: dict[tuple[str, str], tuple[int, int]] = {("stem", ""): (voxels * (taps * 2 + 2 * 32), 0)}
-    for stage, (c, count) in enumerate([(32, 1), (64, 2), (128, 2)], start=1):
+    expected: dict[tuple[str, str], tuple[int, int]] = {("stem", ""): (voxels * (taps * 2 + 2 * f), 0)}
+    for stage, (c, count) in enumerate([(f, 1), (2 * f, 2), (4 * f, 2)], start=1):
         for number in range(1, count + 1):
             out = 2 * c if number == count else c
-            expected[f"encoder {stage}", f"layer {number}"] = layer(voxels // per ** (stage - 1), c, out, parts)
+            expected[f"encoder {stage}", f"layer {number}"] = layer(voxels // per ** (stage - 1), c, out, parts, ssm)
     for number in range(1, bottleneck + 1):
-        expected["bottleneck", f"layer {number}"] = layer(voxels // per**3, 256, 256, parts)
-    for stage, h in enumerate([128, 64, 32], start=1):
+        expected["bottleneck", f"layer {number}"] = layer(voxels // per**3, 8 * f, 8 * f, parts, ssm)
+    for stage, h in enumerate([4 * f, 2 * f, f], start=1):
         high = voxels // per ** (3 - stage)
         work = high // per * 2 * h * h + high * (dims * h + taps * h + h * h)
         expected[f"decoder {stage}", ""] = (work, 0)
-    expected["head", ""] = (voxels * 32 * 5, 0)
+    expected["head", ""] = (voxels * f * 5, 0)
     assert {key: value for key, value in found.items() if any(value)} == expected
 
 
@@ -220,6 +274,29 @@ def test_the_scan_is_counted_by_its_sizes(states: int) -> None:
     tally = count_operations(Scan(), 8, (2, 3)).total
     assert tally.multiply_adds["scan"] == 3 * 6 * 8 * states
     assert tally.exponentials["scan"] == 6 * 8 * states
+    assert tally.without_scan == 0
+
+
+@pytest.mark.parametrize("states", [12, 40])
+@pytest.mark.parametrize("extras", [False, True])
+def test_the_scan_of_mamba2_is_counted_by_its_sizes(states: int, extras: bool) -> None:
+    tokens, heads, width, groups = 6, 4, 6, 2
+
+    class Scan(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            u = image.flatten(2).transpose(1, 2).unflatten(-1, (heads, width))
+            delta, rates = u[..., 0].contiguous(), torch.empty(heads)
+            to_states = torch.empty(1, tokens, groups, states), torch.empty(1, tokens, groups, states)
+            if not extras:
+                return ops.ssd_scan(u, delta, rates, *to_states)
+            return ops.ssd_scan(u, delta, rates, *to_states, d_skip=rates, z=u, delta_bias=rates, delta_softplus=True)
+
+    tally = count_operations(Scan(), heads * width, (2, 3)).total
+    blocks, inner = math.ceil(states / 16), heads * width  # more than 16 states run in blocks
+    skip = tokens * inner * (extras and blocks == 1)  # beside the blocks the skip is an element-wise product
+    assert tally.multiply_adds["scan"] == tokens * (5 * inner * states + blocks * heads) // 2 + skip
+    assert tally.exponentials["scan"] == blocks * tokens * heads
+    assert tally.exponentials["activation"] == extras * tokens * (blocks * heads + inner)
     assert tally.without_scan == 0
 
 

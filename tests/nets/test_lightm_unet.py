@@ -12,17 +12,26 @@ import torch
 from lightm.errors import InputError
 from lightm.nets import PRESETS, count_parameters, create
 from lightm.nets.blocks import RVM, VSS
+from lightm.nets.lightm_unet import LightMUNet
 from lightm.nets.spm import ParallelVSS
 from lightm.nets.token_layer import pool
 
 PRESET_NAMES = sorted(PRESETS)
-FAMILY = [name for name in PRESET_NAMES if name != "lightm-unet-released"]  # whose closed form is below
+FAMILY = [name for name in PRESET_NAMES if PRESETS[name][0] is LightMUNet]  # whose closed form is below
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def rvm_parameters(c: int, out: int, n: int = 16, k: int = 4) -> int:
     """Closed form of one RVM layer (the report's Eq. 7-9 with Mamba's depthwise convolution)."""
     e, r = 2 * c, math.ceil(c / 16)
     vss = 4 * c * c + 2 * c * c + e * (r + 2 * n) + r * e + e + e * n + e + e * k + e + 2 * e
+    return vss + 2 * (2 * c) + c + c * out + out
+
+
+def mamba2_parameters(c: int, out: int, n: int = 16, k: int = 4, p: int = 16) -> int:
+    """Closed form of one RVM layer with Mamba-2's core and heads of p channels."""
+    e = 2 * c
+    vss = c * (2 * e + 2 * n + e // p) + (e + 2 * n) * (k + 1) + 3 * (e // p) + e * c + 2 * e
     return vss + 2 * (2 * c) + c + c * out + out
 
 
@@ -45,7 +54,10 @@ def network_parameters(name: str, c0: int, dims: int, image: int, classes: int) 
     widths += [(8 * c0, 8 * c0)] * bottleneck
     total = k * image * c0 + c0 if own else k * image + image * c0  # stem
     for c, out in widths:
-        total += spm_parameters(c, out, 1 if "shared" in name else 4) if spm else rvm_parameters(c, out)
+        if spm:
+            total += spm_parameters(c, out, 1 if "shared" in name else 4)
+        else:
+            total += (mamba2_parameters if name.endswith("mamba2") else rvm_parameters)(c, out)
         total += k * c if own else 0
     for c in (8 * c0, 4 * c0, 2 * c0):
         h = c // 2
@@ -63,14 +75,23 @@ def test_parameter_count_equals_the_closed_form(name: str, dims: int, image: int
 
 
 def test_the_sizes_in_the_documents_are_the_counted_ones() -> None:
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    for name in PRESET_NAMES:
-        assert re.search(rf"^\| `{name}` .*\| {count_parameters(create(name, 3, 1, 3)):,} \|$", readme, re.M), name
+    counts = {
+        name: tuple(count_parameters(create(name, d, 1, n)) for d, n in ((3, 3), (2, 2))) for name in PRESET_NAMES
+    }
+    networks = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
+    for name, (three, two) in counts.items():
+        row = rf"^\| \[`{name}`\]\(presets/{name}\.md\) .*\| {three:,} \| {two:,} \|$"
+        assert re.search(row, networks, re.M), f"docs/networks.md: {name} has {three:,} and {two:,} parameters"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([\w-]+)` .*\| ([\d,]+) \|$", readme, re.M)
+    assert len(listed) >= 8
+    for name, count in listed:
+        assert count == f"{counts[name][0]:,}", f"README.md: {name}"
 
 
 def test_the_own_and_the_spm_networks_keep_the_promise_of_a_million_parameters() -> None:
     for name in FAMILY:
-        if name != "lightm-unet":
+        if not name.startswith("lightm-unet"):
             assert count_parameters(create(name, 3, 1, 3)) < 1.05e6
 
 

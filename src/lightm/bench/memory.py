@@ -144,7 +144,8 @@ def peak_in_child(request: dict[str, Any], timeout: float = 3600.0) -> int | Non
     )
     if done.returncode < 0 or done.returncode == 137:
         raise OutOfMemoryError(
-            f"{request['case']['name']}: the process was ended by the system, probably out of memory"
+            f"{request['case']['name']}: the process was ended by the system (exit code {done.returncode}), probably "
+            "out of memory"
         )
     if done.returncode:
         words = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]

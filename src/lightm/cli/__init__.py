@@ -21,8 +21,10 @@ from lightm.cli import results  # isort: skip
 from lightm.cli import bench  # isort: skip
 from lightm.cli import weights  # isort: skip
 from lightm.cli import info  # isort: skip
+from lightm.cli import pack  # isort: skip
+from lightm.cli import convert  # isort: skip
 
-__all__ = ["app", "bench", "info", "main", "results", "runs", "weights"]
+__all__ = ["app", "bench", "convert", "info", "main", "pack", "results", "runs", "weights"]
 
 
 def main() -> None:

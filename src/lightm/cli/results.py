@@ -13,13 +13,14 @@ from lightm.cli.common import Json, app, echo, print_evaluation, progress_bar
 
 @app.command()
 def predict(
-    inputs: Annotated[Path, typer.Option("--input", "-i", help="Image, folder of images, or data set.")],
+    inputs: Annotated[Path, typer.Option("--input", "-i", help="Image, folder of images, DICOM, or data set.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the label maps.")],
     model: Annotated[Path, typer.Option("--model", "-m", help="Model folder, or the run folder that holds it.")],
     overlap: Annotated[float, typer.Option(help="Overlap of neighbouring windows, 0 to below 1.")] = 0.5,
     tta: Annotated[bool, typer.Option(help="Average over mirrored copies (slower).")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace label maps in OUT.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write CASE.seg.dcm too (DICOM input).")] = False,
     as_json: Json = False,
 ) -> None:
     """Segment images with a trained model, back into each file's own geometry.
@@ -29,10 +30,16 @@ def predict(
     from lightm.infer import predict_folder
 
     folder = model / "model" if (model / "model" / "model.json").is_file() else model
+    also = None
+    if dicom_seg:
+        from lightm.export.dicom_seg import seg_writer_of_model
+
+        also = seg_writer_of_model(folder)
     with progress_bar() as progress:
         paths = predict_folder(
-            folder, inputs, out, overlap=overlap, tta=tta, overwrite=overwrite, device=device, progress=progress
-        )
+            folder, inputs, out, overlap=overlap, tta=tta, overwrite=overwrite, device=device, progress=progress,
+            also=also,
+        )  # fmt: skip
     if as_json:
         typer.echo(json.dumps([str(path) for path in paths], indent=1))
     else:

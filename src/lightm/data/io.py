@@ -1,4 +1,4 @@
-"""Reading and writing of NIfTI and PNG files.
+"""Reading and writing of NIfTI and PNG files, and reading of DICOM series.
 
 A file that cannot be used gives one InputError that names it and says how to mend it. A file is written under
 another name and renamed when complete, so that nobody ever sees half of one.
@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from lightm.data import nifti, png
+from lightm.data import dicom, nifti, png
 from lightm.data.volume import Volume
 from lightm.errors import InputError
 from lightm.files import atomic_file
@@ -32,11 +32,12 @@ def file_suffix(path: Path | str) -> str | None:
 
 
 def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
-    """Read a .nii, .nii.gz or .png file as a volume.
+    """Read a .nii, .nii.gz or .png file, or a DICOM series, as a volume.
 
     kind="image": real voxels, dtype as stored (float32 where the header scales them). kind="label": whole numbers
     as uint8 or int16; floats within 0.001 of a whole number are rounded. A fourth axis of length 1 is dropped;
-    an RGB PNG is read as grey when its channels are equal.
+    an RGB PNG is read as grey when its channels are equal. DICOM (a folder, `folder::SeriesInstanceUID` or a file
+    that starts or is named as one) is read as `lightm.data.dicom.read_series` says, as an image only.
 
     Raises InputError, naming the file, for one that is missing, empty, truncated, corrupt, of another format, of
     more than 2^31 voxels, of more than three axes, with NaN or infinite voxels, or, for labels, with other than
@@ -45,7 +46,11 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     path = Path(path)
     suffix = file_suffix(path)
     if suffix is None:
-        raise InputError(f"{path}: not a format that can be read; expected a name that ends in {', '.join(SUFFIXES)}")
+        if path.is_dir() or dicom.is_dicom(path):
+            return _read_dicom(path, kind)
+        raise InputError(
+            f"{path}: not a format that can be read; expected a name that ends in {', '.join(SUFFIXES)}, or DICOM"
+        )
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -63,6 +68,17 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
         return volume.like(as_label(volume.data)) if kind == "label" else volume
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _read_dicom(path: Path, kind: Kind) -> Volume:
+    if kind == "label":
+        raise InputError(f"{path}: DICOM is read as an image, not as a label map; convert the labels to NIfTI")
+    volume = dicom.read_series(path)
+    try:
+        _check_finite(volume.data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return volume
 
 
 def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) -> None:

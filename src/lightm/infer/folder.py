@@ -15,6 +15,7 @@ import torch
 from lightm import __version__
 from lightm.data.cases import Case
 from lightm.data.io import file_suffix, read_volume, write_volume
+from lightm.data.volume import Volume
 from lightm.errors import InputError, LightMError
 from lightm.files import write_text
 from lightm.infer.inputs import find_cases
@@ -23,6 +24,9 @@ from lightm.infer.predictor import Predictor
 RECORD = "prediction.json"
 
 Progress = Callable[[str, int, int], None]
+
+# Asked before a case is predicted whether it can be served, then given its label map and the file that holds it.
+CaseWriter = Callable[[Case], Callable[[Volume, Path], Path]]
 
 
 def predict_folder(
@@ -36,12 +40,16 @@ def predict_folder(
     progress: Progress | None = None,
     device: str = "cpu",
     overwrite: bool = False,
+    also: CaseWriter | None = None,
 ) -> list[Path]:
     """Segment every case in `inputs` and return the label maps written to `out`, sorted by case.
 
     model_dir: a model folder (`model.safetensors`, `model.json`). inputs: an image file; a folder of CASE_0000.EXT,
     CASE_0001.EXT, ... (CASE.EXT with one channel); a dataset, whose imagesTs is taken; with `cases`, only these
-    ids, from imagesTr too. overlap, tta, device: as in `Predictor`. progress("predict", done, total) counts cases.
+    ids, from imagesTr too; DICOM series, as `find_cases` says, which give CASE.nii.gz.
+    overlap, tta, device: as in `Predictor`. progress("predict", done, total) counts cases.
+    also(case) may refuse a case, and returns what writes a second file of its label map, such as
+    `lightm.export.dicom_seg.seg_writer` does.
 
     Each CASE + its own file ending appears complete or not at all, in the geometry of its image, and at the end
     prediction.json (model, options, seconds per case, faults, versions). A case that cannot be predicted is left
@@ -55,7 +63,7 @@ def predict_folder(
     _check_out(out, overwrite)
     predictor = Predictor.from_folder(model_dir, device, overlap=overlap, tta=tta)
     found = find_cases(inputs, predictor.plan.channels, cases=cases)
-    targets = [out / (case.id + str(file_suffix(case.images[0]))) for case in found]
+    targets = [out / (case.id + (file_suffix(case.images[0]) or ".nii.gz")) for case in found]
     sources = {image.resolve(): image for case in found for image in case.images}
     for target in targets:
         if target.resolve() in sources:
@@ -68,7 +76,7 @@ def predict_folder(
         if progress is not None:
             progress("predict", index, len(found))
         try:
-            done.append(_predict_case(predictor, case, target))
+            done.append(_predict_case(predictor, case, target, also))
         except InputError as error:
             message = str(error) if str(case.images[0].parent) in str(error) else f"{case.images[0]}: {error}"
             failed.append({"case": case.id, "error": message})
@@ -88,13 +96,17 @@ def predict_folder(
     return written
 
 
-def _predict_case(predictor: Predictor, case: Case, target: Path) -> dict[str, Any]:
+def _predict_case(predictor: Predictor, case: Case, target: Path, also: CaseWriter | None) -> dict[str, Any]:
     started = time.perf_counter()
+    second = None if also is None else also(case)
     images = [read_volume(path) for path in case.images]
-    write_volume(target, predictor.predict_volumes(images), kind="label")
+    labels = predictor.predict_volumes(images)
+    more = [] if second is None else [second(labels, target).name]
+    write_volume(target, labels, kind="label")
     return {
         "case": case.id,
         "file": target.name,
+        **({"more": more} if more else {}),
         "images": [path.name for path in case.images],
         "shape": list(images[0].shape),
         "spacing_mm": list(images[0].spacing_mm),
@@ -116,7 +128,7 @@ def _remove_older(out: Path) -> None:
         return
     try:
         entries = json.loads(record.read_text(encoding="utf-8"))["cases"]
-        names = [str(entry["file"]) for entry in entries]
+        names = [str(name) for entry in entries for name in (entry["file"], *entry.get("more", []))]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{record}: not a record of predictions ({error}); empty the folder by hand") from error
     try:

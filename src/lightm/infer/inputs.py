@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 
+from lightm.data import dicom
 from lightm.data.cases import Case
 from lightm.data.io import SUFFIXES, file_suffix
 from lightm.errors import InputError, did_you_mean
@@ -19,7 +20,10 @@ def find_cases(inputs: Path, channels: Sequence[str], *, cases: Iterable[str] | 
 
     inputs: an image file; a folder of CASE_0000.EXT, CASE_0001.EXT, ... (with one channel CASE.EXT will do);
     or a dataset, a folder with imagesTs, imagesTr or images: its imagesTs (or images) is taken, or, with
-    `cases`, the named cases from any of them.
+    `cases`, the named cases from any of them. DICOM: a file, `folder::SeriesInstanceUID`, a folder of DICOM files, or
+    a folder whose subfolders, at any depth, hold them (NIfTI and PNG files directly in it come first): every series is
+    a case, named by its folder, and by its UID too where the folder holds several; with several channels the
+    folders are named CASE_0000, CASE_0001, ... and hold one series each.
 
     Raises InputError, naming file and case, for a path that does not exist, no image, a missing or surplus
     channel, a case that is there twice, a name without channel number, or a case that is not there.
@@ -27,7 +31,11 @@ def find_cases(inputs: Path, channels: Sequence[str], *, cases: Iterable[str] | 
     inputs = Path(inputs)
     if cases is not None:
         cases = {cases} if isinstance(cases, str) else set(cases)
-    if inputs.is_file():
+    if dicom.SEPARATOR in inputs.name or (inputs.is_file() and file_suffix(inputs) is None):
+        if not dicom.is_dicom(inputs):
+            raise InputError(f"{inputs}: not a format that can be read; expected {', '.join(SUFFIXES)}, or DICOM")
+        found = _dicom_single(inputs, channels)
+    elif inputs.is_file():
         found = _single(inputs, channels)
     elif inputs.is_dir():
         found = _from_folders(inputs, _image_folders(inputs, named=cases is not None), channels, cases)
@@ -64,7 +72,11 @@ def _from_folders(inputs: Path, folders: list[Path], channels: Sequence[str], wa
         if file_suffix(file) and not file.name.startswith(".") and file.is_file()
     )
     if not files:
-        raise InputError(f"{folders[0]}: no image; expected files that end in {', '.join(SUFFIXES)}")
+        files = [path for folder in folders for path in _dicom_sources(folder)]
+    if not files:
+        raise InputError(f"{folders[0]}: no image; expected files that end in {', '.join(SUFFIXES)}, or DICOM")
+    if _is_series(files[0]):
+        return _dicom_cases(folders[0], files, channels, wanted)
     groups = _grouped(files, channels, wanted)
     return [_case(case_id, groups[case_id], channels) for case_id in sorted(groups)]
 
@@ -131,6 +143,68 @@ def _case(case_id: str, files: dict[int, Path], channels: Sequence[str]) -> Case
             f"({', '.join(channels)}); remove the file"
         )
     return Case(case_id, tuple(files[index] for index in range(len(channels))))
+
+
+def _is_series(path: Path) -> bool:
+    return dicom.SEPARATOR in path.name
+
+
+def _dicom_sources(root: Path) -> list[Path]:
+    """Return every image series below a folder; folders that hold other objects only (DICOMDIR, reports) give none."""
+    found: list[Path] = []
+    faults = []
+    folders = dicom.series_folders(root)
+    for folder in folders:
+        try:
+            found += [series.source for series in dicom.list_series(folder)]
+        except dicom.NoSeriesError as error:
+            faults.append(error)
+    if faults and not found:
+        raise faults[0]
+    return found
+
+
+def _dicom_cases(root: Path, sources: list[Path], channels: Sequence[str], wanted: Set[str] | None) -> list[Case]:
+    named: dict[str, Path] = {}
+    by_folder: dict[Path, list[Path]] = {}
+    for source in sources:
+        by_folder.setdefault(dicom.split_source(source)[0], []).append(source)
+    for folder, members in by_folder.items():
+        stem = "_".join(folder.relative_to(root).parts) or folder.resolve().name or "dicom"
+        if len(members) > 1 and len(channels) > 1:
+            raise InputError(
+                f"{folder}: {len(members)} series in one folder, and the model needs {len(channels)} channels "
+                f"({', '.join(channels)}); put each channel's series into a folder CASE_0000, CASE_0001, ..."
+            )
+        for source in members:
+            name = stem if len(members) == 1 else f"{stem}_{dicom.split_source(source)[1]}"
+            if name in named:
+                raise InputError(f"{folder}: case '{name}' is there twice, also as {named[name]}; rename the folder")
+            named[name] = source
+    if len(channels) == 1:
+        return [Case(name, (named[name],)) for name in sorted(named)]
+    groups: dict[str, dict[int, Path]] = {}
+    for name, source in named.items():
+        match = _CHANNEL.match(name)
+        if match is not None:
+            groups.setdefault(match["case"], {})[int(match["channel"])] = source
+        elif wanted is None:
+            raise InputError(
+                f"{dicom.split_source(source)[0]}: the folder's name has no channel number, but the model needs "
+                f"{len(channels)} channels ({', '.join(channels)}); rename it to {name}_0000, the others _0001, ..."
+            )
+    return [_case(case_id, groups[case_id], channels) for case_id in sorted(groups)]
+
+
+def _dicom_single(source: Path, channels: Sequence[str]) -> list[Case]:
+    if len(channels) > 1:
+        raise InputError(
+            f"{source}: one DICOM series, but the model needs {len(channels)} channels ({', '.join(channels)}); put "
+            "their series into folders CASE_0000, CASE_0001, ... and give the folder that holds these"
+        )
+    series = dicom.find_series(source)
+    name = source.stem if source.is_file() else series.folder.resolve().name or "dicom"
+    return [Case(name, (source,))]
 
 
 def _split(file: Path) -> tuple[str, str]:

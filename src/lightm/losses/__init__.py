@@ -1,4 +1,4 @@
-"""Losses by name: cross-entropy, Dice, Tversky, the adaptive region-specific loss, and sums of them."""
+"""Losses by name: cross-entropies, Dice, (focal) Tversky, the adaptive region-specific loss, and sums of them."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ from typing import Any
 
 from lightm.errors import InputError, did_you_mean
 from lightm.losses.base import IGNORE_INDEX, SegmentationLoss, WeightedSum
-from lightm.losses.overlap import CrossEntropy, Dice, Tversky
+from lightm.losses.overlap import Dice, FocalTversky, Tversky
 from lightm.losses.region_adaptive import AdaptiveRegion
+from lightm.losses.voxelwise import BinaryCrossEntropy, CrossEntropy, TopK
 
 LOSSES: dict[str, type[SegmentationLoss]] = {
     "arsl": AdaptiveRegion,
+    "bce": BinaryCrossEntropy,
     "ce": CrossEntropy,
     "dice": Dice,
+    "focal-tversky": FocalTversky,
+    "topk": TopK,
     "tversky": Tversky,
 }
-NAMES = (*sorted(LOSSES), "ce+arsl", "ce+dice", "ce+tversky")
+NAMES = (*sorted(LOSSES), "bce+dice", "ce+arsl", "ce+dice", "ce+focal-tversky", "ce+tversky", "topk+dice")
 
 __all__ = [
     "IGNORE_INDEX",
     "LOSSES",
     "NAMES",
     "AdaptiveRegion",
+    "BinaryCrossEntropy",
     "CrossEntropy",
     "Dice",
+    "FocalTversky",
     "SegmentationLoss",
+    "TopK",
     "Tversky",
     "WeightedSum",
     "create_loss",
@@ -33,12 +40,12 @@ __all__ = [
 
 
 def create_loss(name: str, *, spatial_dims: int, num_classes: int, **options: Any) -> SegmentationLoss:
-    """Return the loss called `name`: "ce", "dice", "tversky", "arsl", or a sum such as "ce+dice".
+    """Return the loss called `name`, one of LOSSES ("ce", "dice", "arsl", ...), or a sum such as "ce+dice".
 
     A sum joins any of them with "+"; `weights=(1.0, 0.5)` weighs its parts in the order of the name (default
     1 each). Every other option goes to the parts that know it: `include_background` and `batch` (overlap
-    losses), `smooth` (Dice), `alpha`, `beta` (Tversky), `regions`, `region_size`, `skip_empty`, ... (ARSL),
-    `class_weights` (ce).
+    losses), `smooth` (Dice), `alpha`, `beta` (Tversky), `gamma` (focal Tversky), `k` (topk), `regions`,
+    `region_size`, `skip_empty`, ... (ARSL), `class_weights` (ce, bce).
 
     The result is called as loss(logits (B, K, *spatial), target (B, *spatial) class indices, 255 = ignore)
     and returns a float32 scalar. Raises InputError for an unknown name or option.

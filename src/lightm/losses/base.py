@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightm.errors import InputError
 
@@ -29,10 +31,29 @@ class Prepared:
     @cached_property
     def probabilities(self) -> Tensor:
         """Softmax over classes (B, K, *spatial), exactly zero on ignored voxels; computed once per call."""
-        probabilities = torch.softmax(self.logits, dim=1)
         if self.valid is None:
-            return probabilities
-        return probabilities.masked_fill(~self.valid.unsqueeze(1), 0.0)
+            return torch.softmax(self.logits, dim=1)
+        return _MaskedSoftmax.apply(self.logits, self.valid)
+
+
+class _MaskedSoftmax(torch.autograd.Function):
+    """Softmax over axis 1, zero where `valid` is not; no pass over the tensor more than the softmax itself takes.
+
+    With p = 0 the softmax's own derivative p * (grad - sum(p * grad)) is zero there as well.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, valid: Tensor) -> Tensor:
+        probabilities = torch.softmax(logits, dim=1)
+        probabilities *= valid.unsqueeze(1)
+        ctx.save_for_backward(probabilities)
+        return probabilities
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (probabilities,) = ctx.saved_tensors
+        return torch.ops.aten._softmax_backward_data(grads[0], probabilities, 1, probabilities.dtype), None
 
 
 class SegmentationLoss(nn.Module):
@@ -96,8 +117,10 @@ class SegmentationLoss(nn.Module):
                     f"loss: target holds class index {low if low < 0 else high}; expected "
                     f"0..{self.num_classes - 1}, or {self.ignore_index} for voxels to ignore"
                 )
-            # Zeroed here rather than masked later: NaN times zero would still be NaN in the gradient.
-            logits = logits.masked_fill(~valid.unsqueeze(1), 0.0)
+            # Zeroed here rather than masked later: NaN times zero would still be NaN in the gradient. The sum
+            # reads the tensor once, where zeroing copies it, forward and backward.
+            if not torch.isfinite(logits.detach().sum()):
+                logits = logits.masked_fill(~valid.unsqueeze(1), 0.0)
         return Prepared(logits, target, valid)
 
 

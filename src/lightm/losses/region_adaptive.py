@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightm.errors import InputError
 from lightm.losses.base import IGNORE_INDEX, Prepared, SegmentationLoss, number
+from lightm.losses.ranks import sum_over_ranks
 from lightm.losses.regions import Grid, per_axis, soft_counts
 
 DEFAULT_REGIONS = 16
@@ -37,7 +38,10 @@ class AdaptiveRegion(SegmentationLoss):
       more than a trace of prediction; it dilutes the mean.
     - `skip_empty`: leaves regions out of the reduction that hold no foreground and less than half a voxel of
       predicted probability. With all of them empty the loss is 0. By default they are kept, as published.
-    - `batch`: TP, FP, FN summed over the samples before the ratios; `include_background`: class 0 as well.
+    - `batch`: TP, FP, FN summed over the samples before the ratios, over those of all ranks in distributed training
+      (which must then call the loss equally often); `include_background`: class 0 as well.
+
+    After a call `last_coefficients` holds its alpha and beta per class, as `coefficients` gives them.
 
     Regions that lie wholly under the ignore mask never count. Cost: as Dice, plus the region table.
     """
@@ -69,6 +73,7 @@ class AdaptiveRegion(SegmentationLoss):
         self.a, self.b, self.eps = number("a", a), number("b", b), number("eps", eps, positive=True)
         self.reduction, self.detach, self.batch = reduction, detach, batch
         self.include_background, self.skip_empty = include_background, skip_empty
+        self.last_coefficients: tuple[Tensor, Tensor] | None = None
 
     def grid(self, shape: Sequence[int]) -> Grid:
         """Return the grid of regions over a volume of `shape` voxels."""
@@ -82,15 +87,13 @@ class AdaptiveRegion(SegmentationLoss):
         Regions that the loss leaves out are left out here; a class without a region gives NaN.
         """
         with torch.no_grad(), torch.autocast(device_type=logits.device.type, enabled=False):
-            tp, fp, fn, kept = self._counts(self._prepare(logits, target))
-            axes = (0, *range(2, tp.ndim))
-            kept = torch.ones_like(tp) if kept is None else kept.to(tp.dtype)
-            alpha, beta = ((weight * kept).sum(axes) / kept.sum(axes) for weight in self._weights(fp, fn))
-            return alpha, beta
+            _, fp, fn, kept = self._counts(self._prepare(logits, target))
+            return _means(*self._weights(fp, fn), kept)
 
     def compute(self, batch: Prepared) -> Tensor:
         tp, fp, fn, kept = self._counts(batch)
         alpha, beta = self._weights(fp, fn)
+        self.last_coefficients = _means(alpha.detach(), beta.detach(), kept)
         loss = 1 - (tp + self.eps) / (tp + alpha * fp + beta * fn + self.eps)
         if kept is not None:
             loss = loss * kept
@@ -111,11 +114,22 @@ class AdaptiveRegion(SegmentationLoss):
         tp, fp, fn = soft_counts(batch.probabilities, batch.target, grid, first=first)
         voxels = None if batch.valid is None else grid.sum(batch.valid.to(tp.dtype)).unsqueeze(1)
         if self.batch:
-            tp, fp, fn = (count.sum(0, keepdim=True) for count in (tp, fp, fn))
-            voxels = None if voxels is None else voxels.sum(0, keepdim=True)
+            if voxels is None:  # another rank may have ignored voxels, and all must send the same
+                voxels = tp.new_ones(tp.shape[0], 1, *tp.shape[2:])
+            tp, fp, fn, voxels = sum_over_ranks(*(count.sum(0, keepdim=True) for count in (tp, fp, fn, voxels)))
         kept = None if voxels is None else (voxels > 0).expand_as(tp)
         if self.skip_empty:
             with torch.no_grad():
                 filled = ((tp + fn) >= EMPTY_VOXELS) | ((tp + fp) >= EMPTY_VOXELS)
             kept = filled if kept is None else kept & filled
         return tp, fp, fn, kept
+
+
+def _means(alpha: Tensor, beta: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean of both over samples and the regions that count, per class."""
+    axes = (0, *range(2, alpha.ndim))
+    if kept is None:
+        return alpha.mean(axes), beta.mean(axes)
+    weight = kept.to(alpha.dtype)
+    count = weight.sum(axes)
+    return (alpha * weight).sum(axes) / count, (beta * weight).sum(axes) / count

@@ -72,10 +72,30 @@ class Grid:
         `sum`."""
         for position in reversed(range(len(self.sizes))):
             axis = values.ndim - len(self.sizes) + position
+            if set(self.sizes[position]) == {1}:
+                continue
             sizes = torch.tensor(self.sizes[position], device=values.device)
             total = sum(self.sizes[position])
             values = torch.repeat_interleave(values, sizes, dim=axis, output_size=total)
         return values
+
+    def select(self, where: Tensor, yes: Tensor, no: Tensor, *, out: Tensor) -> None:
+        """Write to every voxel of `out` its region's value of `yes` (..., *self.shape) or `no`, as `where` says.
+
+        Axes of equal regions are spread by a view, but for the last, whose rows must be contiguous to be fast.
+        """
+        rank = len(self.sizes)
+        equal = [len(set(sizes)) == 1 for sizes in self.sizes[:-1]] + [False]
+        rest = Grid(tuple((1,) * len(sizes) if same else sizes for sizes, same in zip(self.sizes, equal, strict=True)))
+        yes, no = rest.spread(yes), rest.spread(no)
+        for position in reversed(range(rank)):
+            if equal[position]:
+                axis = where.ndim - rank + position
+                split = (len(self.sizes[position]), self.sizes[position][0])
+                yes, no = yes.unsqueeze(axis + 1), no.unsqueeze(axis + 1)
+                where, out = where.unflatten(axis, split), out.unflatten(axis, split)
+                rank += 1
+        torch.where(where, yes, no, out=out)
 
 
 def _sum_runs(values: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
@@ -101,13 +121,15 @@ class _SoftCounts(torch.autograd.Function):
         ctx.save_for_backward(target)
         ctx.grid, ctx.first, ctx.shape = grid, first, probabilities.shape
         counts: tuple[list[Tensor], ...] = ([], [], [])
+        # The same memory for every class: fresh pages cost as much as the arithmetic.
+        g, hit, rest = (probabilities.new_empty(target.shape) for _ in range(3))
         for index in range(first, probabilities.shape[1]):
             p = probabilities[:, index]
-            g = (target == index).to(p.dtype)
-            hit = p * g
+            g.copy_(target == index)
+            torch.mul(p, g, out=hit)
             counts[0].append(grid.sum(hit))
             # Differences voxel by voxel, which are exact; those of two large sums could turn negative.
-            counts[1].append(grid.sum(p - hit))
+            counts[1].append(grid.sum(torch.sub(p, hit, out=rest)))
             counts[2].append(grid.sum(g.sub_(hit)))
         return tuple(torch.stack(parts, dim=1) for parts in counts)
 
@@ -120,9 +142,8 @@ class _SoftCounts(torch.autograd.Function):
         grad[:, : ctx.first] = 0
         for index in range(ctx.first, ctx.shape[1]):
             at = index - ctx.first
-            inside = ctx.grid.spread(grad_tp[:, at] - grad_fn[:, at])
-            outside = ctx.grid.spread(grad_fp[:, at])
-            grad[:, index] = torch.where(target == index, inside, outside)
+            inside, outside = grad_tp[:, at] - grad_fn[:, at], grad_fp[:, at]
+            ctx.grid.select(target == index, inside, outside, out=grad[:, index])
         return grad, None, None, None
 
 

@@ -290,7 +290,7 @@ class DecoderStage(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor, *, overwrite_skip: bool = False) -> Tensor:
         """`overwrite_skip` lets a call without gradients compute in the skip's memory: its content is lost."""
-        again = recomputes(self.recompute, skip.numel())
+        again = recomputes(self.recompute, 8 * skip.numel())  # keeping would keep about eight tensors of that size
         if (again or not torch.is_grad_enabled()) and ops.stage_runs_fused(x, skip, self.reduce.weight):
             return ops.decoder_stage(
                 ops.linear(x, self.reduce.weight),
@@ -311,17 +311,13 @@ class DecoderStage(nn.Module):
 
 def run_head(norm: GroupNormReLU, conv: DWConv, x: Tensor, recompute: bool | None) -> Tensor:
     """The head, norm, ReLU, DWConv 1: (B, *S, C) -> (B, *S, classes), raw logits."""
-    again = recomputes(recompute, x.numel())
-    return recomputed(lambda x: _head(norm, conv, x), [*norm.parameters(), *conv.parameters()], again, x)
-
-
-def _head(norm: GroupNormReLU, conv: DWConv, x: Tensor) -> Tensor:
+    again = recomputes(recompute, 4 * x.numel())
     offset, bias = conv.depthwise_bias, conv.pointwise.bias
     if (
         offset is not None
         and bias is not None
-        and not torch.is_grad_enabled()
+        and (again or not torch.is_grad_enabled())
         and ops.stage_runs_fused(x, conv.pointwise.weight)
     ):
         return ops.decoder_head(x, norm.tensors(), conv.depthwise.reshape(-1), offset, conv.pointwise.weight, bias)
-    return conv(norm(x))
+    return recomputed(lambda x: conv(norm(x)), [*norm.parameters(), *conv.parameters()], again, x)

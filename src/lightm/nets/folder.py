@@ -1,4 +1,7 @@
-"""A trained model on disk: a folder of `model.safetensors`, `model.json` and `card.md`. Loading executes nothing."""
+"""A trained model on disk: a folder of `model.safetensors`, `model.json` and `card.md`, or a zip of these three.
+
+Loading executes nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightm import __version__
-from lightm.errors import InputError
-from lightm.files import write_text
+from lightm.errors import InputError, LightMError
+from lightm.files import disk_refusals, sync_folder, write_text
 from lightm.nets.presets import create
+from lightm.nets.zipped import extracted, is_zip_path, write_zip
 
 SCHEMA_VERSION = 1
 _KEYS = {"schema_version", "lightm_version", "network", "plan", "training", "weights_sha256"}
@@ -33,17 +37,36 @@ def save_model(
     plan: dict[str, Any],
     training: dict[str, Any],
 ) -> Path:
-    """Write a model folder; the folder appears complete or not at all, and replaces an older one.
+    """Write a model folder, or a single file when the name ends in .zip, and return its path.
 
+    It appears complete or not at all, and replaces an older one. Raises LightMError when the disk refuses.
     Arguments: `network`: name, spatial_dims, in_channels, out_channels and options, as `create` takes them;
     `state_dict`: the weights; `plan`: the plan as plain values; `training`: a summary (data set, recipe, scores).
     """
     folder = Path(folder)
+    content = {"network": network, "state_dict": state_dict, "plan": plan, "training": training}
+    if is_zip_path(folder):
+        with tempfile.TemporaryDirectory(prefix="lightm-model-", ignore_cleanup_errors=True) as place:
+            write_zip(_save(Path(place) / "model", **content), folder)
+        return folder
+    with disk_refusals(folder):
+        return _save(folder, **content)
+
+
+def _save(
+    folder: Path,
+    *,
+    network: dict[str, Any],
+    state_dict: dict[str, Tensor],
+    plan: dict[str, Any],
+    training: dict[str, Any],
+) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         weights = temporary / "model.safetensors"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}, weights)
+        weights.chmod(0o644)  # as every other file; safetensors makes it readable to its owner alone
         description = {
             "schema_version": SCHEMA_VERSION,
             "lightm_version": __version__,
@@ -55,6 +78,9 @@ def save_model(
         (temporary / "model.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         (temporary / "card.md").write_text(_card(description), encoding="utf-8")
         temporary.chmod(0o755)
+        for path in temporary.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
         if folder.exists():
             older = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             os.replace(folder, older / folder.name)
@@ -62,26 +88,59 @@ def save_model(
             shutil.rmtree(older)
         else:
             os.replace(temporary, folder)
-    except BaseException:
+        sync_folder(folder.parent)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise LightMError(f"{folder}: cannot be written ({error}); check the free space") from error
         raise
     return folder
 
 
+def pack_model(model: Path | str, out: Path | str, *, overwrite: bool = False) -> Path:
+    """Write a model folder as a single .zip file, which `load_model` reads like the folder, and return its path.
+
+    model: a model folder, or a run folder that holds one; it is loaded first, so that what is packed is whole.
+    Raises InputError for a wrong or damaged model, another ending than .zip, and a file that is there already unless
+    `overwrite`; LightMError when the disk refuses.
+    """
+    model, out = Path(model), Path(out)
+    folder = model / "model" if (model / "model" / "model.json").is_file() else model
+    if not is_zip_path(out):
+        raise InputError(f"{out}: a single-file model needs a name that ends in .zip")
+    if is_zip_path(folder) and folder.is_file():
+        raise InputError(f"{folder}: is a single-file model already; copy it")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise InputError(f"{out}: is there already; give another name, or allow overwriting")
+    load_model(folder)
+    write_zip(folder, out)
+    return out
+
+
 def set_postprocess(folder: Path, rules: Sequence[Sequence[int]]) -> None:
     """Keep with a model which label values' stray components its predictions lose, see `lightm.infer.postprocess`."""
+    if is_zip_path(folder) and Path(folder).is_file():
+        raise InputError(f"{folder}: a single-file model is not changed; set the clean-up in its folder and pack it")
     info = _read_description(Path(folder))
     info["postprocess"] = {"keep_largest": [list(rule) for rule in rules]}
     write_text(Path(folder) / "model.json", json.dumps(info, indent=1) + "\n")
 
 
 def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Read a model folder: the network in evaluation mode on the CPU, and the content of its `model.json`.
+    """Read a model folder or single-file model: the network in evaluation mode on the CPU, and its `model.json`.
 
     Raises InputError, naming the file, for a missing, damaged or foreign folder, a newer schema, weights whose
-    checksum differs, or weights of another network. Executes nothing from the folder.
+    checksum differs, or weights of another network, and a zip that holds anything but a model's three files or looks
+    like a bomb. Executes nothing from the folder. Cost for a zip: its weights once more in the temporary folder.
     """
     folder = Path(folder)
+    if is_zip_path(folder) and folder.is_file():
+        with extracted(folder) as place:
+            return _load(place)
+    return _load(folder)
+
+
+def _load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     info = _read_description(folder)
     weights = folder / "model.safetensors"
     if not weights.is_file():
@@ -117,7 +176,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: not a model folder, model.json is missing; give the folder `model` of a run")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(info, dict) or not isinstance(info.get("schema_version"), int):
         raise InputError(f"{path}: not a LightM model description, its schema_version is missing")

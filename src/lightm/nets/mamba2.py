@@ -66,6 +66,7 @@ class VSS2(nn.Module):
                 f"{f' / {parts} parts' if parts > 1 else ''}); use a divisor of {inner}"
             )
         heads = inner // head_dim
+        self.shared = shared
         self.parts, self.inner, self.state_size, self.head_dim = parts, inner, state_size, head_dim
         self.taps = taps
         self.in_proj = GroupedLinear(parts, width, (inner, inner, state_size, state_size, heads), shared=shared)

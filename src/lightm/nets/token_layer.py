@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightm import ops
 from lightm.nets.recompute import autocast_state, is_plain, recomputed, recomputes
 from lightm.ops.layer import SCANS, LayerParameters, layer_runs_fused, state_space_layer
+from lightm.ops.memory import release_unused
 
 POOLINGS = ("max", "avg", "add")
 _CHUNK = 1 << 20  # numbers of inner width that a stretch of recomputed tokens has, about
@@ -64,7 +65,7 @@ class TokenLayer(nn.Module):
         self.recompute: bool | None = None
 
     def forward(self, x: Tensor, pooling: str | None = None) -> Tensor:
-        if not (torch.is_grad_enabled() and (x.requires_grad or self.proj.weight.requires_grad)):
+        if not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))):
             parameters = self.layer_parameters()
             if parameters is not None and layer_runs_fused(x, parameters):
                 return state_space_layer(x, parameters, self.scan, pooling)[0]
@@ -154,6 +155,7 @@ class _Recompute(torch.autograd.Function):
                 ctx.states = [None, *(states[1:] if states is not None else ())]
             else:
                 out, ctx.states = _in_stretches(layer, x, stretches, pooling)
+        release_unused()
         ctx.layer, ctx.pooling, ctx.stretches = layer, pooling, stretches
         ctx.autocast = autocast_state(x)
         ctx.save_for_backward(x, *weights)
@@ -187,6 +189,7 @@ class _Recompute(torch.autograd.Function):
             grad_state = None if start is None else found.pop(0)
             for total, share in zip(totals, found, strict=True):
                 total += share
+        release_unused()
         shares = iter(totals)
         return None, None, dx, *(next(shares) if weight.requires_grad else None for weight in weights)
 

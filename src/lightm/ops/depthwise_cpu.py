@@ -47,10 +47,19 @@ def run_forward(x: Tensor, weight: Tensor) -> Tensor:
 
 def run_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of (x, weight)."""
+    return input_gradient(grad_y, weight).to(x.dtype), weight_gradient(grad_y, x, weight)
+
+
+def input_gradient(grad_y: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of x."""
+    return run_forward(grad_y, weight.flip(tuple(range(weight.dim() - 1))))
+
+
+def weight_gradient(grad_y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The weight's gradient."""
     axes = x.dim() - 2
-    dx = run_forward(grad_y, weight.flip(tuple(range(axes)))).to(x.dtype)
     if not x.numel():
-        return dx, torch.zeros_like(weight)
+        return torch.zeros_like(weight)
     rows, grad = x.float().contiguous(), grad_y.float().contiguous()
     sizes, channels, taps = plane_sizes(x), x.shape[-1], 3**axes
     zeros = torch.zeros(sizes[2] * channels)
@@ -63,4 +72,4 @@ def run_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Ten
         run(of, grad.data_ptr() + at, to, zeros.data_ptr(), z, first, last, *sizes, channels)
 
     for_rows(x, work)
-    return dx, from_tiles(shares.sum(0), taps).reshape(weight.shape).to(weight.dtype)
+    return from_tiles(shares.sum(0), taps).reshape(weight.shape).to(weight.dtype)

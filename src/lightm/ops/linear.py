@@ -51,7 +51,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "a
     elif x.shape[:-1].numel() < _FEW_ROWS and impl == "auto":
         limits = "only a few rows"
     if choose(_NAME, impl, x, limits) == "reference":
-        return functional.linear(x, weight if weight.dim() == 2 else torch.block_diag(*weight), bias)
+        if weight.dim() == 2:
+            return functional.linear(x, weight, bias)
+        y = torch.einsum("...gi,goi->...go", x.unflatten(-1, (weight.shape[0], -1)), weight).flatten(-2)
+        return y if bias is None else y + bias
     return linear_op(x, weight, bias)
 
 

@@ -27,7 +27,7 @@ def run_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     else:
         packed = Packed(torch.block_diag(*weight).t(), bias, groups=weight.shape[0])
     y = torch.empty((*x.shape[:-1], packed.columns))
-    plan, blocks, weight, shift = packed.arguments
+    plan, blocks, matrix, shift = packed.arguments
     items = -(-rows.shape[0] // _STRETCH)
     scratch = torch.empty((worker_count(items), SCRATCH // 4))
     row_in, row_out = 4 * rows.stride(0), 4 * packed.columns
@@ -35,7 +35,7 @@ def run_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     def work(item: int, worker: int) -> None:
         first = item * _STRETCH
         product_kernel(
-            plan, blocks, rows.data_ptr() + first * row_in, row_in, weight, shift, y.data_ptr() + first * row_out,
+            plan, blocks, rows.data_ptr() + first * row_in, row_in, matrix, shift, y.data_ptr() + first * row_out,
             row_out, min(_STRETCH, rows.shape[0] - first), scratch[worker].data_ptr(),
         )  # fmt: skip
 

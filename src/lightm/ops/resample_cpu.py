@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lightm.ops.planes import for_rows, image_bytes, plane_sizes
-from lightm.ops.resample_kernels import POOLS, double_backward, double_forward
+from lightm.ops.resample_kernels import FORWARD, POOLS, double_backward, double_forward
+from lightm.ops.threads import parallel_for
 
 
 def halved(x: Tensor) -> tuple[int, ...]:
@@ -33,6 +34,23 @@ def pool_forward(kind: str, x: Tensor) -> Tensor:
     if out.numel():
         for_rows(out, work)
     return out.to(x.dtype)
+
+
+def pool_into(kind: str, x: Tensor, out: Tensor) -> None:
+    """Pool one contiguous float32 image (*S, C) of even sizes by "max", "avg" or "add", their sum, into `out`."""
+    axes = x.dim() - 1
+    run = FORWARD[kind](axes)
+    height, width, channels = x.shape[-3:]
+    planes, rows = (out.shape[0] if axes == 3 else 1), out.shape[-3]
+    block = 8
+    blocks = -(-rows // block)
+
+    def work(item: int, worker: int) -> None:
+        z, part = divmod(item, blocks)
+        last = min((part + 1) * block, rows)
+        run(x.data_ptr(), out.data_ptr(), z, part * block, last, height, width, channels)
+
+    parallel_for(work, planes * blocks)
 
 
 def pool_backward(kind: str, grad_y: Tensor, x: Tensor) -> Tensor:

@@ -89,6 +89,18 @@ def _mean_back(x, grad, dx, row, step, width, lanes, corners):  # type: ignore[n
             store(dx + at, given)
 
 
+@device_function
+def _both(x, out, row, step, width, lanes, corners):  # type: ignore[no-untyped-def]
+    for i in range(width):
+        best = load(x + 2 * i * step, lanes)
+        total = best
+        for k in range(1, corners):
+            value = load(x + (k & 1) * step + (k >> 1 & 1) * row[0] + (k >> 2) * row[1] + 2 * i * step, lanes)
+            best = _larger(best, value)
+            total = total + value
+        store(out + i * step, best + total * full(1.0 / corners, lanes))
+
+
 # One factory a kernel: a kernel made by passing in another compiled function would never be found on disk again.
 
 
@@ -184,6 +196,30 @@ def mean_backward(axes: int) -> Callable[..., Any]:
     return pool_mean_backward
 
 
+@cache
+def both_forward(axes: int) -> Callable[..., Any]:
+    """The forward kernel of the sum of max and mean pooling."""
+    corners = 2**axes
+
+    @kernel
+    def pool_both(x, out, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
+        """Pool into plane z of the output; height and width are the input's."""
+        step = 4 * channels
+        rows = (step * width, step * width * height)
+        z_in = 2 * z if corners == 8 else z
+        whole = channels - channels % LANES
+        for y in range(first, last):
+            of = x + z_in * rows[1] + 2 * y * rows[0]
+            to = out + (z * (height // 2) + y) * (width // 2) * step
+            for c in range(0, whole, LANES):
+                _both(of + 4 * c, to + 4 * c, rows, step, width // 2, LANES, corners)
+            for c in range(whole, channels):
+                _both(of + 4 * c, to + 4 * c, rows, step, width // 2, 1, corners)
+
+    return pool_both
+
+
+FORWARD = {"max": max_forward, "avg": mean_forward, "add": both_forward}
 POOLS = {"max": (max_forward, max_backward), "mean": (mean_forward, mean_backward)}
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightm.ops.depthwise_cpu import run_backward as depthwise_backward
+from lightm.ops.depthwise_cpu import input_gradient, to_tiles, weight_gradient
 from lightm.ops.depthwise_cpu import run_forward as depthwise_forward
-from lightm.ops.depthwise_cpu import to_tiles
 from lightm.ops.depthwise_kernels import forward_kernel
 from lightm.ops.jit import LANES, kernel
 from lightm.ops.linear_cpu import run_product, run_weight_gradient
 from lightm.ops.matmul_kernels import SCRATCH, Packed, product_kernel
+from lightm.ops.memory import release_unused
 from lightm.ops.norms_cpu import group_moments_of, group_norm_backward, group_norm_forward, group_statistics
 from lightm.ops.norms_kernels import group_forward
 from lightm.ops.planes import plane_sizes
@@ -164,11 +164,14 @@ def run_stage_backward(
     groups2: int,
     eps2: float,
 ) -> tuple[Tensor, ...]:
-    """Gradients of the nine tensors; every large one is let go as soon as nothing needs it any more."""
+    """Gradients of the nine tensors; what is large is let go at once, and two of them are computed twice for it."""
+    release_unused()
     x = _upsampled(low, skip, False)
     normed, mean1, inverse1 = group_norm_forward(x, groups1, weight1, bias1, eps1)
     filtered = depthwise_forward(normed, depthwise)
+    del normed
     y = run_product(filtered, pointwise, None)
+    del filtered
     channels, rows = x.shape[-1], x[..., 0].numel()
     each = scale.expand(channels).contiguous()
     _add_scaled_everywhere(y, x, each)
@@ -177,11 +180,15 @@ def run_stage_backward(
     del y
     dscale = _column_products(dy.view(rows, channels), x.view(rows, channels))
     dscale = dscale.sum().view(scale.shape) if scale.numel() == 1 else dscale
+    normed = group_norm_forward(x, groups1, weight1, bias1, eps1)[0]
+    filtered = depthwise_forward(normed, depthwise)
     dpointwise = run_weight_gradient(dy, filtered)[0]
     del filtered
     dfiltered = run_product(dy, pointwise.t(), None)
-    dnormed, ddepthwise = depthwise_backward(dfiltered, normed, depthwise)
-    del dfiltered, normed
+    ddepthwise = weight_gradient(dfiltered, normed, depthwise)
+    del normed
+    dnormed = input_gradient(dfiltered, depthwise)
+    del dfiltered
     dx, dweight1, dbias1 = group_norm_backward(dnormed, x, weight1, bias1, mean1, inverse1)
     del dnormed, x
     _add_scaled_everywhere(dx, dy, each)
@@ -244,3 +251,26 @@ def run_head(
 
     _flat(x, work)
     return out
+
+
+def run_head_backward(
+    grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, the norm's weight and bias, scale, offset, weight and bias."""
+    x = x.contiguous()
+    normed, mean, inverse = group_norm_forward(x, groups, norm_weight, norm_bias, eps)
+    dfolded = run_weight_gradient(grad, normed)[0]  # of weight * scale
+    del normed
+    total = grad.flatten(0, -2).sum(0)
+    dnormed = run_product(grad, (weight * scale).t(), None)
+    dx, dnorm_weight, dnorm_bias = group_norm_backward(dnormed, x, norm_weight, norm_bias, mean, inverse)
+    dweight = dfolded * scale + torch.outer(total, offset)
+    return dx, dnorm_weight, dnorm_bias, (dfolded * weight).sum(0), total @ weight, dweight, total

@@ -57,11 +57,31 @@ def exp2(typing: Any, x: Any) -> Any:
     return x(x), generate
 
 
+@intrinsic
+def divide(typing: Any, a: Any, b: Any) -> Any:
+    """divide(a, b): a / b for b in [1, infinity]; within 1.5 units in the last place, 0 where b is above 2^126."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        a, b = args
+        kind = b.type
+        if not (AVX512 and kind.count == 16):
+            return builder.fdiv(a, b)
+        # the division instruction takes as long as ten others: an estimate of 14 bits and one step of Newton's method
+        name, zero = "llvm.x86.avx512.rcp14.ps.512", splat(0.0, kind)
+        start = call(builder, name, kind, b, zero, ir.IntType(16)(-1))
+        rest = emit_fma(builder, builder.fneg(b), start, splat(1.0, kind))
+        inverse = emit_fma(builder, rest, start, start)
+        value = builder.fmul(a, inverse)
+        return builder.select(builder.fcmp_ordered(">", b, splat(2.0**126, kind)), zero, value)
+
+    return b(a, b), generate
+
+
 @device_function
 def sigmoid(x, lanes):  # type: ignore[no-untyped-def]
     """1 / (1 + exp(-x)); exactly 0 and 1 far out, never NaN for finite x."""
     one = full(1.0, lanes)
-    return one / (one + exp2(x * full(-LOG2E, lanes)))
+    return divide(one, one + exp2(x * full(-LOG2E, lanes)))
 
 
 @device_function
@@ -69,7 +89,7 @@ def softplus(x, lanes):  # type: ignore[no-untyped-def]
     """log(1 + exp(x)) = max(x, 0) + 2 atanh(q / (2 + q)), q = exp(-|x|); relative error below 3e-7 + 6e-8 |x|."""
     zero = full(0.0, lanes)
     q = exp2(maximum(x, zero - x) * full(-LOG2E, lanes))
-    s = q / (full(2.0, lanes) + q)
+    s = divide(q, full(2.0, lanes) + q)
     w = s * s
     p = fma(full(0.14005999, lanes), w, full(0.14000902, lanes))
     p = fma(p, w, full(0.20010764, lanes))

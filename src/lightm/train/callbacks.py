@@ -1,4 +1,4 @@
-"""What happens at the ends of epochs: history.csv, console lines, checkpoints, the time budget, early stopping."""
+"""What happens at the ends of steps and epochs: history.csv, console lines, checkpoints, budget, patience."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightm.files import replacing, write_text
+from lightm.files import write_text
+from lightm.train.checkpoint_io import save_rotating
+from lightm.train.guard import Interrupted, Signals
 from lightm.train.module import SegmentationModule
 
 COLUMNS = ["epoch", "step", "train_loss", "val_loss", "pseudo_dice", "pseudo_dice_ema", "lr", "epoch_seconds"]
@@ -28,10 +30,12 @@ class History(pl.Callback):
         self.rows: list[dict[str, Any]] = []
         self._epoch_started = 0.0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
+        self.columns += [name for name in pl_module.coefficient_columns() if name not in self.columns]
         if self.path.is_file():  # a resumed run: keep the rows before the epoch that is done again
             with self.path.open(newline="", encoding="utf-8") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
+        self._epoch_started = time.monotonic()  # of an epoch continued midway, the rest is timed
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_started = time.monotonic()
@@ -70,10 +74,15 @@ class ProgressBar(pl.callbacks.RichProgressBar):
 
 
 class Checkpoints(pl.Callback):
-    """Keep `last.ckpt` of every epoch and `best.ckpt` of the best moving pseudo Dice."""
+    """Keep `last.ckpt`, the `previous.ckpt` before it, and `best.ckpt` of the best moving pseudo Dice.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Written after every epoch, within one when the last is older than `every_s`, and when a signal asks to stop: then
+    after the step at work (after the validation, in the last step of an epoch), and Interrupted is raised.
+    """
+
+    def __init__(self, folder: Path, signals: Signals, every_s: float = 600.0) -> None:
+        self.folder, self.signals, self.every_s = folder, signals, every_s
+        self._written = 0.0
 
     @property
     def last(self) -> Path:
@@ -83,15 +92,42 @@ class Checkpoints(pl.Callback):
     def best(self) -> Path:
         return self.folder / "best.ckpt"
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._written = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule, *_: Any) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if loop.batch_progress.is_last_batch or trainer.should_stop:
+            return  # the epoch's end writes one
+        due = time.monotonic() - self._written >= self.every_s
+        if due or self.signals.received is not None:
+            self._write(lambda path: trainer.save_checkpoint(path))
+            self._stop_if_asked(trainer)
+
+    def _write(self, save: Callable[[Path], object]) -> None:
+        save_rotating(self.folder, save)
+        self._written = time.monotonic()
+
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        if self.signals.received is not None:
+            raise Interrupted(
+                f"training was interrupted in epoch {trainer.current_epoch}, after step {trainer.global_step}; "
+                f"continue it with `lightm train --resume {self.folder.parent}`",
+                self.signals.received,
+            )
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         moving = pl_module.moving_dice
         better = moving is not None and (pl_module.best_dice is None or moving > pl_module.best_dice)
         if better:
             pl_module.best_dice = moving
-        trainer.save_checkpoint(self.last)
-        if (better or not self.best.exists()) and trainer.is_global_zero:
-            with replacing(self.best) as temporary:
-                shutil.copyfile(self.last, temporary)
+        if better or not self.best.exists():
+            # The best one first: a run killed between the two does this epoch again, and finds it the best again.
+            trainer.save_checkpoint(self.best)
+            self._write(lambda path: shutil.copyfile(self.best, path))
+        else:
+            self._write(lambda path: trainer.save_checkpoint(path))
+        self._stop_if_asked(trainer)
 
 
 class Stopping(pl.Callback):

@@ -6,8 +6,11 @@ keeps the same nested state without one, writes it to a temporary file, syncs an
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from lightm.errors import InputError, LightMError
 from lightm.files import replacing
 
 _STATE = "lightm_checkpoint"
+_SUM = "lightm_sha256"
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -30,9 +35,10 @@ class SafeCheckpointIO(CheckpointIO):
         """Write the checkpoint in one step; LightMError names what cannot be written."""
         tensors: dict[str, torch.Tensor] = {}
         tree = _encode(checkpoint, tensors, "checkpoint")
+        text = json.dumps(tree)
         try:
             with replacing(path) as temporary:
-                save_file(tensors, temporary, metadata={_STATE: json.dumps(tree)})
+                save_file(tensors, temporary, metadata={_STATE: text, _SUM: _checksum(text, tensors)})
         except SafetensorError as error:
             raise LightMError(f"{path}: the checkpoint could not be written ({error})") from error
 
@@ -48,12 +54,61 @@ class SafeCheckpointIO(CheckpointIO):
             raise InputError(f"{path}: not a readable checkpoint ({error})") from error
         if _STATE not in metadata:
             raise InputError(f"{path}: a safetensors file, but not a LightM checkpoint")
+        if metadata.get(_SUM, "") not in ("", _checksum(metadata[_STATE], tensors)):
+            raise InputError(f"{path}: the checkpoint is damaged, its content does not fit its checksum")
         decoded: dict[str, Any] = _decode(json.loads(metadata[_STATE]), tensors)
         return decoded
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint."""
         Path(path).unlink(missing_ok=True)
+
+
+def save_rotating(folder: Path, save: Callable[[Path], object]) -> None:
+    """Write `last.ckpt` by save(path), and keep the one before it as `previous.ckpt`.
+
+    From the first one on, a whole checkpoint has one of the two names at every moment. Raises LightMError when the disk
+    refuses.
+    """
+    last = Path(folder) / LAST
+    with replacing(last) as temporary:
+        save(temporary)
+        with temporary.open("rb+") as file:  # before the older one gives its name away
+            os.fsync(file.fileno())
+        if last.exists():
+            os.replace(last, last.with_name(PREVIOUS))
+
+
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Return `last.ckpt`, or `previous.ckpt` (saying so) where that is missing or damaged; None without both.
+
+    Raises InputError when there are checkpoints, but no readable one.
+    """
+    faults = []
+    for name in (LAST, PREVIOUS):
+        path = Path(folder) / name
+        if not path.is_file():
+            continue
+        try:
+            SafeCheckpointIO().load_checkpoint(path)
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        if name == PREVIOUS:
+            reason = faults[0] if faults else f"{Path(folder) / LAST} is missing"
+            say(f"{reason}; the run continues from the checkpoint before it, {path}")
+        return path
+    if faults:
+        raise InputError(f"{'; '.join(faults)}: no checkpoint is left to continue from; start a new run")
+    return None
+
+
+def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _encode(value: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:

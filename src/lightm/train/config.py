@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,7 +20,8 @@ class TrainConfig(BaseModel):
 
     `settings` is the recipe with its overrides applied. `max_time_s` ends the training after that many seconds and
     is what the learning rate falls over; `epochs_given` says that the number of epochs was asked for, else a time
-    budget alone decides. `patience`: epochs without a better moving pseudo Dice before the training stops.
+    budget alone decides. `patience`: epochs without a better moving pseudo Dice before the training stops. `on_nan`:
+    "stop" at a loss or gradient that is not finite, or "skip" up to `nan_limit` such steps.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -43,6 +44,8 @@ class TrainConfig(BaseModel):
     workers: int = Field(0, ge=0)
     device: str = "cpu"
     precision: str = "32-true"
+    on_nan: Literal["stop", "skip"] = "stop"
+    nan_limit: int = Field(10, ge=1)
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML."""
@@ -103,6 +106,8 @@ USER_KEYS = [
     "workers",
     "device",
     "precision",
+    "on_nan",
+    "nan_limit",
     "loss",
     "lr",
     "batch_size",

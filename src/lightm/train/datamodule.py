@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch.utils.data import DataLoader
 
 from lightm.data.preprocess import PreprocessedCase
 from lightm.data.sampling import EpochSampler, PatchDataset
+from lightm.train.guard import WatchedPatches, collate, raise_faults, start_worker
 from lightm.train.recipes import Recipe
 
 VALIDATION_SEED = 20_221_231  # the validation patches are the same in every epoch and for every seed
+
+
+class ResumingSampler(EpochSampler):
+    """An EpochSampler whose first pass leaves out the patches that were used before an interruption."""
+
+    def __init__(self, length: int, start_epoch: int = 0, *, used: int = 0) -> None:
+        super().__init__(length, start_epoch)
+        self._used = used
+
+    def __iter__(self) -> Iterator[int]:
+        used, self._used = self._used, 0
+        return iter(range(self.epoch * self.length + used, (self.epoch + 1) * self.length))
 
 
 class PatchDataModule(pl.LightningDataModule):
@@ -31,7 +45,7 @@ class PatchDataModule(pl.LightningDataModule):
         workers: int = 0,
     ) -> None:
         super().__init__()
-        self.batch_size, self.workers = batch_size, workers
+        self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.steps_per_epoch, self.val_patches = recipe.steps_per_epoch, val_patches
         self.train_patches = PatchDataset(
             train,
@@ -40,6 +54,7 @@ class PatchDataModule(pl.LightningDataModule):
             augment=recipe.augment if recipe.augment.enabled else None,
             foreground_fraction=recipe.foreground_fraction,
         )
+        self.watched = WatchedPatches(self.train_patches, workers)
         self.validation = PatchDataset(
             val,
             patch_size=patch_size,
@@ -49,18 +64,35 @@ class PatchDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
-        sampler = EpochSampler(self.steps_per_epoch * self.batch_size)
+        sampler = ResumingSampler(self.steps_per_epoch * self.batch_size)
         if self.trainer is not None:
-            sampler.set_epoch(self.trainer.current_epoch)
+            loop = self.trainer.fit_loop
+            # restarting: the checkpoint was written within an epoch, after that many steps of it
+            used = loop.epoch_loop.batch_progress.current.processed if loop.restarting else 0
+            sampler = ResumingSampler(len(sampler), self.trainer.current_epoch, used=used * self.batch_size)
         return DataLoader(
-            self.train_patches,
+            self.watched,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            collate_fn=collate,
+            worker_init_fn=start_worker,
+            generator=self._generator(),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(
-            self.validation, batch_size=self.batch_size, sampler=EpochSampler(self.val_patches), num_workers=0
+            self.validation,
+            batch_size=self.batch_size,
+            sampler=EpochSampler(self.val_patches),
+            num_workers=0,
+            generator=self._generator(),
         )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return raise_faults(batch)
+
+    def _generator(self) -> torch.Generator:
+        """What a loader draws its workers' seeds from; its own, so that making one leaves the global state alone."""
+        return torch.Generator().manual_seed(self.seed)

@@ -10,7 +10,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightm.errors import LightMError
+from lightm.losses import AdaptiveRegion
+from lightm.train.guard import NanGuard, gradients_are_finite
+from lightm.train.random_states import random_states, set_random_states
 from lightm.train.recipes import Recipe
 
 MOVING = 0.9  # weight of the past in the moving average of the pseudo Dice, as nnU-Net logs it
@@ -23,6 +25,9 @@ class SegmentationModule(pl.LightningModule):
     The pseudo Dice of a class is 2 TP / (2 TP + FP + FN) with the counts summed over all validation patches of the
     epoch (as nnU-Net computes it: no per-case mean, hence "pseudo"). A class that neither occurs nor is predicted
     there has none (NaN) and takes no part in the mean.
+
+    With the adaptive region-specific loss the epoch's mean alpha and beta of each class are logged as well, as
+    `arsl_alpha/CLASS` and `arsl_beta/CLASS`: how the loss weighs false and missed voxels against each other.
     """
 
     def __init__(
@@ -34,8 +39,12 @@ class SegmentationModule(pl.LightningModule):
         class_names: list[str],
         total_steps: int | None,
         max_time_s: float | None,
+        guard: NanGuard | None = None,
     ) -> None:
         super().__init__()
+        self.guard = guard or NanGuard()
+        self._cases: list[str] = []  # of the batch at work
+        self._random: dict[str, Any] | None = None  # of the checkpoint that a run continues from
         self.network, self.loss, self.recipe = network, loss, recipe
         self.class_names = class_names
         self.total_steps, self.max_time_s = total_steps, max_time_s
@@ -46,6 +55,8 @@ class SegmentationModule(pl.LightningModule):
         self._started: float | None = None
         self._losses: list[Tensor] = []
         self._val_losses: list[Tensor] = []
+        self._adaptive = next((part for part in loss.modules() if isinstance(part, AdaptiveRegion)), None)
+        self._coefficients: list[Tensor] = []
         self._counts = torch.zeros(len(class_names), 3, dtype=torch.float64)
 
     # ---- time and learning rate -------------------------------------------------------------------------
@@ -92,6 +103,12 @@ class SegmentationModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self._started = time.monotonic()
+        if self._random is not None:  # only now: the set-up of loaders and loggers may have drawn numbers
+            set_random_states(self._random)
+            self._random = None
+
+    def on_train_epoch_start(self) -> None:  # not called for an epoch that is continued midway
+        self._losses, self._coefficients = [], []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         rate = self.learning_rate()
@@ -99,16 +116,23 @@ class SegmentationModule(pl.LightningModule):
             group["lr"] = rate
         self.epoch_row["lr"] = rate
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        self._cases = batch["case"]
         loss = self.loss(self.network(batch["image"]), batch["label"])
         if not torch.isfinite(loss):
-            raise LightMError(
-                f"the loss is {loss.item()} at step {self.global_step}, on the cases {', '.join(batch['case'])}; the "
-                "checkpoints before it are kept. Lower the learning rate or look at these cases' intensities"
-            )
+            self.guard.meet(f"the loss is {loss.item()}", self.global_step, self._cases, self.network)
+            return None  # no gradient, so that the optimiser leaves the weights alone
         self._losses.append(loss.detach())
+        if self._adaptive is not None and self._adaptive.last_coefficients is not None:
+            self._coefficients.append(torch.cat(self._adaptive.last_coefficients))
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch["case"]))
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # it skips infinite ones itself
+        if not scaled and not gradients_are_finite(self.network):
+            self.guard.meet("a gradient is NaN or infinite", self.global_step, self._cases, self.network)
+            optimizer.zero_grad(set_to_none=True)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         logits = self.network(batch["image"])
@@ -139,15 +163,33 @@ class SegmentationModule(pl.LightningModule):
         # validation closes every training epoch, and callbacks read the row before on_train_epoch_end comes here
         reduce = self.trainer.strategy.reduce
         self.epoch_row.update(
-            train_loss=float(reduce(torch.stack(self._losses).mean(), reduce_op="mean")),
+            train_loss=float(reduce(torch.stack(self._losses).mean(), reduce_op="mean")) if self._losses else math.nan,
             val_loss=float(reduce(torch.stack(self._val_losses).mean(), reduce_op="mean")),
             pseudo_dice=mean,
             pseudo_dice_ema=float("nan") if self.moving_dice is None else self.moving_dice,
             **{f"pseudo_dice/{name}": value for name, value in zip(self.class_names, dice, strict=True)},
+            **self._coefficient_means(),
         )
 
+    def coefficient_columns(self) -> list[str]:
+        """Names of the epoch's values of alpha and beta; none without the adaptive region-specific loss."""
+        if self._adaptive is None:
+            return []
+        names = [*(["background"] if self._adaptive.include_background else []), *self.class_names]
+        return [f"arsl_{which}/{name}" for which in ("alpha", "beta") for name in names]
+
+    def _coefficient_means(self) -> dict[str, float]:
+        columns = self.coefficient_columns()
+        if not columns:
+            return {}
+        # a step without a region of a class has none (NaN); an epoch of such steps neither
+        nothing = torch.full((len(columns),), math.nan, device=self.device)
+        means = torch.stack(self._coefficients).nanmean(0).to(self.device) if self._coefficients else nothing
+        means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        return dict(zip(columns, means.tolist(), strict=True))
+
     def on_train_epoch_end(self) -> None:
-        self._losses = []
+        self._losses, self._coefficients = [], []
         for name, value in self.epoch_row.items():
             self.log(name, value, logger=True)
 
@@ -158,11 +200,19 @@ class SegmentationModule(pl.LightningModule):
             "elapsed_s": self.elapsed_s(),
             "moving_dice": self.moving_dice,
             "best_dice": self.best_dice,
-            "torch_rng": torch.get_rng_state(),
+            "skipped": self.guard.skipped,
+            "losses": torch.stack(self._losses) if self._losses else None,  # of the epoch at work
+            "coefficients": torch.stack(self._coefficients) if self._coefficients else None,
+            "random": random_states(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["lightm"]
         self._elapsed_before = state["elapsed_s"]
         self.moving_dice, self.best_dice = state["moving_dice"], state["best_dice"]
-        torch.set_rng_state(state["torch_rng"])
+        self.guard.skipped = state.get("skipped", 0)
+        losses = state.get("losses")
+        self._losses = [] if losses is None else list(losses)
+        coefficients = state.get("coefficients")
+        self._coefficients = [] if coefficients is None else list(coefficients)
+        self._random = state.get("random")

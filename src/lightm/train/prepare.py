@@ -9,6 +9,7 @@ from lightm.data.dataset import Dataset
 from lightm.data.plan import Plan, load_plan, make_plan
 from lightm.data.preprocess import PreprocessedCase
 from lightm.errors import InputError
+from lightm.files import LOCK, is_temporary
 from lightm.train.config import TrainConfig
 from lightm.train.split import Split, load_split, make_split
 
@@ -88,5 +89,7 @@ def refuse_used_folder(run_dir: Path) -> None:
             f"{run_dir}: already holds a run; continue it with `lightm train --resume {run_dir}`, or give another "
             "folder with -o"
         )
-    if run_dir.exists() and any(run_dir.iterdir()):
+    # A run killed within its first moments leaves its lock, and these before it could be resumed.
+    left = {LOCK, "plan.yaml", "split.json"} if (run_dir / LOCK).exists() else set()
+    if run_dir.exists() and any(path.name not in left and not is_temporary(path) for path in run_dir.iterdir()):
         raise InputError(f"{run_dir}: is not empty; give a new or an empty folder with -o")

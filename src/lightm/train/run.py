@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-import signal
-import sys
-import warnings
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightm.data.dataset import Dataset, open_dataset
 from lightm.data.plan import Plan, load_plan
-from lightm.data.preprocess import default_cache_dir, preprocess_dataset
+from lightm.data.preprocess import PreprocessedCase, default_cache_dir, preprocess_dataset
 from lightm.errors import InputError, LightMError
-from lightm.losses import create_loss
-from lightm.nets import DEFAULT, create, save_model
-from lightm.train.callbacks import Checkpoints, History, ProgressBar, Stopping
-from lightm.train.checkpoint_io import SafeCheckpointIO
+from lightm.files import locked_folder, remove_temporaries
+from lightm.nets import DEFAULT
 from lightm.train.config import TrainConfig, load_config, parse_duration, resolve_config
 from lightm.train.datamodule import PatchDataModule
-from lightm.train.module import SegmentationModule
+from lightm.train.fit import TrainResult, build, fit
 from lightm.train.prepare import check_classes, choose_plan, choose_split, refuse_used_folder, with_sizes
 from lightm.train.record import run_record, write_json
 from lightm.train.split import Split, load_split
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished training: its folder, what it was, and how it ended."""
-
-    run_dir: Path
-    config: TrainConfig
-    plan: Plan
-    split: Split
-    epochs: int
-    best_pseudo_dice: float | None
-    train_seconds: float
-    reason: str
 
 
 def train_model(
@@ -74,6 +52,8 @@ def train_model(
     workers: int = 0,
     device: str = "cpu",
     precision: str = "32-true",
+    on_nan: Literal["stop", "skip"] = "stop",
+    nan_limit: int = 10,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
 ) -> TrainResult:
@@ -91,10 +71,12 @@ def train_model(
             time budget the learning rate follows the clock, so that runs differ.
         split_seed, folds, fold, split: the split 7:1:2 or into folds, or the path of one written earlier.
         plan: a plan to use instead of the data set's `plan.yaml` or a fresh one.
+        on_nan, nan_limit: "stop" at a loss or gradient that is NaN or infinite, or "skip" up to that many such steps.
 
     Returns the run folder with config.yaml, plan.yaml, split.json, history.csv, run.json, checkpoints/, tensorboard/
-    and model/. Raises InputError for bad input before anything is written to `out`, LightMError when the training
-    cannot go on (a loss that is not finite, a full disk); the last checkpoint is kept then.
+    and model/. Raises InputError for bad input before anything is written to `out` and where another process trains
+    there; LightMError when the training cannot go on (a loss that is not finite, a full disk, a dead worker process)
+    and Interrupted at Ctrl-C and SIGTERM: the last checkpoint is kept then.
     """
     data = open_dataset(Path(dataset), labels=None if labels is None else Path(labels))
     run_dir = Path(out) if out is not None else Path("runs") / f"{data.name}-{network}"
@@ -122,6 +104,8 @@ def train_model(
         workers=workers,
         device=device,
         precision=precision,
+        on_nan=on_nan,
+        nan_limit=nan_limit,
     )
     plan_ = with_sizes(plan_, config, patch_size, batch_size)
     return _run(run_dir, config, data, plan_, choose_split(data, config), False, progress, say)
@@ -137,12 +121,13 @@ def resume_training(
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
 ) -> TrainResult:
-    """Continue an interrupted or ended run after its last whole epoch, with the options that it was started with.
+    """Continue an interrupted or ended run from its last checkpoint, with the options that it was started with.
 
     Arguments: `run_dir` of `train_model`; `epochs`, `max_time` (of the whole run, the time already used included),
     `patience` and `workers` replace the stored ones when given. A run that was resumed has the same weights as one
     that was never interrupted, as long as epochs and not time end it.
-    Raises InputError for a folder without a run, or a data set that has changed.
+    A damaged last checkpoint is left for the one before it, saying so.
+    Raises InputError for a folder without a run or in use, or a data set that has changed.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
@@ -157,7 +142,9 @@ def resume_training(
     config = config.model_copy(update=update)
     data = open_dataset(Path(config.dataset), labels=None if config.labels is None else Path(config.labels))
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
-    return _run(run_dir, config, data, load_plan(run_dir / "plan.yaml"), split, True, progress, say)
+    plan = load_plan(run_dir / "plan.yaml")
+    with locked_folder(run_dir, "training"):
+        return _run(run_dir, config, data, plan, split, True, progress, say)
 
 
 def _run(
@@ -171,7 +158,7 @@ def _run(
     say: Callable[[str], None],
 ) -> TrainResult:
     started = datetime.now(timezone.utc)
-    net, criterion = _build(config, plan)  # before the long preprocessing, so that a bad name costs nothing
+    net, criterion = build(config, plan)  # before the long preprocessing, so that a bad name costs nothing
     cases = preprocess_dataset(
         data,
         plan,
@@ -183,12 +170,32 @@ def _run(
     by_id = {case.id: case for case in cases}
     train_cases, val_cases = [by_id[i] for i in split.train], [by_id[i] for i in split.val]
     check_classes(data, train_cases, val_cases)
+    with contextlib.ExitStack() as stack:
+        if not resume:
+            stack.enter_context(locked_folder(run_dir, "training"))
+            refuse_used_folder(run_dir)  # another run may have come first while the data were prepared
+        return _run_locked(run_dir, config, plan, split, net, criterion, train_cases, val_cases, resume, started, say)
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    config.save(run_dir / "config.yaml")
+
+def _run_locked(
+    run_dir: Path,
+    config: TrainConfig,
+    plan: Plan,
+    split: Split,
+    net: torch.nn.Module,
+    criterion: torch.nn.Module,
+    train_cases: list[PreprocessedCase],
+    val_cases: list[PreprocessedCase],
+    resume: bool,
+    started: datetime,
+    say: Callable[[str], None],
+) -> TrainResult:
+    for folder in (run_dir, run_dir / "checkpoints"):
+        remove_temporaries(folder)
     if not resume:
         plan.save(run_dir / "plan.yaml")
         split.save(run_dir / "split.json")
+    config.save(run_dir / "config.yaml")  # the last of the three: with it the run can be resumed
     record = run_record(config, plan, net, started, run_dir if resume else None)
     write_json(run_dir / "run.json", record)
     patches = PatchDataModule(
@@ -202,9 +209,10 @@ def _run(
         workers=config.workers,
     )
     try:
-        result = _fit(run_dir, config, plan, split, net, criterion, patches, resume, say)
+        result = fit(run_dir, config, plan, split, net, criterion, patches, resume, say)
     except BaseException:
-        write_json(run_dir / "run.json", {**record, "status": "interrupted"})
+        with contextlib.suppress(LightMError):  # a full disk; what ended the training is what to tell
+            write_json(run_dir / "run.json", {**record, "status": "interrupted"})
         raise
     record.update(
         status="finished",
@@ -212,123 +220,7 @@ def _run(
         train_seconds=round(result.train_seconds, 1),
         epochs=result.epochs,
         stopped_because=result.reason,
+        skipped_steps=result.skipped_steps,
     )
     write_json(run_dir / "run.json", record)
     return result
-
-
-def _fit(
-    run_dir: Path,
-    config: TrainConfig,
-    plan: Plan,
-    split: Split,
-    net: torch.nn.Module,
-    criterion: torch.nn.Module,
-    patches: PatchDataModule,
-    resume: bool,
-    say: Callable[[str], None],
-) -> TrainResult:
-    recipe = config.settings
-    by_time_only = config.max_time_s is not None and not config.epochs_given
-    total_steps = None if by_time_only else recipe.epochs * recipe.steps_per_epoch
-    names = list(plan.labels)[1:]
-    module = SegmentationModule(
-        net, criterion, recipe, class_names=names, total_steps=total_steps, max_time_s=config.max_time_s
-    )
-    checkpoints, stopping = Checkpoints(run_dir / "checkpoints"), Stopping(config.patience)
-    callbacks: list[pl.Callback] = [History(run_dir / "history.csv", names, say), checkpoints, stopping]
-    show_bar = sys.stderr.isatty()
-    if show_bar:
-        callbacks.append(ProgressBar())
-    if resume and not checkpoints.last.is_file():
-        say(f"{run_dir}: no whole epoch was kept before the interruption; the run starts anew")
-    for name in ("lightning.pytorch", "lightning.fabric"):  # their notes are about other products and settings
-        logging.getLogger(name).setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
-        warnings.filterwarnings("ignore", message=".*The number of training batches.*")
-        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-        trainer = pl.Trainer(
-            accelerator={"cuda": "gpu"}.get(config.device, config.device),
-            devices=1,
-            precision=config.precision,
-            max_epochs=-1 if by_time_only else recipe.epochs,
-            logger=TensorBoardLogger(run_dir, name="tensorboard", version=""),
-            callbacks=callbacks,
-            plugins=[SafeCheckpointIO()],
-            gradient_clip_val=recipe.clip_norm,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=show_bar,
-            num_sanity_val_steps=0,
-            log_every_n_steps=recipe.steps_per_epoch,
-        )
-        try:
-            trainer.fit(module, patches, ckpt_path=checkpoints.last if resume and checkpoints.last.is_file() else None)
-        except SystemExit as error:  # how Lightning ends on Ctrl-C, with the signal ignored from then on
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise LightMError(
-                f"training was interrupted in epoch {trainer.current_epoch}; continue it with "
-                f"`lightm train --resume {run_dir}`"
-            ) from error
-    state = SafeCheckpointIO().load_checkpoint(checkpoints.best)
-    weights = {
-        name.removeprefix("network."): tensor
-        for name, tensor in state["state_dict"].items()
-        if name.startswith("network.")
-    }
-    seconds = module.elapsed_s()
-    save_model(
-        run_dir / "model",
-        network=network_description(config, plan),
-        state_dict=weights,
-        plan=plan.model_dump(mode="json"),
-        training={
-            "recipe": config.recipe,
-            "loss": recipe.loss,
-            "seed": config.seed,
-            "epochs": trainer.current_epoch,
-            "steps": trainer.global_step,
-            "train_seconds": round(seconds, 1),
-            "best_moving_pseudo_dice": module.best_dice,
-            "best_epoch": state["epoch"],
-            "data_hash": plan.fingerprint.data_hash,
-        },
-    )
-    return TrainResult(
-        run_dir=run_dir,
-        config=config,
-        plan=plan,
-        split=split,
-        epochs=trainer.current_epoch,
-        best_pseudo_dice=module.best_dice,
-        train_seconds=seconds,
-        reason=stopping.reason or f"all {recipe.epochs} epochs are done",
-    )
-
-
-def network_description(config: TrainConfig, plan: Plan) -> dict[str, Any]:
-    """The arguments of `lightm.nets.create` for this run, as kept in model.json."""
-    return {
-        "name": config.network,
-        "spatial_dims": plan.spatial_dims,
-        "in_channels": len(plan.channels),
-        "out_channels": len(plan.labels),
-        "image_size": plan.patch_size,
-        "options": config.network_options,
-    }
-
-
-def _build(config: TrainConfig, plan: Plan) -> tuple[torch.nn.Module, torch.nn.Module]:
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    described = network_description(config, plan)
-    options = described.pop("options")
-    net = create(**described, **options)
-    criterion = create_loss(
-        config.settings.loss,
-        spatial_dims=plan.spatial_dims,
-        num_classes=len(plan.labels),
-        **config.settings.loss_options,
-    )
-    return net, criterion

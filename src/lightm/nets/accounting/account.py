@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightm.nets.accounting.errata import CalledModules, FullConvolution, called_modules, full_convolution
+from lightm.nets.accounting.errata import THE_PAPERS, CalledModules, FullConvolution, called_modules, full_convolution
 from lightm.nets.accounting.families import has_closed_form
 from lightm.nets.accounting.memory import Memory, activation_memory
 from lightm.nets.accounting.operations import Operations, Tally, count_operations
@@ -131,7 +131,9 @@ def account(
         memory=activation_memory(network, in_channels, spatial),
         convolution_erratum=full_convolution(table),
         counter_erratum=(
-            called_modules(table, len(spatial), in_channels, out_channels) if name.startswith("lightm-unet") else None
+            called_modules(table, len(spatial), in_channels, out_channels)
+            if name in THE_PAPERS and given.get("ssm") != "mamba2"
+            else None
         ),
         latency=measure_latency(name, spatial, in_channels, out_channels, given) if latency else None,
     )

@@ -21,6 +21,9 @@ from lightm.nets.accounting.parameters import ParameterTable
 PAPER_COUNTS = {3: 1.87e6, 2: 1.09e6}
 """What the paper prints, by number of axes."""
 
+# presets that stand for the paper's network or its code
+THE_PAPERS = tuple(f"lightm-unet{kind}" for kind in ("", "-small", "-released", "-released-small"))
+
 # parameters of a Mamba layer that its fused path reads without calling the module that holds them
 DIRECT = ("in_proj", "out_proj", "x_proj", "dt_proj", "A_log", "d_skip", "conv1d")
 # the rest of what a counter of called modules leaves out: bare parameters, and a norm without a rule

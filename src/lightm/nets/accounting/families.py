@@ -53,6 +53,7 @@ def _layer_settings(settings: Mapping[str, Any]) -> LayerSettings:
         one_norm=settings.get("one_norm", False),
         parts=settings["parts"] if spm else 1,
         shared=settings["layer"] == "spm-shared",
+        ssm=settings["ssm"],
     )
 
 

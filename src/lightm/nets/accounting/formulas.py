@@ -2,7 +2,8 @@
 
 Symbols: C width of a layer, O width behind its projection, E = expand C inner width, N states, R = ceil(C / 16) rank
 of dt, K taps, d axes. With g parts, C', E' and R' are those of one part, C' = C / g, and `sets` sets of weights are
-held (g, or 1 when shared). Sources: the report's Eq. 7-9 with Mamba's depthwise convolution (arXiv 2312.00752).
+held (g, or 1 when shared). Sources: the report's Eq. 7-9 with Mamba's depthwise convolution (arXiv 2312.00752); with
+Mamba-2's core (arXiv 2405.21060, section 7) there are E / P heads of P channels, and one projection of C gives all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 TAPS = 4  # of Mamba's causal convolution
+HEAD = 16  # channels of a head of Mamba-2, or all of them where there are fewer
 
 MATRIX, CONVOLUTION, STATE, NORM, SCALE = "matrix product", "convolution", "state space", "normalisation", "scale"
 
@@ -43,6 +45,7 @@ class LayerSettings:
     one_norm: bool = False
     parts: int = 1
     shared: bool = False
+    ssm: str = "mamba1"
 
 
 def vss(channels: int, layer: LayerSettings) -> Iterator[Term]:
@@ -61,6 +64,17 @@ def vss(channels: int, layer: LayerSettings) -> Iterator[Term]:
             written = f"g ({written})" if "+" in written else f"g {written}"
         return Term(source, kind, written, sets * value)
 
+    if layer.ssm == "mamba2":
+        heads = e // min(HEAD, e)
+        yield term("in_proj", MATRIX, "C (2 E + 2 N + E / P)", c * (2 * e + 2 * n + heads))
+        yield term("out_proj", MATRIX, "E C", e * c)
+        yield term("dt_proj", MATRIX, "E / P", heads)  # its bias; the weights are in in_proj
+        yield term("A_log", STATE, "E / P", heads)
+        yield term("d_skip", STATE, "E / P", heads)
+        yield term("conv1d", CONVOLUTION, "(E + 2 N) (K + 1)", (e + 2 * n) * (k + 1))
+        if layer.inner_norm:
+            yield term("inner norm", NORM, "2 E", 2 * e)
+        return
     yield term("in_proj", MATRIX, "2 E C", 2 * e * c)
     yield term("out_proj", MATRIX, "E C", e * c)
     yield term("x_proj", MATRIX, "E (R + 2 N)", e * (r + 2 * n))

@@ -7,6 +7,11 @@ What is counted (per image voxel or token, unless said otherwise):
 - The **scan** has per token, channel and state one exponential and 3 multiply-adds: the update of the state and the
   sum over states are one each; the two lone products dt A and (dt u) B count half each. `d_skip` adds one per token
   and channel. Softplus and the gate's SiLU add one exponential per token and channel each.
+- The **scan of Mamba-2** is counted by the same rule. What belongs to a head is computed once for its channels and
+  states: per token and head one exponential, half a multiply-add (dt A) and softplus's exponential, per token, channel
+  and state 2.5 multiply-adds. More than 16 states run in blocks of 16, each of which computes the former again.
+- SPM's products have one matrix a part and no zeros, but for fewer than 64 tokens, where `ops.linear` runs one product
+  with a block-diagonal matrix; what runs is counted.
 - **Exponentials** are those of the scan and one for each element that passes SiLU, sigmoid, softplus, softmax, tanh,
   GELU or exp. Logarithms, roots and divisions are not counted.
 - **Not counted**: additions alone, products element by element, normalisations, poolings, comparisons. The elements
@@ -242,7 +247,8 @@ def _scan(tally: Tally, args: Any, result: Any) -> None:
 
 def _ssd(tally: Tally, args: Any, result: Any) -> None:
     u, delta, _, groups, _, d_skip, gate, _, softplus = args[:9]
-    tally.multiply_adds[SCAN] += u.numel() * (3 * groups.shape[-1] + (d_skip is not None))
+    halves = 5 * u.numel() * groups.shape[-1] + delta.numel()
+    tally.multiply_adds[SCAN] += halves // 2 + u.numel() * (d_skip is not None)
     tally.exponentials[SCAN] += delta.numel()
     tally.exponentials["activation"] += delta.numel() * bool(softplus) + u.numel() * (gate is not None)
 

@@ -10,13 +10,16 @@ Row = Sequence[str]
 
 SYMBOLS = (
     "C width of a layer, O width behind it, E = expand C, N states, R = ceil(C / 16), K = 4 taps, I image channels, "
-    "H = C / 2; with g parts, primes mark the width C' = C / g of one part and what follows from it."
+    "H = C / 2, P channels of a Mamba-2 head (16, or E if fewer); "
+    "with g parts, primes mark the width C' = C / g of one part and what follows from it."
 )
 DEFINITIONS = (
     "multiply-add: a product with the addition of its result, in matrix products, convolutions, attention, linear "
     "interpolation and the scan (3 a token, channel and state: the state's update, the output's sum, and the lone "
-    "products dt A and dt u B, half each). Element-wise products, norms and poolings are not counted.",
-    "exponential: one a token, channel and state in the scan, one an element in SiLU, softplus, sigmoid, softmax, "
+    "products dt A and dt u B, half each; in Mamba-2 dt A once a head, so 2.5 and half a one a token and head). "
+    "Element-wise products, norms and poolings are not counted.",
+    "exponential: one a token, channel and state in the scan, in Mamba-2 one a token and head; one "
+    "an element in SiLU, softplus, sigmoid, softmax, "
     "tanh and GELU.",
 )
 MEMORY_NOTE = (

@@ -52,6 +52,19 @@ def state_space_layer(
     """
     if scan not in SCANS:
         raise ValueError(f"scan '{scan}': one of {', '.join(SCANS)}")
+    if x.dim() not in (4, 5) or x.shape[-1] != parameters.channels:
+        raise ValueError(
+            f"state_space_layer: x has shape {tuple(x.shape)}, expected (B, *S, {parameters.channels}) with two or "
+            "three spatial axes"
+        )
+    if pooling not in (None, "max", "avg", "add"):
+        raise ValueError(f"pooling '{pooling}': one of max, avg, add, or None")
+    if pooling is not None and (keep_states % 2 or any(size % 2 for size in x.shape[1:-1])):
+        raise ValueError(
+            f"pooling '{pooling}' of sizes {tuple(x.shape[1:-1])} with keep_states={keep_states}: even numbers are needed"
+        )
+    if keep_states < 0:
+        raise ValueError(f"keep_states={keep_states}: 0 or more")
     if keep_states and scan != "raster":
         raise ValueError(f"keep_states={keep_states} with scan '{scan}': states are kept for 'raster' only")
     if not layer_runs_fused(x, parameters):

@@ -17,7 +17,7 @@ from lightm.ops.jit import LANES
 from lightm.ops.layer import kernels
 from lightm.ops.layer.kernels import BLOCK, scratch_floats
 from lightm.ops.layer.parameters import LayerParameters
-from lightm.ops.resample import avg_pool2, max_pool2
+from lightm.ops.resample_cpu import pool_into
 from lightm.ops.scan.kernels import STATE_SIZES, forward_kernel
 from lightm.ops.threads import parallel_for, worker_count
 from lightm.ops.vector_math import LOG2E
@@ -197,7 +197,7 @@ def run_layer(
         rows = keep_states
     kept = []
     slab_tokens = rows * plane
-    slab = None if pooling is None else x.new_empty((1, rows, *sizes[1:], p.out_channels))
+    slab = None if pooling is None else x.new_empty((rows, *sizes[1:], p.out_channels))
     for entry in range(batch):
         run = _Run(x[entry], result[entry], p)
         base = result[entry].data_ptr() if slab is None else slab.data_ptr()
@@ -208,8 +208,8 @@ def run_layer(
         def pool(done: int, entry: int = entry) -> None:
             if slab is not None and (done % slab_tokens == 0 or done == tokens):
                 first = (done - 1) // slab_tokens * rows
-                part = slab[:, : done // plane - first]
-                result[entry, first // 2 : done // plane // 2] = _pool(part, str(pooling))[0]
+                part = slab[: done // plane - first]
+                pool_into(str(pooling), part, result[entry, first // 2 : done // plane // 2])
 
         ways = orders(sizes, scan)
         if len(ways) == 1:
@@ -226,12 +226,6 @@ def run_layer(
             run.finish_rows(sums.data_ptr(), first, last, out)
             pool(last)
     return result, torch.stack([states for states in kept if states is not None], dim=1) if keep_states else None
-
-
-def _pool(x: Tensor, pooling: str) -> Tensor:
-    if pooling == "max":
-        return max_pool2(x)
-    return avg_pool2(x) if pooling == "avg" else max_pool2(x) + avg_pool2(x)
 
 
 def can_run(p: LayerParameters) -> bool:

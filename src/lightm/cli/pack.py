@@ -1,0 +1,31 @@
+"""The verb that turns a model folder into a single file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lightm.cli.common import Json, app, echo
+
+
+@app.command()
+def pack(
+    model: Annotated[Path, typer.Argument(help="Model folder, or the run folder that holds it.")],
+    out: Annotated[Path, typer.Argument(help="File to write; its name ends in .zip.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace a file in OUT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a trained model as a single .zip file, which every verb takes in place of the folder.
+
+    Example: lightm pack runs/hippocampus hippocampus.zip
+    """
+    from lightm.nets import pack_model
+
+    path = pack_model(model, out, overwrite=overwrite)
+    if as_json:
+        typer.echo(json.dumps({"file": str(path), "bytes": path.stat().st_size}))
+    else:
+        echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

@@ -1,0 +1,154 @@
+"""Pixels of DICOM frames: decoded, rescaled to what they measure, in the smallest type that holds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightm.data.dicom_files import PROJECTIONS, Header, pydicom_module, quietly, reason, text
+from lightm.errors import InputError
+
+if TYPE_CHECKING:
+    from lightm.data.dicom_stack import Frame
+
+MAX_VOXELS = 2**31
+
+
+def check_pixels(header: Header) -> tuple[int, int, int]:
+    """Return frames, rows and columns of a file; raises InputError for colour, missing or absurd sizes."""
+    data, file = header.data, header.file
+    samples, colour = text(data, "SamplesPerPixel"), text(data, "PhotometricInterpretation")
+    if (samples or "1") != "1" or colour not in ("MONOCHROME1", "MONOCHROME2", None):
+        raise InputError(
+            f"{file}: a colour image ({colour}, {samples} samples a pixel); only grey images are read, "
+            "remove it or export the original series"
+        )
+    if not header.syntax:
+        raise InputError(f"{file}: no TransferSyntaxUID, so its pixels cannot be decoded; export the file again")
+    sizes = []
+    for keyword in ("NumberOfFrames", "Rows", "Columns"):
+        value = text(data, keyword)
+        if value is None and keyword == "NumberOfFrames":
+            value = "1"
+        try:
+            sizes.append(int(value or ""))
+        except ValueError:
+            sizes.append(0)
+        if sizes[-1] <= 0:
+            raise InputError(f"{file}: {keyword} is {value or 'missing'}; export the file again")
+    frames, rows, columns = sizes
+    if frames * rows * columns > MAX_VOXELS:
+        raise InputError(f"{file}: {frames} frames of {rows} x {columns}; at most {MAX_VOXELS} voxels are read")
+    return frames, rows, columns
+
+
+def check_modality_lut(header: Header) -> None:
+    """Raise InputError for a table of measured values, which is not applied here."""
+    if "ModalityLUTSequence" in header.data:
+        raise InputError(
+            f"{header.file}: its values go through a table (ModalityLUTSequence), which is not applied; "
+            "export the series with RescaleSlope and RescaleIntercept"
+        )
+
+
+def raw_frames(header: Header) -> np.ndarray:
+    """Return the stored pixels of one file as (frames, rows, columns).
+
+    Raises InputError, naming the file, for pixels that are missing, cannot be decoded or have another size than the
+    header says. Memory: the file and its pixels.
+    """
+    frames, rows, columns = check_pixels(header)
+    pydicom = pydicom_module()
+    try:
+        with quietly():
+            data = pydicom.dcmread(header.file)
+            if not any(key in data for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+                raise InputError(f"{header.file}: no pixels in the file; export it again, with its pixels")
+            pixels = np.asarray(data.pixel_array)
+    except InputError:
+        raise
+    except MemoryError:
+        raise InputError(f"{header.file}: not enough memory to read its pixels") from None
+    except Exception as error:
+        raise InputError(_undecodable(header, error)) from None
+    if pixels.size != frames * rows * columns:
+        raise InputError(
+            f"{header.file}: {pixels.shape} pixels came out, its header says {frames} frames of {rows} x {columns}; "
+            "export it again"
+        )
+    return pixels.reshape(frames, rows, columns)
+
+
+def fill(out: np.ndarray, frames: list[Frame]) -> np.ndarray:
+    """Read each frame's pixels, times slope plus intercept, into out[i]; return `out`, wider where values need it."""
+    by_file: dict[Path, list[tuple[int, Frame]]] = {}
+    for place, frame in enumerate(frames):
+        by_file.setdefault(frame.header.file, []).append((place, frame))
+    for places in by_file.values():
+        raw = raw_frames(places[0][1].header)
+        for place, frame in places:
+            values = scaled(raw[frame.index], frame)
+            if not _holds(out.dtype, values):
+                # More bits are set than BitsStored promises.
+                out = out.astype(values.dtype)
+            out[place] = values
+    return out
+
+
+def scaled(raw: np.ndarray, frame: Frame) -> np.ndarray:
+    """Return stored * slope + intercept: integers where both are whole numbers, else float32."""
+    slope, intercept = frame.slope, frame.intercept
+    if raw.dtype.kind in "iu" and slope.is_integer() and intercept.is_integer():
+        values = raw.astype(np.int64) * int(slope) + int(intercept)
+        return values.astype(np.int32) if _holds(np.dtype(np.int32), values) else values.astype(np.float32)
+    return (raw.astype(np.float64) * slope + intercept).astype(np.float32)
+
+
+def volume_dtype(frames: list[Frame]) -> np.dtype:
+    """Return int16 or int32 where whole slopes and the bits stored allow it, else float32."""
+    low, high = 0.0, 0.0
+    for frame in frames:
+        data = frame.header.data
+        if not (frame.slope.is_integer() and frame.intercept.is_integer()):
+            return np.dtype(np.float32)
+        bits = text(data, "BitsStored") or text(data, "BitsAllocated") or "16"
+        count = int(bits) if bits.isdigit() and 1 <= int(bits) <= 32 else 16
+        signed = text(data, "PixelRepresentation") == "1"
+        ends = (-(2 ** (count - 1)), 2 ** (count - 1) - 1) if signed else (0, 2**count - 1)
+        values = [end * frame.slope + frame.intercept for end in ends]
+        low, high = min(low, *values), max(high, *values)
+    for kind in (np.int16, np.int32):
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return np.dtype(kind)
+    return np.dtype(np.float32)
+
+
+def upright_projection(header: Header, values: np.ndarray) -> np.ndarray:
+    """Return a projection whose bright pixels are dense: MONOCHROME1, where large is dark, turned over."""
+    if header.storage in PROJECTIONS and text(header.data, "PhotometricInterpretation") == "MONOCHROME1":
+        return (values.max() + values.min() - values).astype(values.dtype)
+    return values
+
+
+def _holds(dtype: np.dtype, values: np.ndarray) -> bool:
+    if dtype.kind == "f":
+        return True
+    if values.dtype.kind == "f":
+        return False
+    limits = np.iinfo(dtype)
+    return bool(limits.min <= values.min() and values.max() <= limits.max)
+
+
+def _undecodable(header: Header, error: Any) -> str:
+    with quietly():
+        name = str(pydicom_module().uid.UID(header.syntax).name)
+        compressed = header.syntax not in ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+    cure = (
+        "install a decoder (pip install python-gdcm), decompress the files (gdcmconv --raw), or, "
+        "if they are damaged, export them again"
+        if compressed
+        else "the file is truncated or damaged; export it again"
+    )
+    return f"{header.file}: its pixels ({name}) cannot be decoded here ({reason(error)}); {cure}"
