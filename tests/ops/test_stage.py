@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -193,13 +192,25 @@ def test_head(monkeypatch: pytest.MonkeyPatch, flat: int, shape: tuple[int, ...]
         torch.randn(size) for size in (shape, (channels,), (channels,), (classes, channels), (classes,))
     )
     norm = GroupNormParameters(torch.randn(channels), torch.randn(channels), 4, 1e-5)
+    leaves = [x, norm.weight, norm.bias, scale, offset, weight, bias]
+    wide = [leaf.double().requires_grad_() for leaf in leaves]
+    normed = functional.group_norm(wide[0].movedim(-1, 1), 4, wide[1], wide[2], 1e-5)
+    expected = functional.linear(functional.relu(normed).movedim(1, -1) * wide[3] + wide[4], wide[5], wide[6])
+    grad = torch.randn(expected.shape)
+    gradients = torch.autograd.grad(expected, wide, grad.double())
     for given in (x, x.movedim(-1, 1).contiguous().movedim(1, -1)):
         out = decoder_head(given, norm, scale, offset, weight, bias)
         assert out.shape == (*shape[:-1], classes)
-        normed = functional.group_norm(x.movedim(-1, 1).double(), 4, norm.weight.double(), norm.bias.double(), 1e-5)
-        expected = functional.relu(normed).movedim(1, -1) * scale.double() + offset.double()
-        assert relative(out, functional.linear(expected, weight.double(), bias.double())) < 1e-5
-        assert not decoder_head(given, replace(norm), scale.requires_grad_(), offset, weight, bias).requires_grad
+        assert relative(out, expected.detach()) < 1e-5
+        assert not out.requires_grad
+        with torch.enable_grad():
+            own = [given.detach().requires_grad_(), *(leaf.clone().requires_grad_() for leaf in leaves[1:])]
+            again = decoder_head(own[0], GroupNormParameters(own[1], own[2], 4, 1e-5), *own[3:])
+            found = torch.autograd.grad(again, own, grad.movedim(-1, 1).contiguous().movedim(1, -1))
+        assert torch.equal(again, out)
+        names = ["x", "norm weight", "norm bias", "scale", "offset", "weight", "bias"]
+        for name, one, other in zip(names, found, gradients, strict=True):
+            assert relative(one, other) < 2e-5, name
 
 
 def test_who_can_run() -> None:

@@ -265,6 +265,7 @@ def run_head_backward(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, the norm's weight and bias, scale, offset, weight and bias."""
+    release_unused()
     x = x.contiguous()
     normed, mean, inverse = group_norm_forward(x, groups, norm_weight, norm_bias, eps)
     dfolded = run_weight_gradient(grad, normed)[0]  # of weight * scale

@@ -61,7 +61,8 @@ def state_space_layer(
         raise ValueError(f"pooling '{pooling}': one of max, avg, add, or None")
     if pooling is not None and (keep_states % 2 or any(size % 2 for size in x.shape[1:-1])):
         raise ValueError(
-            f"pooling '{pooling}' of sizes {tuple(x.shape[1:-1])} with keep_states={keep_states}: even numbers are needed"
+            f"pooling '{pooling}' of sizes {tuple(x.shape[1:-1])} with keep_states={keep_states}: even numbers are "
+            "needed"
         )
     if keep_states < 0:
         raise ValueError(f"keep_states={keep_states}: 0 or more")
