@@ -4,7 +4,7 @@ exp2(x) = 2^r * p(x - r), r = round(x), p of degree 5 with p(0) = 1 fitted to th
 [-1/2, 1/2]: 9.2e-8 for the polynomial, below 1.7e-7 (1.4 units in the last place) with rounding. With AVX-512
 the scaling by 2^r is one instruction and exact also for subnormal, zero and infinite results. Elsewhere x is
 clamped to [-126, 127], r is found by adding 1.5 * 2^23 and added to the exponent as an integer; then the
-smallest result is 2^-126 instead of 0 and the largest 2^128 * (1 - 2^-24) instead of infinity.
+smallest result is 2^-126 instead of 0 and the largest 2^127 instead of infinity.
 """
 
 from __future__ import annotations

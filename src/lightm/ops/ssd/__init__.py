@@ -103,7 +103,7 @@ def ssd_scan(
 
     Cost, E = H * P. "cpu": L E / 16 exponentials (one a token and vector of channels, at least L H) and 3 L E N
     multiply-adds forward, about four times that backward; P is padded to a multiple of 16 (8 without AVX-512).
-    "chunked", with chunks of Q = 64 tokens: L H Q exponentials and about L Q (E + G N) + 2 L E N multiply-adds.
+    "chunked", with chunks of Q = 32 tokens: L H Q exponentials and about L Q (E + G N) + 2 L E N multiply-adds.
     Memory beyond the inputs and y: for "cpu" L E N / 64 floats of kept states when a gradient is wanted, otherwise
     a constant; for "chunked" the temporaries of 4096 tokens, and E N floats for each 4096 tokens with a gradient.
     """
