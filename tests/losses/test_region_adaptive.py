@@ -165,6 +165,37 @@ def test_skip_empty_with_nothing_left_is_zero() -> None:
     assert (logits.grad == 0).all()
 
 
+@pytest.mark.parametrize("eps", [1e-7, 1e-5, 1e-1])
+def test_empty_region_is_a_logistic_curve_in_the_logarithm_of_its_false_positives(eps: float) -> None:
+    # The cliff of docs/results/arsl-cliff.md: half its height at FP = eps / (A+B), and the logistic function's slope.
+    shape = (4, 4, 4)
+    target = torch.zeros(1, *shape, dtype=torch.int64)
+    loss = arsl(shape, classes=2, regions=1, eps=eps)
+    for decades, expected in [(0.0, 0.5), (1.0, 10 / 11), (-1.0, 1 / 11), (2.0, 100 / 101)]:
+        ln_fp = torch.tensor(eps / (A + B) * 10**decades, dtype=torch.float64).log().requires_grad_()
+        p = (ln_fp.exp() / 64).expand(1, 1, *shape)
+        value = loss(torch.cat([torch.log1p(-p), p.log()], dim=1), target)
+        (slope,) = torch.autograd.grad(value, ln_fp)
+        assert value.item() == pytest.approx(expected, rel=1e-9)
+        assert slope.item() == pytest.approx(expected * (1 - expected), rel=1e-9)
+
+
+def test_the_fall_is_the_share_of_empty_regions_and_skip_empty_has_none() -> None:
+    # 3 of 4 regions are empty; the filled one is predicted equally well throughout.
+    target = torch.zeros(1, 4, 16, dtype=torch.int64)
+    target[..., :4] = 1
+
+    def value(p_empty: float, **options: bool) -> float:
+        p = torch.full((1, 4, 16), p_empty, dtype=torch.float64)
+        p[..., :4] = 0.8
+        logits = torch.stack([torch.log1p(-p), p.log()], dim=1)
+        return float(arsl((4, 16), classes=2, region_size=4, **options)(logits, target))
+
+    before, after = 1e-2, 1e-10  # 0.16 and 1.6e-9 voxels a region
+    assert value(before) - value(after) == pytest.approx(0.75, abs=1e-3)
+    assert value(before, skip_empty=True) == pytest.approx(value(after, skip_empty=True), abs=1e-12)
+
+
 def test_batch_pools_the_counts_of_samples() -> None:
     shape = (6, 6)
     logits, target = example(shape)

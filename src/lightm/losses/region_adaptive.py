@@ -34,10 +34,14 @@ class AdaptiveRegion(SegmentationLoss):
       classes.
     - `detach`: alpha and beta carry no gradient. By default they do.
     - `eps` (default 1e-5 voxels): small enough that a region holding half a voxel of error is counted in
-      full. A region without foreground then gives a loss near 1 and hardly any gradient as soon as it holds
-      more than a trace of prediction; it dilutes the mean.
+      full. It also sets when the loss falls off a cliff. A region without foreground has the loss
+      (A+B)*FP / ((A+B)*FP + eps), a logistic curve in ln FP about FP = eps/(A+B): near 1 and without useful gradient
+      as long as it holds more than a trace of prediction, so that it dilutes the mean; then 0, in all such
+      regions within a few epochs. The fall is as high as their share of the regions and says nothing about the
+      segmentation (docs/results/arsl-cliff.md).
     - `skip_empty`: leaves regions out of the reduction that hold no foreground and less than half a voxel of
-      predicted probability. With all of them empty the loss is 0. By default they are kept, as published.
+      predicted probability, and with them the cliff. With all of them empty the loss is 0. By default they are
+      kept, as published.
     - `batch`: TP, FP, FN summed over the samples before the ratios, over those of all ranks in distributed training
       (which must then call the loss equally often); `include_background`: class 0 as well.
 
