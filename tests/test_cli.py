@@ -70,6 +70,29 @@ def test_predictions_keep_each_files_geometry_and_find_the_ball(place: Path) -> 
     assert json.loads(scored.stdout) == json.loads((place / "scores" / "metrics.json").read_text(encoding="utf-8"))
 
 
+def test_a_list_of_cases_with_a_fault_in_it_is_told_and_gone_on_with(place: Path, tmp_path: Path) -> None:
+    images = place / "Dataset001_Balls" / "imagesTr"
+    (tmp_path / "torn.nii.gz").write_bytes(b"torn")
+    rows = [f"first,{images / 'ball_00_0000.nii.gz'}", f"second,{images / 'ball_01_0000.nii.gz'}", "third,torn.nii.gz"]
+    (tmp_path / "cases.csv").write_text("\n".join(["case,channel0", *rows]), encoding="utf-8")
+    asked = ("predict", "-i", "cases.csv", "-o", "out", "-m", place / "run", "--statistics", "--report", "run.json")
+    done = lightm(*asked, "--max-memory", "8GB", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    lines = done.stderr.splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [["[1/3]", "first"], ["[2/3]", "second"], ["[3/3]", "third"]]
+    assert "2 case(s) segmented into out, 1 failed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "run.json").read_text())["failed"][0]["case"] == "third"
+    assert (tmp_path / "out" / "statistics.csv").read_text().count("first,") == 2  # classes
+    shutil.copy(images / "ball_02_0000.nii.gz", tmp_path / "torn.nii.gz")
+    again = lightm(*asked, "--continue", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "2 of 3 case(s) finished earlier" in again.stderr
+    assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {
+        "first.nii.gz", "second.nii.gz", "third.nii.gz",
+    }  # fmt: skip
+
+
 def test_check_and_plan(place: Path) -> None:
     done = lightm("check", "Dataset001_Balls", "--json", cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -103,6 +126,8 @@ def test_check_names_every_fault(place: Path, tmp_path: Path) -> None:
         (("train", "--resume", "run", "--lr", "1"), "lr cannot change"),
         (("predict", "-i", "Dataset001_Balls", "-o", "x", "-m", "Dataset001_Balls"), "not a model folder"),
         (("predict", "-i", "nowhere", "-o", "x", "-m", "run"), "nowhere"),
+        (("predict", "-i", "Dataset001_Balls", "-o", "x", "-m", "run", "--max-memory", "lots"), "memory 'lots'"),
+        (("predict", "-i", "Dataset001_Balls", "-o", "x", "-m", "run", "--window", "half"), "'patch' or 'whole'"),
         (("evaluate", "nowhere", "--labels", "Dataset001_Balls/labelsTr"), "nowhere"),
         (("evaluate", "Dataset001_Balls"), "no trained run"),
         (("report", "Dataset001_Balls"), "Dataset001_Balls"),

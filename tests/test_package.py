@@ -26,6 +26,7 @@ VERBS = (
     "predict",
     "evaluate",
     "report",
+    "compare",
     "bench",
     "info",
     "import-released",
@@ -58,8 +59,8 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
 
 
 def test_imports_point_up_the_list_of_layers() -> None:
-    layers = ["ops", "nets", "losses", "data", "train", "infer", "evaluate", "export"]
-    base = {"errors", "files", "__version__"}
+    layers = ["ops", "nets", "losses", "data", "train", "evaluate", "infer", "export"]
+    base = {"errors", "files", "json_file", "memory", "__version__"}
     for index, layer in enumerate(layers):
         for path in (ROOT / "src" / "lightm" / layer).rglob("*.py"):
             text = path.read_text(encoding="utf-8")

@@ -22,6 +22,7 @@ _PUBLIC = {
     "LightMError": "lightm.errors",
     "Volume": "lightm.data.volume",
     "check_dataset": "lightm.data.dataset",
+    "compare_experiment": "lightm.compare",
     "convert_dataset": "lightm.data.convert",
     "create_loss": "lightm.losses",
     "create_network": "lightm.nets",

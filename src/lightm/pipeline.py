@@ -14,7 +14,8 @@ from lightm.data.phantoms import make_phantoms
 from lightm.errors import InputError
 from lightm.evaluate import Evaluation, evaluate_folder, write_report
 from lightm.infer import Predictor, predict_folder
-from lightm.infer.postprocess import Rule, choose_rules
+from lightm.infer.postprocess import Postprocess, describe
+from lightm.infer.postprocess_choice import CaseLabels, choose_rules
 from lightm.nets.folder import set_postprocess
 from lightm.train import TrainResult, load_split, train_model
 from lightm.train.config import load_config
@@ -33,13 +34,15 @@ class RunResult:
 
 def train_and_test(dataset: Path | str, out: Path | str | None = None, **options: Any) -> RunResult:
     """Train (the options are those of `lightm.train_model`), predict and score the test cases, write the report."""
-    progress = options.get("progress")
-    return finish_run(train_model(dataset, out, **options), progress=progress)
+    progress, say = options.get("progress"), options.get("say", print)
+    return finish_run(train_model(dataset, out, **options), progress=progress, say=say)
 
 
-def finish_run(training: TrainResult, *, progress: Progress | None = None) -> RunResult:
+def finish_run(
+    training: TrainResult, *, progress: Progress | None = None, say: Callable[[str], None] | None = None
+) -> RunResult:
     """Choose the model's clean-up on the validation cases, predict and score the test cases, and write the report."""
-    choose_postprocess(training, progress=progress)
+    choose_postprocess(training, progress=progress, say=say)
     evaluation = score_run(training.run_dir, progress=progress) if training.split.test else None
     return RunResult(training, evaluation, write_report(training.run_dir))
 
@@ -47,26 +50,39 @@ def finish_run(training: TrainResult, *, progress: Progress | None = None) -> Ru
 MOST_VALIDATION_CASES = 20  # enough to choose a clean-up by
 
 
-def choose_postprocess(training: TrainResult, *, progress: Progress | None = None) -> list[Rule]:
-    """Keep with the model which classes lose their stray components, as far as that helps on the validation cases."""
+def choose_postprocess(
+    training: TrainResult, *, progress: Progress | None = None, say: Callable[[str], None] | None = None
+) -> Postprocess:
+    """Keep with the model the clean-up steps that help on the validation cases, at most 20 of them, and say which.
+
+    Memory: that of one prediction; of the others their deflated label maps are kept.
+    """
     model, config, plan = training.run_dir / "model", training.config, training.plan
     data = open_dataset(Path(config.dataset), labels=None if config.labels is None else Path(config.labels))
     predictor = Predictor.from_folder(model, config.device)
     predictor.rules = ()
-    predictions, truths = [], []
+    cases = []
     ids = training.split.val[:MOST_VALIDATION_CASES]
     for done, case in enumerate(map(data.case, ids)):
         if case.label is not None:
-            predictions.append(predictor.predict_volumes([read_volume(path) for path in case.images]).data)
-            truths.append(read_volume(case.label, kind="label").data)
+            predicted = predictor.predict_volumes([read_volume(path) for path in case.images])
+            truth = read_volume(case.label, kind="label")
+            cases.append(CaseLabels(predicted.data, truth.data, predicted.spacing_mm))
         if progress is not None:
             progress("clean-up", done + 1, len(ids))
-    rules = choose_rules(predictions, truths, plan.values[1:], ignore_label=plan.ignore_label)
-    set_postprocess(model, rules)
-    return rules
+    chosen = choose_rules(cases, plan.values[1:], ignore_label=plan.ignore_label)
+    set_postprocess(model, chosen.model_dump(mode="json"))
+    if say is not None:
+        names = {value: name for name, value in plan.labels.items()}
+        for step in chosen.steps:
+            gains = ", ".join(f"{names[value]} {gain:+.4f}" for value, gain in step.gain.items() if gain)
+            say(f"clean-up: {describe(step, names)} (DSC on {chosen.cases} validation cases: {gains})")
+        if not chosen.steps:
+            say(f"clean-up: none helps on {chosen.cases} validation cases")
+    return chosen
 
 
-def score_run(run_dir: Path | str, *, progress: Progress | None = None) -> Evaluation:
+def score_run(run_dir: Path | str, *, nsd_tolerance_mm: float = 1.0, progress: Progress | None = None) -> Evaluation:
     """Predict the test cases of a run's split into `predictions/` and score them into `evaluation/`.
 
     Raises InputError for a folder that holds no trained run or has no test cases.
@@ -79,11 +95,19 @@ def score_run(run_dir: Path | str, *, progress: Progress | None = None) -> Evalu
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
     if not split.test:
         raise InputError(f"{run_dir / 'split.json'}: the split has no test cases")
-    return score_cases(data, run_dir, split.test, device=config.device, progress=progress)
+    return score_cases(
+        data, run_dir, split.test, nsd_tolerance_mm=nsd_tolerance_mm, device=config.device, progress=progress
+    )
 
 
 def score_cases(
-    data: Dataset, run_dir: Path, case_ids: list[str], *, device: str = "cpu", progress: Progress | None = None
+    data: Dataset,
+    run_dir: Path,
+    case_ids: list[str],
+    *,
+    nsd_tolerance_mm: float = 1.0,
+    device: str = "cpu",
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Predict the named cases of a data set with a run's model and score them against their labels."""
     predictions = run_dir / "predictions"
@@ -100,6 +124,7 @@ def score_cases(
         ignore_label=data.ignore_label,
         out=run_dir / "evaluation",
         cases=case_ids,
+        nsd_tolerance_mm=nsd_tolerance_mm,
         progress=progress,
     )
 

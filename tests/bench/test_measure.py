@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from lightm.bench import measure, memory
+from lightm import memory
+from lightm.bench import measure
 from lightm.bench.kernels import STATES, BareScan
 from lightm.bench.machine import Limits, commit, cpu_model, measure_limits, versions
+from lightm.bench.memory import OutOfMemoryError, peak_in_child
 from lightm.errors import LightMError
 from lightm.ops import selective_scan
 
@@ -79,7 +81,7 @@ def test_memory_is_not_measured_where_nothing_can_be_read(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("code", "error", "words"),
-    [(-9, memory.OutOfMemoryError, "out of memory"), (1, LightMError, "unetr: RuntimeError: broken")],
+    [(-9, OutOfMemoryError, "out of memory"), (1, LightMError, "unetr: RuntimeError: broken")],
 )
 def test_failures_of_that_process_are_told(
     code: int, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
@@ -89,7 +91,7 @@ def test_failures_of_that_process_are_told(
 
     monkeypatch.setattr(subprocess, "run", failed)
     with pytest.raises(error, match=words):
-        memory.peak_in_child({"case": {"name": "unetr"}, "threads": 1})
+        peak_in_child({"case": {"name": "unetr"}, "threads": 1})
 
 
 def test_limits_are_positive_and_the_best_of_two_counts() -> None:

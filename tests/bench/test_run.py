@@ -12,10 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from lightm.bench import cases, draw_scaling, format_markdown, machine, measure, peers, read_csv, run, suite, write_csv
-from lightm.bench.memory import OutOfMemoryError, peak_in_child, resident
+from lightm.bench.memory import OutOfMemoryError, peak_in_child
 from lightm.bench.records import Row
 from lightm.cli import app
 from lightm.errors import InputError
+from lightm.memory import resident
 
 LIMITS = {"limit_product_gflops": 1.0, "limit_register_gflops": 1.0, "limit_copy_gbs": 1.0}
 ROW = Row(

@@ -84,7 +84,7 @@ def test_no_dataset_at_all(tmp_path, make_dataset):
         open_dataset(tmp_path / "empty")
     root = make_dataset()
     (root / "dataset.json").write_text("{")
-    with pytest.raises(InputError, match=r"dataset\.json: not valid JSON"):
+    with pytest.raises(InputError, match=r"dataset\.json: not readable as JSON"):
         open_dataset(root)
     (root / "dataset.json").unlink()
     with pytest.raises(InputError, match=r"no dataset\.json"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightm.data.io import read_volume, write_volume
+from lightm.data.io import place_remarks, read_volume, voxel_bytes, write_volume
 from lightm.data.volume import Volume
 from lightm.errors import InputError, LightMError
 
@@ -338,3 +338,95 @@ def test_random_damage_never_gives_another_error(tmp_path, name):
         except InputError:
             refused += 1
     assert refused > 30
+
+
+def raw(folder: Path, array: np.ndarray, at: dict[int, tuple[str, tuple[float, ...]]]) -> Path:
+    """A file of nibabel's with numbers put at some bytes of its header."""
+    path = save(folder / "odd.nii", array)
+    content = bytearray(path.read_bytes())
+    for place, (form, values) in at.items():
+        struct.pack_into("<" + form, content, place, *values)
+    path.write_bytes(content)
+    return path
+
+
+NUMBERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.float32, np.float64]
+
+
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_every_type_of_real_numbers_is_read_as_stored(tmp_path, dtype):
+    array = np.arange(24).reshape(4, 3, 2).astype(dtype)
+    for order in "<>":
+        header = nibabel.Nifti1Header(endianness=order)
+        header.set_data_dtype(dtype)
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4), header, dtype=dtype), tmp_path / "a.nii.gz")
+        volume = read_volume(tmp_path / "a.nii.gz")
+        assert volume.data.dtype == dtype
+        np.testing.assert_array_equal(volume.data, array.T)
+        assert read_volume(tmp_path / "a.nii.gz", kind="label").data.dtype == np.uint8
+
+
+def test_axes_of_length_one_behind_the_third_are_dropped_and_others_refused(tmp_path):
+    one = save(tmp_path / "one.nii", np.ones((4, 3, 2, 1, 1), np.uint8))
+    assert read_volume(one).shape == (2, 3, 4)
+    assert read_volume(save(tmp_path / "flat.nii", np.ones((4, 3), np.uint8))).shape == (3, 4)
+    assert read_volume(save(tmp_path / "slice.nii", np.ones((4, 3, 1), np.uint8))).shape == (1, 3, 4)
+    for shape in ((4, 3, 2, 2), (4, 3, 1, 3), (4, 3, 2, 1, 3), (4,)):
+        with pytest.raises(InputError, match="one scan of two or three axes"):
+            read_volume(save(tmp_path / "more.nii", np.ones(shape, np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [
+        ({280: ("4f", (0, 0, 0, 0))}, "affine|spacing"),
+        ({280: ("f", (float("nan"),))}, "spacing"),
+        ({280: ("f", (float("inf"),))}, "finite|spacing"),
+        ({280: ("f", (1e-9,))}, "voxels of 1e-09"),
+        ({280: ("f", (2e3,))}, "voxels of 2000"),
+        ({292: ("f", (1e7,))}, "1e[+]07 mm away"),
+        ({280: ("8f", (1, 1, 0, 0, 0, 0, 0, 0))}, "point the same way"),
+        ({112: ("2f", (2.0, float("inf")))}, "scale|slope|inf"),
+        ({108: ("f", (float("nan"),))}, "start at byte nan"),
+        ({108: ("f", (1e9,))}, "start at byte"),
+        ({70: ("2h", (128, 24))}, "colour"),
+        ({70: ("2h", (2304, 32))}, "colour"),
+        ({70: ("2h", (32, 64))}, "real numbers, got complex64"),
+        ({70: ("2h", (1, 1))}, "odd.nii"),
+    ],
+)
+def test_headers_that_give_no_scan_are_refused(tmp_path, at, words):
+    path = raw(tmp_path, np.ones((4, 3, 2), np.uint8), at)
+    with pytest.raises(InputError, match=words) as raised:
+        read_volume(path)
+    assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_the_sform_goes_before_the_qform_and_a_check_says_where_they_disagree(tmp_path):
+    image = nibabel.Nifti1Image(np.ones((4, 3, 2), np.uint8), np.diag([2.0, 2, 2, 1]))
+    image.set_sform(np.diag([1.0, 1, 1, 1]), code=1)
+    image.set_qform(np.diag([-1.0, 1, 1, 1]), code=1)
+    nibabel.save(image, tmp_path / "two.nii")
+    np.testing.assert_array_equal(read_volume(tmp_path / "two.nii").affine, np.eye(4))
+    assert [text for text, _ in place_remarks(tmp_path / "two.nii")] == [
+        "sform and qform place it up to 6 mm apart; the sform is used"
+    ]
+    image.set_sform(None, code=0)
+    nibabel.save(image, tmp_path / "one.nii")
+    assert read_volume(tmp_path / "one.nii").affine[0, 0] == -1
+    assert place_remarks(tmp_path / "one.nii") == []
+    image.set_qform(None, code=0)
+    nibabel.save(image, tmp_path / "none.nii")
+    assert "neither sform nor qform" in place_remarks(tmp_path / "none.nii")[0][0]
+    image.set_qform(np.eye(4), code=1)
+    image.header.set_xyzt_units("micron")
+    nibabel.save(image, tmp_path / "small.nii")
+    assert "the micron" in place_remarks(tmp_path / "small.nii")[0][0]
+
+
+def test_memory_is_known_before_a_file_is_read(tmp_path):
+    path = save(tmp_path / "a.nii.gz", np.ones((40, 30, 20), np.int16))
+    assert voxel_bytes(path) == 40 * 30 * 20 * 2
+    assert voxel_bytes(tmp_path / "none.nii") == 0
+    path.write_bytes(b"x" * 400)
+    assert voxel_bytes(path) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from lightm.data.fingerprint import ChannelIntensities, Fingerprint
 from lightm.data.plan import ChannelNormalization, Plan
 
-from .made import PlanMaker
+from .made import MODEL, PlanMaker, Threshold
 
 
 @pytest.fixture
@@ -55,3 +56,16 @@ def make_plan() -> PlanMaker:
         )
 
     return make
+
+
+@pytest.fixture
+def model(make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model folder `model` in the working folder, whose network thresholds at zero. The plan can be exchanged."""
+    place = tmp_path_factory.mktemp("place")
+    monkeypatch.chdir(place)
+    plan = make_plan((2.0, 1.0, 1.0), (8, 8, 8)).model_dump(mode="json")
+    content = {"plan": plan, "network": {"name": "threshold"}, "weights_sha256": "0" * 64}
+    MODEL.mkdir()
+    (MODEL / "model.json").write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.setattr("lightm.nets.folder.load_model", lambda folder: (Threshold(0.0), content))
+    return content

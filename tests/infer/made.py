@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightm.data.io import write_volume
 from lightm.data.plan import Plan
+from lightm.data.volume import Volume
+
+MODEL = Path("model")  # of the fixture `model`, in the working folder
 
 PlanMaker = Callable[..., Plan]
 
@@ -21,3 +27,12 @@ class Threshold(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.threshold - x[:, :1], x[:, :1] - self.threshold], dim=1)
+
+
+def add(path: Path, *, seed: int = 0, shape: tuple[int, ...] = (5, 12, 9)) -> Volume:
+    """Write an image of noise around zero, and return it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    volume = Volume.from_spacing(data, (2.0, 1.0, 1.0)[-len(shape) :])
+    write_volume(path, volume)
+    return volume

@@ -11,29 +11,11 @@ import pytest
 
 from lightm.data.io import read_volume, write_volume
 from lightm.data.volume import Volume
-from lightm.errors import InputError
+from lightm.errors import InputError, LightMError
 from lightm.infer import predict_folder
 from lightm.infer.inputs import find_cases
 
-from .made import PlanMaker, Threshold
-
-MODEL = Path("model")
-
-
-@pytest.fixture
-def model(make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A model folder that is not there: it thresholds at zero. The plan can be exchanged."""
-    content = {"plan": make_plan((2.0, 1.0, 1.0), (8, 8, 8)).model_dump(mode="json")}
-    monkeypatch.setattr("lightm.nets.folder.load_model", lambda folder: (Threshold(0.0), content))
-    return content
-
-
-def add(path: Path, *, seed: int = 0, shape: tuple[int, ...] = (5, 12, 9)) -> Volume:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    volume = Volume.from_spacing(data, (2.0, 1.0, 1.0)[-len(shape) :])
-    write_volume(path, volume)
-    return volume
+from .made import MODEL, PlanMaker, add
 
 
 def ids(folder: Path, *, channels: int = 1, cases: list[str] | None = None) -> list[str]:
@@ -57,7 +39,7 @@ def test_folder_of_images(model: dict[str, Any], tmp_path: Path) -> None:
         assert result.data.dtype == np.uint8
     assert steps == [("predict", 0, 2), ("predict", 1, 2), ("predict", 2, 2)]
     record = json.loads((out / "prediction.json").read_text())
-    assert record["model"] == "model"
+    assert record["model"]["path"] == "model"
     assert [entry["case"] for entry in record["cases"]] == ["a", "b"]
     assert all(entry["seconds"] >= 0 and entry["shape"] == [5, 12, 9] for entry in record["cases"])
     assert set(record["versions"]) == {"lightm", "numpy", "python", "torch"}
@@ -127,8 +109,9 @@ def test_a_faulty_case_is_named_and_the_others_go_on(model: dict[str, Any], tmp_
     add(tmp_path / "in" / "good_0000.nii")
     (tmp_path / "in" / "torn_0000.nii").write_bytes(b"\0" * 100)
     add(tmp_path / "in" / "flat_0000.nii", shape=(6, 6))
-    with pytest.raises(InputError, match=r"2 of 3 cases could not") as caught:
+    with pytest.raises(LightMError, match=r"2 of 3 cases could not") as caught:
         predict_folder(MODEL, tmp_path / "in", tmp_path / "out")
+    assert caught.value.exit_code == 1
     assert "flat_0000.nii: a 2D image" in str(caught.value)
     assert "torn_0000.nii: " in str(caught.value)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.nii", "prediction.json"]

@@ -2,7 +2,7 @@
 
 The libraries are imported once and every order runs in a fork, so that a kill costs no import. Orders are JSON:
 {"do": "train" | "preprocess" | "predict", ...} is answered by a process id; {"wait": pid} by its exit status, negative
-for a signal.
+for a signal. With "limit": bytes, no file of that process can grow beyond them, as on a disk that is full.
 """
 
 from __future__ import annotations
@@ -51,6 +51,11 @@ def main() -> None:
             continue
         pid = os.fork()
         if pid == 0:
+            limit = order.pop("limit", None)
+            if limit is not None:
+                import resource
+
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             work = {"train": train, "preprocess": preprocess, "predict": predict}[order.pop("do")]
             try:
                 warnings.simplefilter("ignore")

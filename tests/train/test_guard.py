@@ -236,6 +236,34 @@ def test_values_that_are_not_finite_stop_or_are_skipped_and_counted(
     assert all(torch.equal(kept[name], short[name]) for name in kept)
 
 
+def test_the_command_line_says_what_to_do_at_nan(balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from lightm.cli import app
+
+    (tmp_path / "small.yaml").write_text(
+        "network: lightm-unet-small\nnetwork_options: {filters: 8, bottleneck_layers: 1}\nval_patches: 2\n"
+        "settings: {steps_per_epoch: 3}\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(SegmentationModule, "training_step", poisoned({1, 2}, "loss"))
+
+    def train(run: str, *more: str) -> BaseException | None:
+        command = ["train", str(balls), "-o", str(tmp_path / run), "--config", str(tmp_path / "small.yaml")]
+        return CliRunner().invoke(app, [*command, "--epochs", "1", "--no-test", *more]).exception
+
+    assert train("skipped", "--on-nan", "skip", "--nan-limit", "3") is None
+    assert json.loads((tmp_path / "skipped" / "run.json").read_text(encoding="utf-8"))["skipped_steps"] == 2
+    stopped = train("limit", "--on-nan", "skip", "--nan-limit", "1")
+    assert isinstance(stopped, LightMError)
+    assert "after 1 steps were skipped, which is the limit" in str(stopped)
+    assert "at step 1" in str(train("stopped"))
+    wrong = train("wrong", "--on-nan", "pray")
+    assert isinstance(wrong, InputError)
+    assert "on_nan" in str(wrong)
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_spoilt_running_statistics_cannot_be_skipped() -> None:
     network = torch.nn.BatchNorm2d(1)
     guard = NanGuard("skip", 3, silent)

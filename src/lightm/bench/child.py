@@ -12,7 +12,7 @@ def main() -> None:
     import torch
 
     from lightm.bench.cases import Case, prepare, warm_up
-    from lightm.bench.memory import peak_of
+    from lightm.memory import peak_of
 
     torch.set_num_threads(int(request["threads"]))
     case = Case(**request["case"])

@@ -1,24 +1,10 @@
-"""Peak memory of one call, in a process of its own.
-
-The peak is the resident set's high-water mark during the call, less the resident set just before it, when network and
-input exist and kernels are compiled. Linux: the high-water mark is reset before the call (/proc/self/clear_refs).
-Elsewhere, or where that is forbidden, the growth of the process's all-time peak and samples every millisecond serve:
-Windows through GetProcessMemoryInfo, other systems through getrusage alone, which can then only tell a growth beyond
-the earlier peak. Where nothing can be read the answer is None: not measured.
-"""
+"""Peak memory of one call, in a process of its own."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import json
-import os
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from lightm.errors import LightMError
@@ -26,108 +12,6 @@ from lightm.errors import LightMError
 
 class OutOfMemoryError(LightMError):
     """The system ended the process that was to be measured."""
-
-
-def resident() -> int | None:
-    """Bytes of this process in memory now, or None where the system does not say."""
-    try:
-        if sys.platform == "win32":
-            return _windows_counters()[1]
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError, AttributeError):
-        return None
-
-
-def high_water() -> int | None:
-    """The most bytes that this process had in memory, since its start or the last `reset_high_water`."""
-    try:
-        if sys.platform == "win32":
-            return _windows_counters()[0]
-        if sys.platform == "linux":
-            for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        import resource
-
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024  # bytes on macOS, kilobytes elsewhere
-    except (OSError, ValueError, ImportError, AttributeError):
-        return None
-
-
-def reset_high_water() -> bool:
-    """Let the high-water mark start again at the present level (Linux); whether that worked."""
-    if sys.platform != "linux":
-        return False
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-def _windows_counters() -> tuple[int, int]:
-    """(peak, current) working set in bytes."""
-    from ctypes import wintypes
-
-    sizes = ("PeakWorkingSetSize", "WorkingSetSize", "QuotaPeakPagedPoolUsage", "QuotaPagedPoolUsage",
-             "QuotaPeakNonPagedPoolUsage", "QuotaNonPagedPoolUsage", "PagefileUsage", "PeakPagefileUsage")  # fmt: skip
-
-    class Counters(ctypes.Structure):
-        _fields_ = (
-            ("cb", wintypes.DWORD),
-            ("PageFaultCount", wintypes.DWORD),
-            *((name, ctypes.c_size_t) for name in sizes),
-        )
-
-    counters = Counters()
-    counters.cb = ctypes.sizeof(counters)
-    kernel32: Any = getattr(ctypes, "windll").kernel32  # noqa: B009  (absent on other systems)
-    kernel32.GetCurrentProcess.restype = wintypes.HANDLE
-    ask = kernel32.K32GetProcessMemoryInfo
-    ask.argtypes = [wintypes.HANDLE, ctypes.c_void_p, wintypes.DWORD]
-    if not ask(kernel32.GetCurrentProcess(), ctypes.byref(counters), counters.cb):
-        raise OSError("GetProcessMemoryInfo failed")
-    return counters.PeakWorkingSetSize, counters.WorkingSetSize
-
-
-def give_back() -> None:
-    """Return freed memory to the system, so that the call cannot live on what is left over (GNU C library)."""
-    gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_of(call: Callable[[], object]) -> int | None:
-    """Bytes by which the process grows at most while `call` runs, its result included; None if not measurable."""
-    give_back()
-    fresh = reset_high_water()
-    before, mark = resident(), high_water()
-    start = before if before is not None else mark
-    if start is None:
-        return None
-    most = [start]
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.001):
-            most.append(max(most.pop(), resident() or 0))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    if before is not None and not fresh:
-        watcher.start()
-    result = call()
-    stop.set()
-    if watcher.ident is not None:
-        watcher.join()
-    after = high_water()
-    peak = max(most[0], resident() or 0)
-    if after is not None and mark is not None and (fresh or after > mark):
-        peak = max(peak, after)
-    del result
-    return peak - start
 
 
 def peak_in_child(request: dict[str, Any], timeout: float = 3600.0) -> int | None:

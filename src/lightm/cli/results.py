@@ -3,47 +3,111 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lightm.cli.common import Json, app, echo, print_evaluation, progress_bar
+from lightm.errors import InputError
 
 
 @app.command()
 def predict(
-    inputs: Annotated[Path, typer.Option("--input", "-i", help="Image, folder of images, DICOM, or data set.")],
+    inputs: Annotated[
+        list[Path],
+        typer.Option("--input", "-i", help="Image, folder, DICOM, data set, or list (.txt, .csv); may be repeated."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the label maps.")],
-    model: Annotated[Path, typer.Option("--model", "-m", help="Model folder, or the run folder that holds it.")],
+    model: Annotated[
+        Path, typer.Option("--model", "-m", help="Model folder or .zip, or the run folder that holds it.")
+    ],
     overlap: Annotated[float, typer.Option(help="Overlap of neighbouring windows, 0 to below 1.")] = 0.5,
     tta: Annotated[bool, typer.Option(help="Average over mirrored copies (slower).")] = False,
+    window: Annotated[str, typer.Option(help="patch: sliding windows; whole: the volume at once.")] = "patch",
+    max_memory: Annotated[str | None, typer.Option(help="Limit of the process, such as 2GB.")] = None,
+    postprocess: Annotated[bool, typer.Option(help="Clean the label maps up as the model says.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace label maps in OUT.")] = False,
+    resume: Annotated[bool, typer.Option("--continue", help="Go on with an unfinished run in OUT.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    save_probabilities: Annotated[
+        bool, typer.Option("--save-probabilities", help="Write probabilities/CASE.nii.gz too.")
+    ] = False,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Write statistics.csv and .json: volumes, intensities, places.")
+    ] = False,
+    preview: Annotated[bool, typer.Option("--preview", help="Write previews/CASE.png: slices with contours.")] = False,
     dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help="Write CASE.seg.dcm too (DICOM input).")] = False,
+    report: Annotated[Path | None, typer.Option(help="JSON file for times, checksums, versions and faults.")] = None,
     as_json: Json = False,
 ) -> None:
     """Segment images with a trained model, back into each file's own geometry.
 
+    A case that fails is reported and the others go on; the exit code is then 1.
+
     Example: lightm predict -i scans/ -o segmentations/ -m runs/hippocampus/model
     """
     from lightm.infer import predict_folder
+    from lightm.infer.budget import parse_memory
 
-    folder = model / "model" if (model / "model" / "model.json").is_file() else model
     also = None
+    if window not in ("patch", "whole"):
+        raise InputError(f"--window '{window}': expected 'patch' or 'whole'")
+    limit = None if max_memory is None else parse_memory(max_memory)
     if dicom_seg:
         from lightm.export.dicom_seg import seg_writer_of_model
 
-        also = seg_writer_of_model(folder)
-    with progress_bar() as progress:
+        also = seg_writer_of_model(model / "model" if (model / "model" / "model.json").is_file() else model)
+    with _prediction_progress() as (progress, windows, say):
         paths = predict_folder(
-            folder, inputs, out, overlap=overlap, tta=tta, overwrite=overwrite, device=device, progress=progress,
+            model, inputs, out, overlap=overlap, tta=tta, window="whole" if window == "whole" else "patch",
+            postprocess=postprocess, max_memory=limit,
+            overwrite=overwrite, resume=resume, device=device, statistics=statistics, preview=preview,
+            save_probabilities=save_probabilities, report=report, progress=progress, windows=windows, say=say,
             also=also,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps([str(path) for path in paths], indent=1))
-    else:
-        echo(f"{len(paths)} case(s) segmented into {out}")
+
+
+@contextmanager
+def _prediction_progress() -> Iterator[
+    tuple[Callable[[str, int, int], None] | None, Callable[[int, int], None] | None, Callable[[str], None]]
+]:
+    """What shows cases, the windows of the present case, and lines: bars on a terminal, else lines alone."""
+    if not sys.stderr.isatty():
+        yield None, None, echo
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True) as bars:
+        total, present = bars.add_task("cases", total=None), bars.add_task("windows", total=None)
+
+        def cases(what: str, done: int, count: int) -> None:
+            bars.update(total, completed=done, total=count)
+            bars.reset(present, total=None)
+
+        yield (
+            cases,
+            lambda done, count: bars.update(present, completed=done, total=count),
+            lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+        )
 
 
 @app.command()

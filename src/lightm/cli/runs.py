@@ -145,6 +145,10 @@ def train(
     config: Annotated[Path | None, typer.Option(help="YAML with any of these options, and `settings`.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that prepare patches.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    on_nan: Annotated[
+        str | None, typer.Option(help="At a loss or gradient that is NaN: stop (default) or skip.")
+    ] = None,
+    nan_limit: Annotated[int | None, typer.Option(help="Steps that --on-nan skip may skip; default 10.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to continue.")] = None,
     test: Annotated[bool, typer.Option(help="Predict and score the test cases and write the report.")] = True,
     as_json: Json = False,
@@ -161,7 +165,7 @@ def train(
         "labels": labels, "network": network, "recipe": recipe, "loss": loss, "epochs": epochs, "max_time": max_time,
         "patience": patience, "lr": lr, "batch_size": batch_size, "patch_size": sizes(patch_size), "seed": seed,
         "split_seed": split_seed, "folds": folds, "fold": fold, "split": split, "plan": plan, "workers": workers,
-        "device": device,
+        "device": device, "on_nan": on_nan, "nan_limit": nan_limit,
     }.items() if v is not None}  # fmt: skip
     with progress_bar() as progress:
         if resume is not None:
@@ -182,5 +186,5 @@ def train(
         if not test:
             typer.echo(json.dumps({"run": str(trained.run_dir)}) if as_json else f"model: {trained.run_dir / 'model'}")
             return
-        result = finish_run(trained, progress=progress)
+        result = finish_run(trained, progress=progress, say=echo)
     print_run(result, as_json=as_json)

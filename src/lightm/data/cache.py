@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -95,6 +96,15 @@ def find(folder: Path, case_id: str) -> PreprocessedCase | None:
     return PreprocessedCase(case_id, folder / "image.npy", label if meta["has_label"] else None, meta)
 
 
+def _save(path: Path, array: np.ndarray) -> None:
+    """np.save, which does not notice a disk that is full for the last few kilobytes alone."""
+    np.save(path, array)
+    try:
+        np.load(path, mmap_mode="r")
+    except ValueError:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+
+
 def store(
     folder: Path, case_id: str, image: np.ndarray, label: np.ndarray | None, meta: dict[str, Any]
 ) -> PreprocessedCase:
@@ -104,9 +114,9 @@ def store(
     facts = {"id": case_id, "shape": list(image.shape[1:]), "has_label": label is not None, "class_voxels": voxels}
     try:
         temporary.mkdir(parents=True)
-        np.save(temporary / "image.npy", image)
+        _save(temporary / "image.npy", image)
         if label is not None:
-            np.save(temporary / "label.npy", label)
+            _save(temporary / "label.npy", label)
         np.savez(temporary / "foreground.npz", **foreground)
         (temporary / "meta.json").write_text(json.dumps({**facts, **meta}, indent=1), encoding="utf-8")
         if find(folder, case_id) is None:

@@ -13,12 +13,16 @@ from typing import Any
 import numpy as np
 
 from lightm.data.cases import Case, Dataset, Problem
-from lightm.data.io import Kind, read_volume
+from lightm.data.io import Kind, place_remarks, read_volume, voxel_bytes
 from lightm.data.layouts import scan
+from lightm.data.limits import MemoryGate
 from lightm.data.volume import Volume, geometry_difference
-from lightm.errors import InputError
+from lightm.errors import LightMError
 
 Progress = Callable[[str, int, int], None]
+
+# Volumes of a case that are in memory at the same time: its label or the newest channel, and the first channel.
+_HELD = 3
 
 
 @dataclass(frozen=True)
@@ -50,19 +54,25 @@ def check_dataset(
     Errors: unreadable files, NaN or infinite voxels, labels without image and the reverse, shapes or affines that
     disagree within a case, label values that dataset.json does not name, cases that exist twice, 2D among 3D,
     fewer than two cases, nothing but background. Warnings: a class that never occurs, constant images, files
-    that are not used.
+    that are not used, headers whose place in space is doubtful (`lightm.data.io.place_remarks`).
 
     Raises InputError only where there is no dataset to check (no folder, no or a faulty dataset.json). Cost: each
-    file read once, on all cores; memory of one case a core.
+    file read once, on all cores; memory of one case a core, and of no two cases that half of the
+    machine's memory would not hold together.
     """
     if isinstance(dataset, Dataset):
         problems: list[Problem] = []
     else:
         dataset, problems = scan(Path(dataset), None if labels is None else Path(labels))
-    known, jobs = dataset, [*dataset.cases, *dataset.test_cases]
+    known, jobs, gate = dataset, [*dataset.cases, *dataset.test_cases], MemoryGate()
+
+    def check(case: Case) -> _Findings:
+        with gate.hold(sum(voxel_bytes(file) for file in _files(case)[:_HELD])):
+            return _check_case(case, known)
+
     findings: list[_Findings] = []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for found in pool.map(lambda case: _check_case(case, known), jobs):
+        for found in pool.map(check, jobs):
             findings.append(found)
             if progress is not None:
                 progress("checking", len(findings), len(jobs))
@@ -81,12 +91,14 @@ def _check_case(case: Case, dataset: Dataset) -> _Findings:
     for file, kind in files:
         try:
             volume = read_volume(file, kind=kind)
-        except InputError as error:
+        except LightMError as error:
             message, _, cure = str(error).removeprefix(f"{file}: ").rpartition("; ")
             findings.problems.append(
                 Problem("error", case.id, file, message or cure, cure if message else "replace it")
             )
             continue
+        if kind == "image":
+            findings.problems += [Problem("warning", case.id, file, *remark) for remark in place_remarks(file)]
         if first is None:
             first = (file, volume)
             findings.shape, findings.spacing_mm = volume.shape, volume.to_canonical().spacing_mm
@@ -101,21 +113,25 @@ def _check_case(case: Case, dataset: Dataset) -> _Findings:
                 )
             )
         if kind == "label":
-            findings.voxels = (
-                dict(enumerate(np.bincount(volume.data.ravel()).tolist()))
-                if volume.data.min() >= 0
-                else {
-                    int(value): int(count)
-                    for value, count in zip(*np.unique(volume.data, return_counts=True), strict=True)
-                }
-            )
-            findings.voxels = {value: count for value, count in findings.voxels.items() if count}
+            findings.voxels = _counted(volume.data)
             findings.problems += _unknown_values(case, file, findings.voxels, dataset)
         elif volume.data.min() == volume.data.max():
             findings.problems.append(
                 Problem("warning", case.id, file, "every voxel has the same value", "check that the export worked")
             )
     return findings
+
+
+def _files(case: Case) -> list[Path]:
+    return [*([] if case.label is None else [case.label]), *case.images]
+
+
+def _counted(label: np.ndarray) -> dict[int, int]:
+    """Return how often each value occurs, for uint8 and int16, slice by slice."""
+    counts = np.zeros(1 << 16, np.int64)
+    for part in label:
+        counts += np.bincount(part.ravel().astype(np.int32) + (1 << 15), minlength=1 << 16)
+    return {int(at) - (1 << 15): int(counts[at]) for at in np.flatnonzero(counts)}
 
 
 def _unknown_values(case: Case, file: Path, voxels: Iterable[int], dataset: Dataset) -> list[Problem]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightm.data.io import SUFFIXES
 from lightm.errors import InputError
+from lightm.json_file import read_json
 
 # Class indices are stored in bytes, of which 255 stands for voxels to ignore.
 MAX_CLASSES = 255
+# Files are numbered with four digits.
+MAX_CHANNELS = 10_000
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,14 @@ class Description:
 
 def read_description(file: Path) -> Description:
     """Read and check dataset.json; keys that are not used here are allowed. Raises InputError naming the file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be opened ({error.strerror or error})") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON ({error}); mend or write it again") from None
+    content = read_json(file)
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected an object with the keys channel_names, labels and file_ending")
     try:
         ending = content.get("file_ending")
         if ending is not None and ending not in SUFFIXES:
             raise InputError(
-                f"file_ending {ending!r} is not a format that can be read; use one of {', '.join(SUFFIXES)}"
+                f"file_ending {_short(ending)} is not a format that can be read; use one of {', '.join(SUFFIXES)}"
             )
         labels, ignore = _labels(content.get("labels"))
         listed = None
@@ -62,38 +61,49 @@ def read_description(file: Path) -> Description:
         raise InputError(f"{file}: {error}") from None
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
 def _channels(given: Any) -> tuple[str, ...]:
     if isinstance(given, list):
         given = {str(index): name for index, name in enumerate(given)}
     if not isinstance(given, dict) or not given:
         raise InputError('"channel_names" is missing or empty; write for example "channel_names": {"0": "CT"}')
+    if len(given) > MAX_CHANNELS:
+        raise InputError(f'"channel_names" names {len(given)} channels; at most {MAX_CHANNELS} are possible')
     if sorted(given) != sorted(str(index) for index in range(len(given))):
-        raise InputError(f'"channel_names" has the keys {sorted(given)}; number them "0", "1", ...')
+        raise InputError(f'"channel_names" has the keys {_short(sorted(given))}; number them "0", "1", ...')
     return tuple(str(given[str(index)]) for index in range(len(given)))
 
 
 def _labels(given: Any) -> tuple[dict[str, int], int | None]:
     if not isinstance(given, dict) or not given:
         raise InputError('"labels" is missing or empty; write for example "labels": {"background": 0, "liver": 1}')
-    if all(key.lstrip("-").isdigit() for key in given) and all(isinstance(name, str) for name in given.values()):
+    if all(re.fullmatch(r"-?\d{1,9}", key) for key in given) and all(isinstance(name, str) for name in given.values()):
         given = {name: int(key) for key, name in given.items()}  # MSD writes {"1": "liver"}
+    if len(given) > MAX_CLASSES + 1:
+        raise InputError(f"{len(given)} labels; at most {MAX_CLASSES} are possible")
     values: dict[str, int] = {}
     for name, value in given.items():
         if isinstance(value, (list, tuple)):
             raise InputError(
-                f'label "{name}" is a region {list(value)} of several values; regions are not supported, '
+                f"label {_short(name)} is a region {_short(value)} of several values; regions are not supported, "
                 "give each label one value"
             )
-        if isinstance(value, str) and value.isdigit():
+        if isinstance(value, str) and value.isdecimal() and len(value) < 9:
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f'label "{name}" has the value {value!r}; expected a whole number')
+            raise InputError(f"label {_short(name)} has the value {_short(value)}; expected a whole number")
         if not 0 <= value <= 32767:
-            raise InputError(f'label "{name}" has the value {value}; values from 0 to 32767 can be stored, renumber it')
+            raise InputError(
+                f"label {_short(name)} has the value {_short(value)}; values from 0 to 32767 can be stored, renumber it"
+            )
         values[str(name)] = value
     ignore = values.pop("ignore", None)
-    taken = [*values.values(), *([] if ignore is None else [ignore])]
-    doubled = sorted({value for value in taken if taken.count(value) > 1})
+    counts = Counter([*values.values(), *([] if ignore is None else [ignore])])
+    doubled = sorted(value for value, count in counts.items() if count > 1)
     if doubled:
         raise InputError(f"labels share the value {doubled[0]}; give each label a value of its own")
     if 0 not in values.values():

@@ -35,6 +35,7 @@ from lightm.data.dicom_pixels import (
     volume_dtype,
 )
 from lightm.data.dicom_stack import Frame, Stack, stack_series
+from lightm.data.limits import check_bytes, check_place
 from lightm.data.volume import Volume
 from lightm.errors import InputError
 
@@ -92,8 +93,15 @@ def volume_of(stack: Stack) -> Volume:
         raise InputError(
             f"{frames[0].header.file.parent}: {shape} is more than {MAX_VOXELS} voxels; resample or split the series"
         )
-    data = fill(np.empty(shape, dtype=volume_dtype(frames)), frames)
+    dtype = volume_dtype(frames)
     steps = np.linalg.norm(stack.affine[:3, :3], axis=0)
+    try:
+        check_place(tuple(float(step) for step in steps[::-1]), stack.affine)
+        check_bytes(int(np.prod(shape, dtype=object)) * dtype.itemsize, "its voxels")
+    except InputError as error:
+        file = frames[0].header.file
+        raise InputError(f"{file if len(frames) == 1 else file.parent}: {error}") from None
+    data = fill(np.empty(shape, dtype=dtype), frames)
     return Volume(data, tuple(float(step) for step in steps[::-1]), stack.affine)
 
 
@@ -132,5 +140,9 @@ def _projection_spacing(header: Header) -> tuple[float, float]:
             rows = columns = 0.0
         if not (0 < rows < np.inf and 0 < columns < np.inf):
             raise InputError(f"{header.file}: {keyword} is not two positive numbers; export the image again")
+        try:
+            check_place((rows, columns), np.eye(4))
+        except InputError as error:
+            raise InputError(f"{header.file}: {error}") from None
         return rows, columns
     return 1.0, 1.0

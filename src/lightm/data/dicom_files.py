@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import warnings
@@ -39,6 +40,9 @@ _READABLE = "CT, MR, PET (single-frame or enhanced), CR or DX images"
 
 # A deflated file can unpack to a thousand times its size before anything in it can be checked.
 _DEFLATED = "1.2.840.10008.1.2.1.99"
+
+
+_LARGE = 1 << 16  # bytes of an attribute that is looked at twice
 
 
 class NoSeriesError(InputError):
@@ -132,13 +136,32 @@ def dicom_files(folder: Path) -> list[Path]:
     return [path for path in paths if is_dicom_file(path)]
 
 
+class _Capped(io.BufferedReader):
+    """A file that asks for no more memory than it has bytes left, whatever length an attribute claims."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _LARGE:
+            here = self.tell()
+            size = max(0, min(size, self.seek(0, os.SEEK_END) - here))
+            self.seek(here)
+        return super().read(size)
+
+
+def opened(file: Path) -> io.BufferedReader:
+    """Open a DICOM file for reading; what is read is never more than the file holds."""
+    return _Capped(io.FileIO(file))
+
+
 def read_header(file: Path) -> Header:
     """Read one file without its pixels; raises InputError, naming it, for one that cannot be read as DICOM."""
     pydicom = pydicom_module()
     try:
-        with quietly(), file.open("rb") as stream:
-            meta = pydicom.filereader.read_file_meta_info(str(file))
-            syntax = str(meta.get("TransferSyntaxUID", "") or "")
+        with quietly(), opened(file) as stream:
+            # As its read_file_meta_info, which opens the file itself and asks for what any length there says.
+            pydicom.filereader.read_preamble(stream, False)
+            meta = pydicom.filereader._read_file_meta_info(stream)
+            stream.seek(0)
+            syntax = str(meta.get("TransferSyntaxUID", "") or "").strip(" \0")
             if syntax == _DEFLATED:
                 raise InputError(
                     f"{file}: a deflated file, whose size cannot be checked before it is unpacked; convert it first, "

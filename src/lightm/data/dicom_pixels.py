@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightm.data.dicom_files import PROJECTIONS, Header, pydicom_module, quietly, reason, text
+from lightm.data.dicom_files import PROJECTIONS, Header, opened, pydicom_module, quietly, reason, text
+from lightm.data.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes
 from lightm.errors import InputError
 
 if TYPE_CHECKING:
     from lightm.data.dicom_stack import Frame
 
-MAX_VOXELS = 2**31
+_PLAIN = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"}
+_DEEPEST_BYTES = 8  # of a pixel, DoubleFloatPixelData
 
 
 def check_pixels(header: Header) -> tuple[int, int, int]:
@@ -41,7 +43,24 @@ def check_pixels(header: Header) -> tuple[int, int, int]:
     frames, rows, columns = sizes
     if frames * rows * columns > MAX_VOXELS:
         raise InputError(f"{file}: {frames} frames of {rows} x {columns}; at most {MAX_VOXELS} voxels are read")
+    _check_room(header, frames * rows * columns)
     return frames, rows, columns
+
+
+def _check_room(header: Header, voxels: int) -> None:
+    """Raise InputError for more pixels than the file can hold, or the machine, before they are decoded."""
+    bits = text(header.data, "BitsAllocated") or "16"
+    stored = max(1, int(bits)) if bits.isdigit() and len(bits) < 4 else 16
+    size = header.file.stat().st_size
+    if voxels * stored // 8 > size * (1 if header.syntax in _PLAIN else MAX_DEFLATE):
+        raise InputError(
+            f"{header.file}: its header promises {voxels} pixels of {stored} bits, which {size} bytes cannot hold "
+            "(truncated, or a corrupt header); export it again"
+        )
+    try:
+        check_bytes(voxels * max(_DEEPEST_BYTES, stored // 8), "its pixels")
+    except InputError as error:
+        raise InputError(f"{header.file}: {error}") from None
 
 
 def check_modality_lut(header: Header) -> None:
@@ -62,8 +81,8 @@ def raw_frames(header: Header) -> np.ndarray:
     frames, rows, columns = check_pixels(header)
     pydicom = pydicom_module()
     try:
-        with quietly():
-            data = pydicom.dcmread(header.file)
+        with quietly(), opened(header.file) as stream:
+            data = pydicom.dcmread(stream)
             if not any(key in data for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
                 raise InputError(f"{header.file}: no pixels in the file; export it again, with its pixels")
             pixels = np.asarray(data.pixel_array)
@@ -100,10 +119,12 @@ def fill(out: np.ndarray, frames: list[Frame]) -> np.ndarray:
 def scaled(raw: np.ndarray, frame: Frame) -> np.ndarray:
     """Return stored * slope + intercept: integers where both are whole numbers, else float32."""
     slope, intercept = frame.slope, frame.intercept
-    if raw.dtype.kind in "iu" and slope.is_integer() and intercept.is_integer():
+    whole = slope.is_integer() and intercept.is_integer() and max(abs(slope), abs(intercept)) < 2**31
+    if raw.dtype.kind in "iu" and whole:
         values = raw.astype(np.int64) * int(slope) + int(intercept)
         return values.astype(np.int32) if _holds(np.dtype(np.int32), values) else values.astype(np.float32)
-    return (raw.astype(np.float64) * slope + intercept).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is infinite is refused with its place
+        return (raw.astype(np.float64) * slope + intercept).astype(np.float32)
 
 
 def volume_dtype(frames: list[Frame]) -> np.dtype:
@@ -144,7 +165,7 @@ def _holds(dtype: np.dtype, values: np.ndarray) -> bool:
 def _undecodable(header: Header, error: Any) -> str:
     with quietly():
         name = str(pydicom_module().uid.UID(header.syntax).name)
-        compressed = header.syntax not in ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+        compressed = header.syntax not in _PLAIN
     cure = (
         "install a decoder (pip install python-gdcm), decompress the files (gdcmconv --raw), or, "
         "if they are damaged, export them again"

@@ -40,10 +40,13 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     that starts or is named as one) is read as `lightm.data.dicom.read_series` says, as an image only.
 
     Raises InputError, naming the file, for one that is missing, empty, truncated, corrupt, of another format, of
-    more than 2^31 voxels, of more than three axes, with NaN or infinite voxels, or, for labels, with other than
-    whole numbers. Cost: the voxels once, and once more while a scaled file is converted.
+    more than 2^31 voxels or more than its length or the machine's memory can hold, of more than three axes, with NaN
+    or infinite voxels, or, for labels, with other than whole numbers; docs/files.md lists every rule. Cost: the voxels
+    once, once more while a scaled file or label map is converted, and at most 64 MB beside them.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r}: holds a NUL character, which no file name does; check the path")
     suffix = file_suffix(path)
     if suffix is None:
         if path.is_dir() or dicom.is_dicom(path):
@@ -68,6 +71,23 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
         return volume.like(as_label(volume.data)) if kind == "label" else volume
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def voxel_bytes(path: Path) -> int:
+    """Return about how much memory reading a file of SUFFIXES takes, from its header; 0 where it will be refused."""
+    suffix = file_suffix(path)
+    try:
+        if not path.is_file() or suffix is None:
+            return 0
+        return png.voxel_bytes(path) if suffix == ".png" else nifti.voxel_bytes(path, suffix == ".nii.gz")
+    except OSError:
+        return 0
+
+
+def place_remarks(path: Path) -> list[tuple[str, str]]:
+    """Return what is odd about the place in space that a readable file gives, each with its cure."""
+    suffix = file_suffix(path)
+    return nifti.remarks(path, suffix == ".nii.gz") if suffix in (".nii", ".nii.gz") else []
 
 
 def _read_dicom(path: Path, kind: Kind) -> Volume:
@@ -109,22 +129,33 @@ def as_label(data: np.ndarray) -> np.ndarray:
 
     Raises InputError for values further than 0.001 from whole numbers, or outside int16.
     """
-    if data.dtype.kind == "f":
-        rounded = np.rint(data)
-        off = np.abs(data - rounded) > _ROUNDING
-        if off.any():
-            value = float(data[off][0])
-            raise InputError(
-                f"a label map holds whole numbers, found {value:.6g} ({int(off.sum())} such voxels); "
-                "it may be an image or a probability map: threshold it, or resample labels with nearest neighbour"
-            )
-        data = rounded
-    low, high = int(data.min()), int(data.max())
-    if low >= 0 and high <= 255:
-        return data.astype(np.uint8, copy=False)
+    floats = data.dtype.kind == "f"
+    if floats:
+        _check_whole(data)
+    low, high = (round(float(end)) if floats else int(end) for end in (data.min(), data.max()))
     if low < -32768 or high > 32767:
         raise InputError(f"label values from {low} to {high}; values between 0 and 32767 are expected, renumber them")
-    return data.astype(np.int16, copy=False)
+    dtype = np.uint8 if low >= 0 and high <= 255 else np.int16
+    if not floats:
+        return data.astype(dtype, copy=False)
+    result = np.empty(data.shape, dtype)
+    for slab, target in zip(data, result, strict=True):
+        target[...] = np.rint(slab)
+    return result
+
+
+def _check_whole(data: np.ndarray) -> None:
+    found, value = 0, 0.0
+    for slab in data:  # slice by slice, so that a large map is not there three times
+        off = np.abs(slab - np.rint(slab)) > _ROUNDING
+        if off.any():
+            value = value if found else float(slab[off][0])
+            found += int(off.sum())
+    if found:
+        raise InputError(
+            f"a label map holds whole numbers, found {value:.6g} ({found} such voxels); "
+            "it may be an image or a probability map: threshold it, or resample labels with nearest neighbour"
+        )
 
 
 def _check_finite(data: np.ndarray) -> None:
@@ -133,10 +164,15 @@ def _check_finite(data: np.ndarray) -> None:
     low, high = float(data.min()), float(data.max())  # NaN comes through both
     if np.isfinite(low) and np.isfinite(high) and max(-low, high) <= _FLOAT32_MAX:
         return
-    bad = ~(np.abs(data) <= _FLOAT32_MAX)
-    place = tuple(int(i) for i in np.argwhere(bad)[0])
+    count, place = 0, (0,) * data.ndim
+    for index, slab in enumerate(data):
+        bad = ~(np.abs(slab) <= _FLOAT32_MAX)
+        if bad.any():
+            first = np.unravel_index(int(bad.argmax()), bad.shape)
+            place = place if count else (index, *(int(i) for i in first))
+            count += int(bad.sum())
     axes = "z, y, x"[-3 * data.ndim + 2 :]
     raise InputError(
-        f"{int(bad.sum())} voxels are NaN or infinite, the first at ({axes}) = {place}; "
+        f"{count} voxels are NaN or infinite, the first at ({axes}) = {place}; "
         "replace them, for example with numpy.nan_to_num, and save the file again"
     )

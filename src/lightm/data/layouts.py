@@ -7,7 +7,7 @@ are read, to learn the values.) Problems are collected, so that a check can name
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import numpy as np
 
 from lightm.data.cases import Case, Dataset, Problem
 from lightm.data.description import MAX_CLASSES, Description, read_description
-from lightm.data.io import SUFFIXES, file_suffix, read_volume
+from lightm.data.io import SUFFIXES, file_suffix, read_volume, voxel_bytes
+from lightm.data.limits import MemoryGate
 from lightm.errors import InputError
 
 _CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
@@ -110,7 +111,9 @@ def _listed(root: Path, description: Description) -> tuple[Dataset, list[Problem
     cases, tests, problems = [], [], []
     for entry in training:
         if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
-            raise InputError(f'{description.file}: "training" holds {entry!r}; expected {{"image": ..., "label": ...}}')
+            raise InputError(
+                f'{description.file}: "training" holds {str(entry)[:80]!r}; expected {{"image": ..., "label": ...}}'
+            )
         image, label = (_inside(root, entry[key], description.file) for key in ("image", "label"))
         missing = [(file, what) for file, what in ((image, "image"), (label, "label")) if not file.is_file()]
         for file, what in missing:
@@ -155,7 +158,8 @@ def _two_folders(root: Path, images: Path, labels: Path) -> tuple[Dataset, list[
         channels, problems = ("image",), []
         cases = [Case(stem, (file,)) for stem, file in sorted(given.items())]
     paired, orphans = _pair(cases, maps, {problem.case for problem in problems})
-    problems += orphans
+    foreign = [*_mixed(images, ending), *_mixed(labels, _ending(labels))]
+    problems = foreign + problems + orphans
     beside = next((file for file in (root / "dataset.json", labels.parent / "dataset.json") if file.is_file()), None)
     if beside is not None:
         description = read_description(beside)
@@ -236,13 +240,18 @@ def _dataset(
 def _values_found(files: list[Path]) -> dict[str, int]:
     def values(file: Path) -> set[int]:
         try:
-            return set(np.unique(read_volume(file, kind="label").data).tolist())
+            with gate.hold(voxel_bytes(file)):
+                label = read_volume(file, kind="label").data
+                here = sorted(set().union(*(np.unique(part).tolist() for part in label)))
         except InputError:
             return set()  # reported by whoever reads the case
+        # No label map by itself: left out, so that its values are reported as unknown, in this file.
+        return set() if here[0] < 0 or len(here) > MAX_CLASSES else set(here)
 
+    gate = MemoryGate()
     with ThreadPoolExecutor(4) as pool:
         found = sorted(set().union({0}, *pool.map(values, files)))
-    if found[0] < 0 or len(found) > MAX_CLASSES:
+    if len(found) > MAX_CLASSES:
         raise InputError(
             f"{files[0].parent}: {len(found)} label values from {found[0]} to {found[-1]}; "
             f"at most {MAX_CLASSES}, from 0 on, are possible. Are these label maps?"
@@ -268,26 +277,56 @@ def _foreign(folder: Path, ending: str) -> list[Problem]:
             f"ends otherwise than file_ending {ending} in dataset.json, so it is not used",
             f"convert it to {ending}, or remove it",
         )
+        for file in _others(folder, ending)
+    ]
+
+
+def _mixed(folder: Path, ending: str) -> list[Problem]:
+    """Files of two plain folders that are not of the format of most: an error where they could be images."""
+    return [
+        _error(
+            None,
+            file,
+            f"files of several formats in one folder, most end in {ending}",
+            f"convert it to {ending}, or remove it",
+        )
+        if file_suffix(file)
+        else Problem("warning", None, file, "not a format that is read, so it is not used", "convert or remove it")
+        for file in _others(folder, ending)
+    ]
+
+
+def _others(folder: Path, ending: str) -> list[Path]:
+    return [
+        file
         for file in sorted(folder.iterdir())
-        if not file.name.startswith(".") and file_suffix(file) not in (None, ending)
+        if not file.name.startswith(".") and file.is_file() and not file.name.endswith(ending)
     ]
 
 
 def _ending(folder: Path) -> str:
-    found = {suffix for file in folder.iterdir() if not file.name.startswith(".") if (suffix := file_suffix(file))}
+    """Return the only format of a folder's files, or that of more than half of them; the rest are foreign."""
+    found = Counter(
+        suffix for file in folder.iterdir() if not file.name.startswith(".") if (suffix := file_suffix(file))
+    )
     if not found:
         raise InputError(f"{folder}: no images; expected files that end in {', '.join(SUFFIXES)}")
-    if len(found) > 1:
+    ending, count = found.most_common(1)[0]
+    if 2 * count <= found.total():
         raise InputError(f"{folder}: files of several formats ({', '.join(sorted(found))}); convert them to one")
-    return found.pop()
+    return ending
 
 
 def _inside(root: Path, entry: Any, file: Path) -> Path:
     if not isinstance(entry, str):
-        raise InputError(f"{file}: lists {entry!r}; expected the path of a file")
+        raise InputError(f"{file}: lists {str(entry)[:80]!r}; expected the path of a file")
     path = root / entry
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise InputError(f"{file}: lists {entry}, which lies outside the dataset; move it inside")
+    try:
+        inside = "\0" not in entry and path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, a loop of links
+        inside = False
+    if not inside:
+        raise InputError(f"{file}: lists {entry[:200]!r}, which lies outside the dataset; move it inside")
     return path
 
 

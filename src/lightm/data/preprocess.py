@@ -30,6 +30,7 @@ from lightm.errors import InputError
 __all__ = [
     "IGNORE_INDEX",
     "PreprocessedCase",
+    "check_fit",
     "default_cache_dir",
     "normalize",
     "preprocess_case",
@@ -51,6 +52,19 @@ def preprocess_case(images: Sequence[Volume], label: Volume | None, plan: Plan) 
     Raises InputError for other channels or axes than planned, geometries that disagree and unknown label values.
     Cost: about 2 s for 10 million voxels where resampling is needed.
     """
+    check_fit(images, label, plan)
+    volumes = [volume.to_canonical() for volume in images]
+    shape = resampled_shape(volumes[0].shape, volumes[0].spacing_mm, plan.spacing_mm)
+    image = np.stack([volume.data.astype(np.float32) for volume in volumes])
+    image = normalize(resample_image(image, shape), plan.normalization)
+    if label is None:
+        return image, None
+    classes = to_class_indices(label.to_canonical().data, plan.values, plan.ignore_label)
+    return image, resample_label(classes, shape)
+
+
+def check_fit(images: Sequence[Volume], label: Volume | None, plan: Plan) -> None:
+    """Raise InputError for other channels or axes than planned and for geometries that disagree."""
     if len(images) != len(plan.channels):
         raise InputError(
             f"{len(images)} images, but the plan has {len(plan.channels)} channels ({', '.join(plan.channels)}); "
@@ -63,14 +77,6 @@ def preprocess_case(images: Sequence[Volume], label: Volume | None, plan: Plan) 
             )
         if difference := geometry_difference(volume, images[0]):
             raise InputError(f"images and label do not lie in one place: {difference}; resample them onto each other")
-    volumes = [volume.to_canonical() for volume in images]
-    shape = resampled_shape(volumes[0].shape, volumes[0].spacing_mm, plan.spacing_mm)
-    image = np.stack([volume.data.astype(np.float32) for volume in volumes])
-    image = normalize(resample_image(image, shape), plan.normalization)
-    if label is None:
-        return image, None
-    classes = to_class_indices(label.to_canonical().data, plan.values, plan.ignore_label)
-    return image, resample_label(classes, shape)
 
 
 def normalize(image: np.ndarray, schemes: Sequence[ChannelNormalization]) -> np.ndarray:
@@ -82,17 +88,36 @@ def normalize(image: np.ndarray, schemes: Sequence[ChannelNormalization]) -> np.
     result = np.empty(image.shape, dtype=np.float32)
     for channel, output, scheme in zip(image, result, schemes, strict=True):
         if scheme.scheme == "ct":
-            clipped = np.clip(channel, scheme.clip_low, scheme.clip_high)
-            output[...] = (clipped - np.float32(scheme.mean)) / np.float32(scheme.std)
+            normalize_slab(channel, scheme, output)
         else:
-            # Slab by slab, so that float64 costs no second copy of a large scan.
             mean = float(channel.mean(dtype=np.float64))
-            squares = sum(float(np.square(slab - np.float64(mean)).sum()) for slab in channel)
-            std = (squares / channel.size) ** 0.5
-            scale = std if std > 1e-8 * max(1.0, abs(mean)) else 1.0
+            zscore = (mean, zscore_scale(mean, sum(squares(slab, mean) for slab in channel), channel.size))
+            # Slab by slab, so that float64 costs no second copy of a large scan.
             for slab, target in zip(channel, output, strict=True):
-                target[...] = (slab - np.float64(mean)) / scale
+                normalize_slab(slab, scheme, target, zscore)
     return result
+
+
+def normalize_slab(
+    slab: np.ndarray, scheme: ChannelNormalization, target: np.ndarray, zscore: tuple[float, float] = (0.0, 1.0)
+) -> None:
+    """Write a part of a channel, float32, normalised to `target`; zscore: mean and scale of the whole channel."""
+    if scheme.scheme == "ct":
+        clipped = np.clip(slab, scheme.clip_low, scheme.clip_high)
+        target[...] = (clipped - np.float32(scheme.mean)) / np.float32(scheme.std)
+    else:
+        target[...] = (slab - np.float64(zscore[0])) / zscore[1]
+
+
+def squares(slab: np.ndarray, mean: float) -> float:
+    """Return the sum of the squared deviations from `mean`, in float64."""
+    return float(np.square(slab - np.float64(mean)).sum())
+
+
+def zscore_scale(mean: float, squares: float, size: int) -> float:
+    """Return the standard deviation of `size` voxels from their summed squares; 1 for a constant channel."""
+    std = float((squares / size) ** 0.5)
+    return std if std > 1e-8 * max(1.0, abs(mean)) else 1.0
 
 
 def to_class_indices(label: np.ndarray, values: Sequence[int], ignore_label: int | None) -> np.ndarray:

@@ -95,6 +95,17 @@ class Volume:
         return Volume(data, affine_spacing_mm(affine, 3), affine, codes)
 
 
+def canonical_axes(volume: Volume) -> tuple[tuple[int, bool], ...]:
+    """Return for each axis of `volume.to_canonical()` which axis of `volume` it is, and whether it runs backwards."""
+    dims = volume.data.ndim
+    if dims == 2:
+        return ((0, False), (1, False))
+    orientation = io_orientation(volume.affine)
+    # nibabel counts axes in the file's order, x, y, z.
+    axes = {dims - 1 - int(to): (dims - 1 - axis, flip < 0) for axis, (to, flip) in enumerate(orientation)}
+    return tuple((axes[axis][0], bool(axes[axis][1])) for axis in range(dims))
+
+
 def to_native(canonical: np.ndarray, native: Volume) -> np.ndarray:
     """Undo `to_canonical` exactly: return the array in the axis order and directions of `native`.
 

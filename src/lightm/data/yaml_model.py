@@ -12,6 +12,13 @@ from pydantic import BaseModel, ValidationError
 from lightm.errors import InputError, did_you_mean
 from lightm.files import atomic_file
 
+# Ours are some kilobytes; PyYAML takes about ten seconds a megabyte.
+MAX_BYTES = 256 << 10
+# What PyYAML lets through for values that their tag does not fit, such as `!!int x`.
+_MAX_DEPTH = 50
+_SHOWN = 20  # faults in one message
+_FAULTS = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -19,11 +26,18 @@ def load_yaml(path: Path | str, model: type[Model]) -> Model:
     """Read a YAML file into a model; raises InputError with the file, the key and, for an unknown one, the nearest."""
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        with path.open("rb") as stream:
+            start = stream.read(MAX_BYTES + 1)
+        if len(start) > MAX_BYTES:
+            raise InputError(f"{path}: longer than {MAX_BYTES >> 10} kB, which no settings are; is it another file?")
+        content = yaml.load(start.decode("utf-8"), Loader=_Loader)
     except OSError as error:
         raise InputError(f"{path}: cannot be opened ({error.strerror or error}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())}); mend the line") from None
+    except RecursionError:
+        raise InputError(f"{path}: not valid YAML (nested too deeply); write it again") from None
+    except (yaml.YAMLError, *_FAULTS) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{path}: not valid YAML ({reason}); mend the line") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values, got {type(content).__name__}; write it again")
     return validated(model, content, str(path))
@@ -49,7 +63,9 @@ def validated(model: type[Model], content: dict[str, Any], where: str) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        faults = [_fault(fault, model) for fault in error.errors()]
+        faults = [_fault(fault, model) for fault in error.errors()[:_SHOWN]]
+        if error.error_count() > _SHOWN:
+            faults.append(f"and {error.error_count() - _SHOWN} more")
         raise InputError(f"{where}: " + "; ".join(faults)) from None
 
 
@@ -63,7 +79,8 @@ def _fault(fault: Any, model: type[BaseModel]) -> str:
     if fault["type"] == "missing":
         return f"the key '{keys}' is missing; add it"
     message = str(fault["msg"]).removeprefix("Value error, ")
-    got = f" (got {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
+    given = repr(fault["input"])
+    got = f" (got {given if len(given) < 200 else given[:197] + '...'})" if not isinstance(fault["input"], dict) else ""
     return f"{keys}: {message}{got}" if keys else message
 
 
@@ -81,13 +98,36 @@ def _owner(model: type[BaseModel], keys: tuple[Any, ...]) -> type[BaseModel]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, which YAML 1.1 takes for text, and refuses a key that is given twice."""
+    """Reads 1e-3 as a number, which YAML 1.1 takes for text, and refuses a key that is given twice.
+
+    Aliases are refused too: a few lines of them stand for more values than any memory holds; and deep nesting.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"the alias '*{event.anchor}' is not allowed; write the value itself", event.start_mark
+            )
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:  # PyYAML takes time by the square of the depth, and Python's stack
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is given twice", node.start_mark)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' is given twice", node.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 
 

@@ -71,16 +71,19 @@ def write_comparison(rows: Sequence[Row], folder: Path) -> list[Path]:
     return paths
 
 
-def comparison_figure(rows: Sequence[Row]) -> Figure:
+def comparison_figure(
+    rows: Sequence[Row], *, colours: Mapping[str, str] | None = None, counted: str = "one image"
+) -> Figure:
     """Draw networks: with scores Dice over operations, a panel for each data set; without them operations alone.
 
-    Raises InputError when no network has operations to draw.
+    `colours` by name replace those that tell presets from peers; `counted` is what the operations are of. Raises
+    InputError when no network has operations to draw.
     """
     drawn = [row for row in rows if not row.refused]
     if not drawn:
         raise InputError("no network to draw: all refuse this size")
     data = list(dict.fromkeys(dice.data for row in drawn for dice in row.dice))
-    return _bubbles(drawn, data) if data else _points(drawn)
+    return _bubbles(drawn, data, colours, counted) if data else _points(drawn)
 
 
 def _diameter(parameters: int, most: int) -> float:
@@ -127,7 +130,7 @@ def _points(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _bubbles(rows: Sequence[Row], data: Sequence[str]) -> Figure:
+def _bubbles(rows: Sequence[Row], data: Sequence[str], colours: Mapping[str, str] | None, counted: str) -> Figure:
     """Dice over operations for every data set, the interval as a line."""
     figure = new_figure(9.6, 5.6 * len(data))
     panels = figure.subplots(len(data), 1, squeeze=False)[:, 0]
@@ -138,16 +141,17 @@ def _bubbles(rows: Sequence[Row], data: Sequence[str]) -> Figure:
         bounds = [value for _, dice in scored for value in (dice.value, dice.low, dice.high) if value is not None]
         spread = max(max(bounds) - min(bounds), 0.02)
         axes.set_ylim(min(bounds) - 0.25 * spread, min(1.0, max(bounds)) + 0.25 * spread)
-        _operations_axis(axes, [row.multiply_adds / 1e9 for row, _ in scored], room_right=2.0)
+        _operations_axis(axes, [row.multiply_adds / 1e9 for row, _ in scored], room_right=2.0, counted=counted)
         for row, dice in scored:
-            x, size, colour = row.multiply_adds / 1e9, _diameter(row.parameters, most), _colour(row.name)
+            x, size = row.multiply_adds / 1e9, _diameter(row.parameters, most)
+            colour = _colour(row.name) if colours is None else colours[row.name]
             if dice.low is not None and dice.high is not None:
                 axes.plot([x, x], [dice.low, dice.high], "-", color=colour, linewidth=1.0, alpha=0.5)
             axes.plot([x], [dice.value], "o", ms=size, mfc=colour, mec=colour, alpha=0.35, mew=0)
             axes.plot([x], [dice.value], "o", ms=3, color=colour)
         axes.set_title(plain(name), loc="left", fontsize=10.5, fontweight="bold", color=INK)
         axes.set_ylabel("mean Dice of the test cases, 95% interval")
-    _legend(figure, rows, most)
+    _legend(figure, rows, most, origins=colours is None)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels are placed in points from here on
     for axes, name in zip(panels, data, strict=True):
@@ -155,13 +159,13 @@ def _bubbles(rows: Sequence[Row], data: Sequence[str]) -> Figure:
     return figure
 
 
-def _operations_axis(axes: Axes, values: Sequence[float], *, room_right: float) -> None:
+def _operations_axis(axes: Axes, values: Sequence[float], *, room_right: float, counted: str = "one image") -> None:
     axes.set_xscale("log")
     axes.set_xlim(min(values) / 2.2, max(values) * room_right)
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("multiply-adds of one image, 1e9, the scan included (logarithmic)")
+    axes.set_xlabel(f"multiply-adds of {counted}, 1e9, the scan included (logarithmic)")
     axes.set_axisbelow(True)
     axes.grid(color=GRID, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -171,14 +175,14 @@ def _operations_axis(axes: Axes, values: Sequence[float], *, room_right: float) 
     axes.yaxis.label.set(color=MUTED, fontsize=9)
 
 
-def _legend(figure: Figure, rows: Sequence[Row], most: int) -> None:
-    """One line below the panels: what the colours and the areas mean."""
+def _legend(figure: Figure, rows: Sequence[Row], most: int, *, origins: bool = True) -> None:
+    """One line below the panels: what the areas and, with `origins`, the colours mean."""
     handles = [Line2D([], [], linestyle="", label="area: parameters")]
     for number in _round_numbers(most):
         look = {"ms": _diameter(number, most), "mfc": "none", "mec": MUTED}
         handles.append(Line2D([], [], marker="o", linestyle="", label=_millions(number), **look))  # type: ignore[arg-type]
     for own, text in ((True, "LightM's presets"), (False, "peers")):
-        if any((row.name in PRESETS) == own for row in rows):
+        if origins and any((row.name in PRESETS) == own for row in rows):
             colour = BLUE if own else VERMILION
             handles.append(Line2D([], [], marker="o", linestyle="", color=colour, alpha=0.6, label=text))
     figure.legend(

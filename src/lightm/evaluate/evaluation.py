@@ -149,19 +149,19 @@ def summarize(
     `bootstrap` is the number of resamples; 0 leaves the intervals out. Equal seeds give equal intervals.
     """
     cases = list(dict.fromkeys(row.case for row in rows))
-    weights = _bootstrap_weights(len(cases), bootstrap, seed)
+    weights = bootstrap_weights(len(cases), bootstrap, seed)
     at = {(row.case, row.class_name): row for row in rows}
     statistics: dict[str, list[Statistic]] = {}
     overall: dict[str, Statistic] = {}
     for metric in METRICS:
         table = np.array(
-            [[_number(getattr(at[case, name], metric)) for name in labels] for case in cases],
+            [[as_number(getattr(at[case, name], metric)) for name in labels] for case in cases],
             dtype=np.float64,
         ).reshape(len(cases), len(labels))
-        draws = _resampled_means(table, weights)
-        statistics[metric] = [_statistic(table[:, k], draws[:, k]) for k in range(len(labels))]
-        means = np.array([_number(s.mean) for s in statistics[metric]])
-        overall[metric] = _statistic(means, _row_means(draws), several=len(cases) > 1)
+        draws = resampled_means(table, weights)
+        statistics[metric] = [statistic_of(table[:, k], draws[:, k]) for k in range(len(labels))]
+        means = np.array([as_number(s.mean) for s in statistics[metric]])
+        overall[metric] = statistic_of(means, row_means(draws), several=len(cases) > 1)
     classes = [
         ClassSummary(
             class_name=name,
@@ -221,11 +221,11 @@ def format_statistic(statistic: Statistic, digits: int = 3) -> str:
     return f"{text} [{statistic.low:.{digits}f}, {statistic.high:.{digits}f}]"
 
 
-def _number(value: float | None) -> float:
+def as_number(value: float | None) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _bootstrap_weights(cases: int, draws: int, seed: int) -> NDArray[np.float64]:
+def bootstrap_weights(cases: int, draws: int, seed: int) -> NDArray[np.float64]:
     """Return (draws, cases): how often each case occurs in each resample."""
     if not cases or not draws:
         return np.zeros((0, cases))
@@ -235,7 +235,7 @@ def _bootstrap_weights(cases: int, draws: int, seed: int) -> NDArray[np.float64]
     return weights
 
 
-def _resampled_means(table: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def resampled_means(table: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return (draws, columns): each column's mean over the defined values of each resample, or NaN."""
     defined = np.isfinite(table)
     total = weights @ np.where(defined, table, 0.0)
@@ -243,14 +243,14 @@ def _resampled_means(table: NDArray[np.float64], weights: NDArray[np.float64]) -
     return np.where(count > 0, total / np.maximum(count, 1.0), np.nan)
 
 
-def _row_means(table: NDArray[np.float64]) -> NDArray[np.float64]:
+def row_means(table: NDArray[np.float64]) -> NDArray[np.float64]:
     defined = np.isfinite(table)
     count = defined.sum(axis=1)
     total = np.where(defined, table, 0.0).sum(axis=1)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _statistic(values: NDArray[np.float64], draws: NDArray[np.float64], *, several: bool | None = None) -> Statistic:
+def statistic_of(values: NDArray[np.float64], draws: NDArray[np.float64], *, several: bool | None = None) -> Statistic:
     values = values[np.isfinite(values)]
     draws = draws[np.isfinite(draws)]
     if several is None:

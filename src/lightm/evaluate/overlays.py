@@ -36,9 +36,10 @@ def best_slice(label: NDArray[Any], pred: NDArray[Any], values: Sequence[int], a
     as the organ around it. The middle slice when there is no foreground at all.
     """
     others = tuple(i for i in range(label.ndim) if i != axis)
+    arrays = (label,) if pred is label else (label, pred)
     score = np.zeros(label.shape[axis])
     for value in values:
-        area = ((label == value).sum(axis=others) + (pred == value).sum(axis=others)).astype(np.float64)
+        area = sum(np.count_nonzero(array == value, axis=others) for array in arrays) * 1.0
         if area.max() > 0:
             score += area / area.max()
     return int(score.argmax()) if score.max() > 0 else label.shape[axis] // 2
@@ -107,6 +108,44 @@ def overlay(
     return figure
 
 
+def overlay_prediction(
+    slices: Sequence[tuple[str, NDArray[Any], NDArray[Any], tuple[float, float]]],
+    classes: dict[str, int],
+    *,
+    window: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw a prediction that has no label to compare it with: each slice whole above, cut to its structures below.
+
+    slices: (title, image, pred, spacing_mm) with arrays (rows, columns). Titles that start with the name of a plane of
+    PLANES are slices across its axis of a closest-RAS volume: they are turned upright and get the plane's letters;
+    others are drawn as stored. classes, window: as in `overlay`. Memory: that of the slices, in float64.
+    """
+    values = list(classes.values())
+    figure = new_figure(3.2 * max(2, len(slices)), 6.9)
+    grid = figure.subplots(2, len(slices), squeeze=False)
+    for column, (title, image, pred, spacing) in enumerate(slices):
+        letters = next((plane[2] for plane in PLANES if title.startswith(plane[0])), None)
+        if letters is not None:
+            image, pred = image[::-1, ::-1], pred[::-1, ::-1]
+        close = _view(image, pred, pred, values, spacing, flip=False)
+        for axes, view, heading in (
+            (grid[0, column], _View(image, pred, pred, spacing), title),
+            (grid[1, column], close, "close-up" if np.isin(pred, values).any() else "nothing found here"),
+        ):
+            _show(axes, view, window, heading)
+            _contours(axes, view, values, (("prediction", "-"),))
+            if letters is not None:
+                _letters(axes, letters)
+    figure.legend(
+        handles=[Patch(facecolor=class_colour(i), label=plain(name)) for i, name in enumerate(classes)],
+        loc="outside lower center",
+        ncols=min(len(classes), 6),
+        frameon=False,
+        fontsize=8,
+    )
+    return figure
+
+
 class _View:
     """One slice as it is drawn: arrays with row 0 on top, and the size of a pixel."""
 
@@ -163,19 +202,22 @@ def _show(axes: Axes, view: _View, window: tuple[float, float] | None, title: st
     axes.set_axis_off()
 
 
-def _contours(axes: Axes, view: _View, values: Sequence[int]) -> None:
+_BOTH: tuple[tuple[str, Any], ...] = (("label", "-"), ("prediction", (0, (2, 1.2))))
+
+
+def _contours(axes: Axes, view: _View, values: Sequence[int], kinds: Sequence[tuple[str, Any]] = _BOTH) -> None:
+    width = 1.7
     for i, value in enumerate(values):
-        for array, style, width, kind in (
-            (view.label, "-", 1.7, "label"),
-            (view.pred, (0, (2, 1.2)), 1.7, "prediction"),
-        ):
+        for kind, style in kinds:
+            array = view.label if kind == "label" else view.pred
             # A frame of background closes the contours of what touches the edge of the slice.
             paths = find_contours(np.pad(array == value, 1).astype(np.float64), 0.5)
             lines = [
                 np.stack([(p[:, 1] - 0.5) * view.spacing[1], (p[:, 0] - 0.5) * view.spacing[0]], axis=1) for p in paths
             ]
             if lines:
-                colour = class_colour(i) if kind == "label" else _lighter(class_colour(i))
+                # Beside a label the prediction is lighter, alone it has the full colour.
+                colour = class_colour(i) if kind == kinds[0][0] else _lighter(class_colour(i))
                 axes.add_collection(
                     LineCollection(
                         lines,

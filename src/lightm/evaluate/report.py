@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from lightm.errors import LightMError
 from lightm.evaluate.evaluation import METRICS, Evaluation, Statistic
-from lightm.evaluate.figures import case_strip, curves, to_png
+from lightm.evaluate.figures import case_strip, curves
+from lightm.evaluate.html import duration, embed, number, render
 from lightm.evaluate.metrics import STATUSES
 from lightm.evaluate.overlays import overlay
 from lightm.evaluate.run_folder import CaseImages, RunFolder, case_loader, read_run
@@ -40,10 +37,10 @@ def write_report(run_dir: Path, *, out: Path | None = None, progress: Progress |
     figures: dict[str, str] = {}
     if run.history:
         steps.next("curves")
-        figures["curves"] = _embed(curves(run.history))
+        figures["curves"] = embed(curves(run.history))
     if run.evaluation is not None:
         steps.next("per-case plot")
-        figures["strip"] = _embed(case_strip(run.evaluation))
+        figures["strip"] = embed(case_strip(run.evaluation))
     shown, problem = _cases(run, steps)
     html = _render(
         run=run,
@@ -121,28 +118,24 @@ def _draw(images: CaseImages, run: RunFolder, steps: _Steps, what: str) -> dict[
     classes = run.evaluation.labels if run.evaluation is not None else {}
     steps.next(f"{what}, slices")
     drawn = {
-        "overlay": _embed(
+        "overlay": embed(
             overlay(images.image, images.label, images.pred, images.spacing_mm, classes, window=run.window)
         )
     }
     steps.next(f"{what}, surfaces")
     if images.label.ndim == 3:
-        drawn["surface"] = _embed(surface_figure(images.label, images.pred, images.spacing_mm, classes))
+        drawn["surface"] = embed(surface_figure(images.label, images.pred, images.spacing_mm, classes))
     return drawn
 
 
-def _embed(figure: Figure) -> str:
-    return "data:image/png;base64," + base64.b64encode(to_png(figure)).decode("ascii")
-
-
 def _render(**values: Any) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=_number, seconds=_duration, statistic=_statistic)
-    source = resources.files("lightm.evaluate").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
-        metrics=METRICS, digits=_DIGITS, statuses=STATUSES, headings=_headings(values["evaluation"]), **values
+    return render(
+        "report.html.j2",
+        metrics=METRICS,
+        digits=_DIGITS,
+        statuses=STATUSES,
+        headings=_headings(values["evaluation"]),
+        **values,
     )
 
 
@@ -173,7 +166,7 @@ def _key_numbers(run: RunFolder) -> list[dict[str, str]]:
             cards.append(
                 {
                     "title": title,
-                    "value": _number(statistic.mean, _DIGITS[metric]),
+                    "value": number(statistic.mean, _DIGITS[metric]),
                     "note": interval or "no interval: fewer than two cases",
                     "small": f"{'95% interval; ' if interval else ''}{over}; {better}",
                 }
@@ -192,7 +185,7 @@ def _key_numbers(run: RunFolder) -> list[dict[str, str]]:
         cards.append(
             {
                 "title": "Training time",
-                "value": _duration(run.record["train_seconds"]),
+                "value": duration(run.record["train_seconds"]),
                 "note": f"{epochs} epochs" if epochs else "",
                 "small": str(run.record.get("backend", "")),
             }
@@ -276,27 +269,3 @@ def _join(value: Any, separator: str = ", ") -> str:
     if isinstance(value, (list, tuple)):
         return separator.join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
     return "" if value is None else str(value)
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _statistic(statistic: Statistic, digits: int = 3) -> dict[str, str]:
-    interval = ""
-    if statistic.low is not None and statistic.high is not None:
-        interval = f"{statistic.low:.{digits}f} – {statistic.high:.{digits}f}"
-    return {
-        "mean": _number(statistic.mean, digits),
-        "interval": interval,
-        "median": _number(statistic.median, digits),
-        "sd": _number(statistic.sd, digits),
-        "n": str(statistic.n),
-    }
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"

@@ -1,8 +1,8 @@
-"""Label and prediction of one 3D case as surfaces, side by side."""
+"""Label and predictions of one 3D case as surfaces, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,23 +23,37 @@ _LIGHT = np.array([-0.35, -0.75, 0.56])  # from the reader's upper left; unit le
 def surface_figure(
     label: NDArray[Any], pred: NDArray[Any], spacing_mm: Sequence[float], classes: dict[str, int]
 ) -> Figure:
-    """Draw label and prediction as shaded surfaces from the same viewpoint, to scale in millimetres.
+    """Draw label and prediction of one case, as `surfaces_figure` does."""
+    return surfaces_figure({"label": label, "prediction": pred}, spacing_mm, classes)
 
-    Arrays are (Z, Y, X) in closest-RAS orientation; the view is from the front, the patient's right on the
-    left. Masks are averaged down to a coarse grid first and cut where the volume stays the same, so that thin
-    structures survive; the picture shows shape, not detail. A class that others lie inside is drawn
-    translucent.
+
+def surfaces_figure(
+    masks: Mapping[str, NDArray[Any]],
+    spacing_mm: Sequence[float],
+    classes: dict[str, int],
+    *,
+    columns: int = 2,
+    max_voxels: int = _MAX_VOXELS,
+) -> Figure:
+    """Draw the label (the first) and predictions as shaded surfaces from the same viewpoint, to scale in millimetres.
+
+    Arrays are (Z, Y, X) of one shape in closest-RAS orientation; the view is from the front, the patient's right on
+    the left. Masks are averaged down to a coarse grid of at most `max_voxels` along an axis first and cut where the
+    volume stays the same, so that thin structures survive; the picture shows shape, not detail. A class that others
+    lie inside is drawn translucent.
     """
     values = list(classes.values())
-    box = _box(np.isin(label, values) | np.isin(pred, values))
-    label, pred = label[box], pred[box]
+    box = _box(np.logical_or.reduce([np.isin(array, values) for array in masks.values()]))
+    masks = {title: array[box] for title, array in masks.items()}
+    label = next(iter(masks.values()))
     extent = np.array([n * s for n, s in zip(label.shape, spacing_mm, strict=True)])
-    step = float(extent.max()) / _MAX_VOXELS
+    step = float(extent.max()) / max_voxels
     factors = tuple(max(1, round(step / s)) for s in spacing_mm)
     alphas = _alphas(label, values)
-    figure = new_figure(9.6, 4.6)
-    for position, (title, array) in enumerate((("label", label), ("prediction", pred))):
-        axes: Any = figure.add_subplot(1, 2, position + 1, projection="3d")
+    rows = -(-len(masks) // columns)
+    figure = new_figure(9.6, 0.4 + rows * 8.4 / columns)
+    for position, (title, array) in enumerate(masks.items()):
+        axes: Any = figure.add_subplot(rows, columns, position + 1, projection="3d")
         triangles, colours = [], []
         for index, value in enumerate(values):
             mesh = mesh_mm(array == value, spacing_mm, factors)
@@ -58,7 +72,7 @@ def surface_figure(
         axes.set_box_aspect((width, depth, height), zoom=1.3)
         axes.view_init(elev=18, azim=-68)
         axes.set_axis_off()
-        axes.set_title(title, fontsize=11, fontweight="bold")
+        axes.set_title(title, fontsize=11 if columns == 2 else 8.5, fontweight="bold")
     size = " x ".join(f"{v:.0f}" for v in extent[::-1])
     figure.legend(
         handles=[Patch(facecolor=class_colour(i), label=plain(name)) for i, name in enumerate(list(classes)[:7])],

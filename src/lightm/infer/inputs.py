@@ -1,21 +1,24 @@
-"""Which cases there are to predict: from a file, a folder of images or a dataset, by names alone."""
+"""Which cases there are to predict: from files, folders of images, datasets and lists, by names alone."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
 from lightm.data import dicom
 from lightm.data.cases import Case
 from lightm.data.io import SUFFIXES, file_suffix
 from lightm.errors import InputError, did_you_mean
+from lightm.infer.lists import Entry, is_list, read_list
 
 _CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 _DATASET_FOLDERS = ("imagesTs", "imagesTr", "images")
 
 
-def find_cases(inputs: Path, channels: Sequence[str], *, cases: Iterable[str] | None = None) -> list[Case]:
+def find_cases(
+    inputs: Path | Sequence[Path], channels: Sequence[str], *, cases: Iterable[str] | None = None
+) -> list[Case]:
     """Return the cases in `inputs`, sorted by id, each with one file per channel; reads no voxel.
 
     inputs: an image file; a folder of CASE_0000.EXT, CASE_0001.EXT, ... (with one channel CASE.EXT will do);
@@ -23,31 +26,85 @@ def find_cases(inputs: Path, channels: Sequence[str], *, cases: Iterable[str] | 
     `cases`, the named cases from any of them. DICOM: a file, `folder::SeriesInstanceUID`, a folder of DICOM files, or
     a folder whose subfolders, at any depth, hold them (NIfTI and PNG files directly in it come first): every series is
     a case, named by its folder, and by its UID too where the folder holds several; with several channels the
-    folders are named CASE_0000, CASE_0001, ... and hold one series each.
+    folders are named CASE_0000, CASE_0001, ... and hold one series each. A list of cases, .txt or .csv (see
+    `lightm.infer.lists`), whose lines with one path hold any of the former. Several of all these together.
 
-    Raises InputError, naming file and case, for a path that does not exist, no image, a missing or surplus
-    channel, a case that is there twice, a name without channel number, or a case that is not there.
+    Raises InputError, naming file (of a list, the line) and case, for a path that does not exist, no image, a missing
+    or surplus channel, a case that is there twice, a name without channel number, or a case that is not there.
     """
-    inputs = Path(inputs)
+    several = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+    if not several:
+        raise InputError("no input; give an image, a folder of images, a dataset or a list")
     if cases is not None:
         cases = {cases} if isinstance(cases, str) else set(cases)
+    found: dict[str, tuple[str, Case]] = {}
+    for path in map(Path, several):
+        for where, case in _listed(path, channels, cases) if is_list(path) else _given(path, channels, cases):
+            if case.id in found:
+                raise InputError(
+                    f"{where}: case '{case.id}' is there twice, also from {found[case.id][0]}; take one out, or name "
+                    "them apart in a CSV list with the columns case,channel0"
+                )
+            found[case.id] = (where, case)
+    by_id = {name: found[name][1] for name in sorted(found)}
+    if cases is None:
+        return list(by_id.values())
+    for name in sorted(cases):
+        if name not in by_id:
+            where = ", ".join(map(str, several))
+            raise InputError(f"{where}: no case '{name}' among {len(by_id)} cases{did_you_mean(name, by_id)}")
+    return [by_id[name] for name in sorted(cases)]
+
+
+def _given(inputs: Path, channels: Sequence[str], cases: Set[str] | None) -> Iterator[tuple[str, Case]]:
+    """Yield the cases of one input that is no list, and where they are from."""
     if dicom.SEPARATOR in inputs.name or (inputs.is_file() and file_suffix(inputs) is None):
         if not dicom.is_dicom(inputs):
-            raise InputError(f"{inputs}: not a format that can be read; expected {', '.join(SUFFIXES)}, or DICOM")
+            raise InputError(
+                f"{inputs}: not a format that can be read; expected {', '.join(SUFFIXES)}, DICOM, or a list of paths "
+                "(.txt, .csv)"
+            )
         found = _dicom_single(inputs, channels)
     elif inputs.is_file():
         found = _single(inputs, channels)
     elif inputs.is_dir():
         found = _from_folders(inputs, _image_folders(inputs, named=cases is not None), channels, cases)
     else:
-        raise InputError(f"{inputs}: no such file or folder; give an image, a folder of images or a dataset")
-    if cases is None:
-        return found
-    by_id = {case.id: case for case in found}
-    for name in sorted(cases):
-        if name not in by_id:
-            raise InputError(f"{inputs}: no case '{name}' among {len(by_id)} cases{did_you_mean(name, by_id)}")
-    return [by_id[name] for name in sorted(cases)]
+        raise InputError(f"{inputs}: no such file or folder; give an image, a folder of images, a dataset or a list")
+    for case in found:
+        yield str(inputs), case
+
+
+def _listed(path: Path, channels: Sequence[str], cases: Set[str] | None) -> Iterator[tuple[str, Case]]:
+    for entry in read_list(path):
+        try:
+            yield from ((entry.where, case) for case in _entry_cases(entry, channels, cases))
+        except InputError as error:
+            raise InputError(f"{entry.where}: {error}") from None
+
+
+def _entry_cases(entry: Entry, channels: Sequence[str], cases: Set[str] | None) -> list[Case]:
+    first = entry.paths[0]
+    for file in entry.paths:
+        if is_list(file):
+            raise InputError(f"{file}: a list in a list; name its images here")
+        if not file.exists() and not dicom.is_dicom(file):
+            comma = "; channels are separated by tabs" if "," in str(file) and len(entry.paths) == 1 else ""
+            raise InputError(f"{file}: no such file or folder{comma}")
+    if len(entry.paths) > 1 or entry.case is not None:
+        if len(entry.paths) != len(channels):
+            raise InputError(
+                f"{len(entry.paths)} file(s), but the model takes {len(channels)} ({', '.join(channels)}), "
+                "in that order"
+            )
+        for file in entry.paths:
+            if file_suffix(file) is None and not dicom.is_dicom(file):
+                raise InputError(f"{file}: not a format that can be read; expected {', '.join(SUFFIXES)}, or DICOM")
+        if entry.case is not None:
+            return [Case(entry.case, entry.paths)]
+        stem = _split(first)[0] if file_suffix(first) else first.name.replace(dicom.SEPARATOR, "_")
+        return [Case(stem.removesuffix("_0000"), entry.paths)]
+    return [case for _, case in _given(first, channels, cases)]
 
 
 def _image_folders(inputs: Path, *, named: bool) -> list[Path]:

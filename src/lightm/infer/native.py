@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Upsampled logits held at once, in values: 64 MB of float32.
-_VALUES_AT_ONCE = 16_000_000
+# Upsampled logits held at once, in values: 8 MB of float32.
+_VALUES_AT_ONCE = 2_000_000
+
+LogitSink = Callable[[Tensor], None]
 
 
-def class_indices(slabs: Iterable[Tensor], grid_shape: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+def class_indices(
+    slabs: Iterable[Tensor],
+    grid_shape: Sequence[int],
+    shape: Sequence[int],
+    *,
+    values: Sequence[int] | None = None,
+    out: np.ndarray | None = None,
+    sink: LogitSink | None = None,
+) -> np.ndarray:
     """Return the class of largest logit (*shape) uint8, logits interpolated linearly from `grid_shape` to `shape`.
 
     slabs: logits (K, depth, *rest), which joined along axis 1 have `grid_shape`; at most 256 classes. Both grids cover
@@ -21,29 +31,37 @@ def class_indices(slabs: Iterable[Tensor], grid_shape: Sequence[int], shape: Seq
     stay constant. Equal shapes are not interpolated. Between two classes this puts the border where their
     logits meet, finer than the voxels of the network's grid.
 
-    Memory: the result, one slab, and at most 64 MB (or one slice of all classes) of upsampled logits.
+    values: the number written for each class, 0, 1, 2, ... by default. out: where to write, of `shape`, such as a view
+    of a map in another orientation. sink: given the logits (K, n, *rest) of the next n slices of `shape`, in order.
+    The pieces that are computed together depend on the shapes alone, not on the slabs.
+
+    Memory: the result unless `out`, and a few times 8 MB or one slice of all classes.
     """
     grid_shape, shape = tuple(grid_shape), tuple(shape)
-    result = np.empty(shape, dtype=np.uint8)
+    result = np.empty(shape, dtype=np.uint8) if out is None else out
+    written = None if values is None else np.asarray(values, result.dtype)
     low, high, share = _neighbours(grid_shape[0], shape[0])
     held: Tensor | None = None  # the slices of the network's grid that are still needed, from `first` on
     first = done = 0
     for slab in slabs:
-        held = slab if held is None else torch.cat([held, slab], dim=1)
-        end = first + held.shape[1]
-        ready = int(np.searchsorted(high, end, side="left"))
+        held = slab if held is None or not held.shape[1] else torch.cat([held, slab], dim=1)
         step = max(1, _VALUES_AT_ONCE // (held.shape[0] * int(np.prod(shape[1:]))))
-        for start in range(done, ready, step):
-            stop = min(start + step, ready)
-            piece = slice(start, stop)
+        while done < shape[0]:
+            stop = min(done + step, shape[0])
+            if high[stop - 1] >= first + held.shape[1]:
+                break
+            piece = slice(done, stop)
             logits = _blend(held, low[piece] - first, high[piece] - first, share[piece])
             if grid_shape[1:] != shape[1:]:
                 mode = "bilinear" if len(shape) == 3 else "linear"
                 logits = functional.interpolate(logits, shape[1:], mode=mode, align_corners=False)
             # Twenty times as fast as argmax here, which gives the same: the first of the largest.
-            result[piece] = logits.max(0).indices.to(torch.uint8).numpy()
-        done = ready
-        kept = min(int(low[done]), end) if done < len(low) else end
+            indices = logits.max(0).indices.to(torch.uint8).numpy()
+            result[piece] = indices if written is None else written[indices]
+            if sink is not None:
+                sink(logits)
+            done = stop
+        kept = min(int(low[done]), first + held.shape[1]) if done < len(low) else first + held.shape[1]
         held = held[:, kept - first :]
         first = kept
     return result

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from lightm import __version__
 from lightm.errors import InputError, LightMError
 from lightm.files import disk_refusals, sync_folder, write_text
-from lightm.nets.presets import create
+from lightm.json_file import read_json
+from lightm.nets.described import create_described, tensor_shapes
 from lightm.nets.zipped import extracted, is_zip_path, write_zip
 
 SCHEMA_VERSION = 1
@@ -117,12 +118,15 @@ def pack_model(model: Path | str, out: Path | str, *, overwrite: bool = False) -
     return out
 
 
-def set_postprocess(folder: Path, rules: Sequence[Sequence[int]]) -> None:
-    """Keep with a model which label values' stray components its predictions lose, see `lightm.infer.postprocess`."""
+def set_postprocess(folder: Path, record: Mapping[str, Any]) -> None:
+    """Keep the clean-up of its predictions with a model: `Postprocess` of `lightm.infer.postprocess` as plain values.
+
+    Raises InputError for a folder without a model and for a single-file model, LightMError when the disk refuses.
+    """
     if is_zip_path(folder) and Path(folder).is_file():
         raise InputError(f"{folder}: a single-file model is not changed; set the clean-up in its folder and pack it")
     info = _read_description(Path(folder))
-    info["postprocess"] = {"keep_largest": [list(rule) for rule in rules]}
+    info["postprocess"] = dict(record)
     write_text(Path(folder) / "model.json", json.dumps(info, indent=1) + "\n")
 
 
@@ -130,8 +134,9 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Read a model folder or single-file model: the network in evaluation mode on the CPU, and its `model.json`.
 
     Raises InputError, naming the file, for a missing, damaged or foreign folder, a newer schema, weights whose
-    checksum differs, or weights of another network, and a zip that holds anything but a model's three files or looks
-    like a bomb. Executes nothing from the folder. Cost for a zip: its weights once more in the temporary folder.
+    checksum differs, that hold NaN or belong to another network (whose memory is not asked for), and a zip that holds
+    anything but a model's three files or looks like a bomb. Executes nothing from the folder. Cost for a zip: its
+    weights once more in the temporary folder.
     """
     folder = Path(folder)
     if is_zip_path(folder) and folder.is_file():
@@ -147,37 +152,27 @@ def _load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise InputError(f"{weights}: the weights are missing; a model folder holds model.safetensors")
     if _sha256(weights) != info["weights_sha256"]:
         raise InputError(f"{weights}: its checksum differs from that in model.json; the file is damaged or exchanged")
+    network = create_described(info["network"], tensor_shapes(weights), folder / "model.json", weights)
     try:
         state = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{weights}: not a readable safetensors file ({error})") from error
-    described = dict(info["network"])
-    options = described.pop("options", {})
-    with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's generator is left alone
-        try:
-            network = create(**described, **options)
-        except TypeError as error:
-            raise InputError(f"{folder / 'model.json'}: its 'network' is not complete ({error})") from error
-    expected = network.state_dict()
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    shapes = [n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape]
-    if missing or unknown or shapes:
-        raise InputError(
-            f"{weights}: weights of another network than '{described.get('name')}': {len(missing)} missing "
-            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(shapes)} of another shape {shapes[:3]}"
-        )
+    _check_values(state, weights)
     network.load_state_dict(state)
     return network.eval(), info
+
+
+def _check_values(state: dict[str, Tensor], weights: Path) -> None:
+    for name, tensor in state.items():
+        if tensor.is_complex() or (tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())):
+            raise InputError(f"{weights}: '{name}' holds values that are NaN, infinite or complex; train it again")
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / "model.json"
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder, model.json is missing; give the folder `model` of a run")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    info = read_json(path)
     if not isinstance(info, dict) or not isinstance(info.get("schema_version"), int):
         raise InputError(f"{path}: not a LightM model description, its schema_version is missing")
     if info["schema_version"] > SCHEMA_VERSION:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lightm.errors import InputError
 from lightm.files import write_text
+from lightm.json_file import read_json
 
 
 class Split(BaseModel):
@@ -72,19 +73,15 @@ def make_split(case_ids: Sequence[str], *, seed: int = 0, folds: int | None = No
 def load_split(path: Path, case_ids: Sequence[str]) -> Split:
     """Read a split and check it against the data set's cases; InputError, naming the file, when they disagree."""
     try:
-        split = Split.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"{path}: the split cannot be read ({error.strerror})") from error
+        split = Split.model_validate(read_json(Path(path)))
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{path}: not a split: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
     named = [*split.train, *split.val, *split.test]
     unknown = sorted(set(named) - set(case_ids))
     if unknown:
         raise InputError(f"{path}: names cases that the data set has not: {', '.join(unknown[:5])}")
-    twice = sorted({case for case in named if named.count(case) > 1})
+    twice = sorted(case for case, count in Counter(named).items() if count > 1)
     if twice:
         raise InputError(f"{path}: names cases more than once: {', '.join(twice[:5])}")
     if not split.train or not split.val:
