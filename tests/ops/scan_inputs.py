@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from compare import Inputs
+from comparing import Inputs
 from torch import Tensor
 
 from lightm.ops import selective_scan

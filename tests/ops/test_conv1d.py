@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import check_against_oracle
+from comparing import check_against_oracle
 from torch import Tensor
 from torch.nn import functional
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import relative
+from comparing import relative
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

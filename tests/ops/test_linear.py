@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import Inputs, check_against_oracle, relative, run
+from comparing import Inputs, check_against_oracle, relative, run
 from torch import Tensor
 from torch.nn import functional
 

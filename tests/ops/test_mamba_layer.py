@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import relative
+from comparing import relative
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import check_against_oracle
+from comparing import check_against_oracle
 from torch import Tensor
 
 from lightm.ops import avg_pool2, max_pool2, upsample_linear2

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from compare import Inputs, assert_close, check_against_oracle, run
+from comparing import Inputs, assert_close, check_against_oracle, run
 from scan_inputs import make_inputs, scan
 from torch import Tensor
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from compare import check_against_oracle, run
+from comparing import check_against_oracle, run
 from scan_inputs import make_inputs, scan
 
 from lightm.ops.scan import cpu

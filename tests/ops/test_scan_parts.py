@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from compare import assert_close, relative, run
+from comparing import assert_close, relative, run
 from scan_inputs import make_inputs, scan
 
 from lightm.ops.scan import cpu

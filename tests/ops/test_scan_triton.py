@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import Inputs, assert_close, check_against_oracle, relative, run
+from comparing import Inputs, assert_close, check_against_oracle, relative, run
 from scan_inputs import make_inputs, scan
 from torch import Tensor
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from compare import Inputs, assert_close, check_against_oracle, run
+from comparing import Inputs, assert_close, check_against_oracle, run
 from ssd_inputs import F64, FAST, make_inputs, scan, single
 from torch import Tensor
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import check_against_oracle, run
+from comparing import check_against_oracle, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssd_inputs import F64, FAST, make_inputs, scan, single

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import Inputs, assert_close, relative, run
+from comparing import Inputs, assert_close, relative, run
 from torch import Tensor
 from torch.nn import functional
 

@@ -70,7 +70,7 @@ SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import test_scan_cpu as scans
-from compare import check_against_oracle
+from comparing import check_against_oracle
 from lightm.ops import depthwise_conv
 from lightm.ops.jit import LANES
 assert LANES == 8, LANES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import warnings
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightm.data.limits import opened
 from lightm.errors import InputError, did_you_mean
 
 SEPARATOR = "::"
@@ -40,9 +40,6 @@ _READABLE = "CT, MR, PET (single-frame or enhanced), CR or DX images"
 
 # A deflated file can unpack to a thousand times its size before anything in it can be checked.
 _DEFLATED = "1.2.840.10008.1.2.1.99"
-
-
-_LARGE = 1 << 16  # bytes of an attribute that is looked at twice
 
 
 class NoSeriesError(InputError):
@@ -134,22 +131,6 @@ def dicom_files(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         paths = sorted(Path(e.path) for e in entries if e.is_file() and not e.name.startswith("."))
     return [path for path in paths if is_dicom_file(path)]
-
-
-class _Capped(io.BufferedReader):
-    """A file that asks for no more memory than it has bytes left, whatever length an attribute claims."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > _LARGE:
-            here = self.tell()
-            size = max(0, min(size, self.seek(0, os.SEEK_END) - here))
-            self.seek(here)
-        return super().read(size)
-
-
-def opened(file: Path) -> io.BufferedReader:
-    """Open a DICOM file for reading; what is read is never more than the file holds."""
-    return _Capped(io.FileIO(file))
 
 
 def read_header(file: Path) -> Header:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightm.data.dicom_files import PROJECTIONS, Header, opened, pydicom_module, quietly, reason, text
-from lightm.data.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes
+from lightm.data.dicom_files import PROJECTIONS, Header, pydicom_module, quietly, reason, text
+from lightm.data.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes, opened
 from lightm.errors import InputError
 
 if TYPE_CHECKING:

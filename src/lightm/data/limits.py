@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from lightm.errors import InputError
 MAX_VOXELS = 2**31
 # Deflate cannot pack tighter than 1032 to 1, so a header that promises more is wrong.
 MAX_DEFLATE = 1032
+_LARGE = 1 << 16  # bytes of a read that is looked at twice
 # Voxels of a scan are between a cell's and a table's size, and lie within a kilometre of the scanner.
 MIN_STEP_MM, MAX_STEP_MM, MAX_ORIGIN_MM = 1e-5, 1e3, 1e6
 
@@ -59,6 +62,23 @@ def check_place(steps_mm: tuple[float, ...], affine: np.ndarray) -> None:
             f"its first voxel lies {away:.3g} mm away; at most {MAX_ORIGIN_MM:g} mm are read, save the file with its "
             "true origin"
         )
+
+
+class _Capped(io.BufferedReader):
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _LARGE:
+            here = self.tell()
+            size = max(0, min(size, self.seek(0, os.SEEK_END) - here))
+            self.seek(here)
+        return super().read(size)
+
+
+def opened(file: Path) -> io.BufferedReader:
+    """Open a file for a parser that asks for as many bytes as some length in it says: it gets what is there.
+
+    Python reserves the memory for a read before it looks at what the file has left.
+    """
+    return _Capped(io.FileIO(file))
 
 
 class MemoryGate:

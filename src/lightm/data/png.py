@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lightm.data.limits import MAX_DEFLATE
+from lightm.data.limits import MAX_DEFLATE, opened
 from lightm.data.volume import Volume
 from lightm.errors import InputError
 
@@ -43,7 +43,7 @@ _FAULTS = (
 def read(path: Path, kind: str) -> Volume:
     """Read one file as (Y, X); a label with a palette gives its indices. Raises InputError naming the file."""
     try:
-        with open(path, "rb") as stream, warnings.catch_warnings():
+        with opened(path) as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow remarks on sizes and transparency, which are checked here
             start = stream.read(29)
             if len(start) < 29 or start[:8] != _SIGNATURE or start[8:16] != b"\0\0\0\rIHDR":
