@@ -136,6 +136,7 @@ def test_nothing_is_written_for_an_experiment_that_cannot_run(tmp_path: Path, da
         "networks": {"small": {"network": "lightm-unet", "options": {"filters": 7}}},
         "recipes": {"tiny": {"recipe": "default", "settings": {"learning_rate": 1.0}}},
         "patch_size": [10, 10, 10],
+        "spacing_mm": [1.0, 2.0],
         "dataset": str(tmp_path / "nowhere"),
     }
     for key, value in wrong.items():

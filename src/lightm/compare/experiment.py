@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
 from lightm.data.yaml_model import load_yaml, save_yaml
 from lightm.errors import InputError, did_you_mean
@@ -97,6 +97,7 @@ class Experiment(BaseModel):
     jobs: int = Field(1, ge=1)
     patch_size: list[int] | None = None
     batch_size: int | None = Field(None, ge=1)
+    spacing_mm: list[PositiveFloat] | None = None
     plan: str | None = None
     split: str | None = None
     split_seed: int = Field(0, ge=0)

@@ -42,6 +42,7 @@ _COMMON = (
     "split_seed",
     "patch_size",
     "batch_size",
+    "spacing_mm",
     "nsd_tolerance_mm",
 )
 _SCORING_S = 30.0  # a guess at what a cell takes beyond its training, before one has been seen
@@ -178,7 +179,7 @@ def _plan_and_split(out: Path, given: Experiment, data: Dataset, progress: Progr
         plan = choose_plan(data, None if given.plan is None else Path(given.plan), progress)
     config = _config(given, data, plan)
     if not (out / "plan.yaml").is_file():
-        plan = with_sizes(plan, config, given.patch_size, given.batch_size)
+        plan = with_sizes(_with_spacing(plan, given.spacing_mm), config, given.patch_size, given.batch_size)
     cells = given.cells()
     for label in {cell.network for cell in cells}:
         network = given.networks[label]
@@ -195,6 +196,14 @@ def _plan_and_split(out: Path, given: Experiment, data: Dataset, progress: Progr
     plan.save(out / "plan.yaml")
     split.save(path)
     return plan, split
+
+
+def _with_spacing(plan: Plan, spacing_mm: list[float] | None) -> Plan:
+    if spacing_mm is None:
+        return plan
+    if len(spacing_mm) != plan.spatial_dims:
+        raise InputError(f"spacing_mm {spacing_mm}: {plan.spatial_dims} numbers are needed, one for each axis")
+    return plan.model_copy(update={"spacing_mm": spacing_mm})
 
 
 def _config(given: Experiment, data: Dataset, plan: Plan) -> TrainConfig:
