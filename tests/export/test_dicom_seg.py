@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +266,56 @@ def test_round_trip_of_a_real_series(shared: Path, tmp_path: Path) -> None:
         sources, assert_missing_frames_are_empty=True, combine_segments=True
     )
     assert np.array_equal(stacked[::-1], data)
+
+
+def below(dataset: pydicom.Dataset, path: list[str]) -> list[pydicom.Dataset]:
+    """The items at the end of a path of sequences."""
+    items = [dataset]
+    for name in path:
+        items = [item for parent in items if name in parent for item in parent[name].value]
+    return items
+
+
+@pytest.mark.parametrize("kind", ["made", "real"])
+def test_what_the_standard_demands_is_there(tmp_path: Path, request: pytest.FixtureRequest, kind: str) -> None:
+    """DICOM's own tables, as highdicom packs them: mandatory modules (PS3.3 A.51) and their attributes of type 1, 2."""
+    if kind == "real":
+        folder = request.getfixturevalue("shared") / "data" / "dicom" / "totalseg_ct"
+    else:
+        folder = tmp_path / "ct"
+        write_ct(folder, stored_pixels())
+    image = read_volume(folder)
+    labels = image.like((image.data > np.median(image.data)).astype(np.uint8))
+    file = write_dicom_seg(tmp_path / "a.seg.dcm", labels, folder, {"liver": 1, "lung": 2})
+    tables = resources.files("highdicom") / "_standard"
+    if not (tables / "module_attribute_map.json").is_file():
+        pytest.skip("this highdicom keeps the standard's tables elsewhere")
+    modules = json.loads((tables / "iod_module_map.json").read_text())["segmentation"]
+    attributes = json.loads((tables / "module_attribute_map.json").read_text())
+    dataset = pydicom.dcmread(file)
+    looked_at = 0
+    for module in modules:
+        for attribute in attributes[module["key"]] if module["usage"] == "M" else []:
+            name, path = attribute["keyword"], attribute["path"]
+            if attribute["type"] not in ("1", "2") or (path and path[-1].endswith("FunctionalGroupsSequence")):
+                continue  # functional groups are either shared or each frame's: below
+            for item in below(dataset, path):
+                looked_at += 1
+                assert name in item, (module["key"], path, name)
+                assert attribute["type"] == "2" or not item[name].is_empty, (module["key"], path, name)
+    assert looked_at > 100
+    shared_groups = dataset.SharedFunctionalGroupsSequence[0]
+    for name in ("PixelMeasures", "PlanePosition", "PlaneOrientation", "FrameContent", "SegmentIdentification"):
+        frames = dataset.PerFrameFunctionalGroupsSequence
+        assert f"{name}Sequence" in shared_groups or all(f"{name}Sequence" in frame for frame in frames), name
+
+
+def test_every_value_is_valid_for_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_ct(tmp_path / "ct", stored_pixels())
+    image = read_volume(tmp_path / "ct")
+    labels = image.like((image.data > np.median(image.data)).astype(np.uint8))
+    file = write_dicom_seg(tmp_path / "a.seg.dcm", labels, tmp_path / "ct", {"liver": 1})
+    monkeypatch.setattr(pydicom.config.settings, "reading_validation_mode", pydicom.config.RAISE)
+    dataset = pydicom.dcmread(file)
+    assert sum(1 for element in dataset.iterall() if element.value is not None) > 200
+    pydicom.dataset.validate_file_meta(dataset.file_meta)
