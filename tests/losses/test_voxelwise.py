@@ -62,6 +62,36 @@ def test_topk_gives_gradient_to_the_hardest_voxels_alone() -> None:
     assert (logits.grad[0, 1, 0] != 0).tolist() == [False, True, True, False]
 
 
+def test_topk_splits_the_last_places_among_voxels_that_tie() -> None:
+    logits = torch.zeros(1, 2, 1, 4, dtype=torch.float64)
+    logits[0, 1, 0, 0] = 2.0
+    logits.requires_grad_()
+    loss = make("topk", k=50)(logits, torch.zeros(1, 1, 4, dtype=torch.int64))
+    assert loss.item() == pytest.approx((math.log1p(math.exp(2)) + math.log(2)) / 2, rel=1e-12)
+    loss.backward()
+    assert logits.grad is not None
+    # d/dx of log(1 + e^x) at 2, and at 0 a third of one place for each of three voxels; two places in all.
+    expected = [1 / (1 + math.exp(-2)) / 2] + 3 * [0.5 / 3 / 2]
+    assert logits.grad[0, 1, 0].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [0.5, 10, 63])
+def test_topk_agrees_with_sorting(k: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(2, 3, 40, 50, generator=generator, dtype=dtype)
+    target = torch.randint(0, 3, (2, 40, 50), generator=generator)
+    costs = functional.cross_entropy(logits.double(), target, reduction="none").flatten().sort(descending=True).values
+    expected = costs[: math.ceil(4000 * k / 100)].mean().to(dtype)
+    torch.testing.assert_close(make("topk", classes=3, k=k)(logits, target), expected)
+
+
+def test_topk_says_nan_when_a_voxel_is() -> None:
+    logits, target = random()
+    logits[0, 1, 2, 3] = torch.nan
+    assert make("topk", classes=3)(logits, target).isnan()
+
+
 def test_binary_cross_entropy_by_hand() -> None:
     logits = torch.tensor([0.3, -1.2, 2.0, 0.0, 0.7, -0.4], dtype=torch.float64).reshape(1, 3, 1, 2)
     target = torch.tensor([[[0, 2]]])

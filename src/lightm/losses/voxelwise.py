@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -57,7 +58,8 @@ class TopK(SegmentationLoss):
     """Cross-entropy averaged over the `k` per cent of the batch's voxels where it is highest (nnU-Net: k = 10).
 
     Wu et al., "Bridging category-level and instance-level semantic image segmentation", 2016. Ignored voxels are
-    not among those counted; the number of voxels is rounded up. k = 100 is cross-entropy. In distributed training
+    not among those counted; the number of voxels is rounded up, and voxels that tie for the last places share them.
+    k = 100 is cross-entropy. In distributed training
     every rank takes its own highest. Cost: cross-entropy, and a selection that is linear in the voxels.
     """
 
@@ -76,7 +78,24 @@ class TopK(SegmentationLoss):
             return losses.sum()  # zeros, with a gradient of zero
         # Rounded first: 10 per cent of 30 is 3, not the 4 that 3.0000000000000004 would be rounded up to.
         count = max(1, math.ceil(round(kept.numel() * self.k / 100, 6)))
-        return torch.topk(kept, count, sorted=False).values.mean()
+        with torch.no_grad():
+            least = _count_highest(kept, count)
+            weight = (kept > least).to(kept.dtype)
+            # Voxels exactly at the limit share what is left of the count, so that their order does not matter.
+            equal = kept == least
+            weight[equal] = (count - weight.sum(dtype=torch.float64)).to(weight.dtype) / equal.sum()
+        return torch.dot(weight, kept) / count
+
+
+def _count_highest(values: Tensor, count: int) -> Tensor:
+    """Return the lowest of the `count` highest of `values` (N,), a scalar tensor. NaN counts as highest.
+
+    On a CPU NumPy's selection, which is linear and vectorized, takes a tenth of the time of torch.topk.
+    """
+    if values.device.type != "cpu":
+        return torch.topk(values, count, sorted=False).values.min()
+    found = values.detach().numpy()
+    return values.new_tensor(np.partition(found, found.size - count)[found.size - count])
 
 
 class BinaryCrossEntropy(SegmentationLoss):
