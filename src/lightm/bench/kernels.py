@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lightm.ops.bounds import Extent, address, rows
 from lightm.ops.jit import LANES, kernel
 from lightm.ops.scan.step import advance
 from lightm.ops.threads import parallel_for
@@ -22,7 +23,7 @@ _ROW = 4 * LANES
 CHAINS = 12  # enough of them to hide the latency of a multiply-add, few enough to stay in registers
 
 
-@kernel
+@kernel(lambda source, target, rounds: {"source": (0, 2 * _ROW), "target": (0, _ROW)})
 def multiply_adds(source, target, rounds):  # type: ignore[no-untyped-def]
     """CHAINS independent chains s = s * x + y of `rounds` multiply-adds; x and y are two vectors at `source`."""
     x = load(source, LANES)
@@ -45,7 +46,7 @@ def multiply_adds(source, target, rounds):  # type: ignore[no-untyped-def]
         store(target, load(target, LANES) + s)
 
 
-@kernel
+@kernel(lambda source, target, rows, rounds: {"source": (0, rows * _ROW), "target": (0, rows * _ROW)})
 def exponentials(source, target, rows, rounds):  # type: ignore[no-untyped-def]
     """target = 2^source for `rows` vectors, `rounds` times over."""
     for _ in range(rounds):
@@ -53,7 +54,14 @@ def exponentials(source, target, rows, rounds):  # type: ignore[no-untyped-def]
             store(target + row * _ROW, exp2(load(source + row * _ROW, LANES)))
 
 
-@kernel
+def _scan_extents(
+    u: int, dt: int, step: int, a: int, b: int, c: int, y: int, state: int, tokens: int
+) -> dict[str, Extent]:
+    tile, numbers, states = rows(0, tokens, step, _ROW), (0, 4 * STATES * tokens), (0, STATES * _ROW)
+    return {"u": tile, "dt": tile, "a": states, "b": numbers, "c": numbers, "y": tile, "state": states}
+
+
+@kernel(_scan_extents)
 def bare_scan(u, dt, step, a, b, c, y, state, tokens):  # type: ignore[no-untyped-def]
     """One tile of channels: h = exp2(dt * a) * h + dt * u * b; y = sum of h * c. No softplus, skip or gate.
 
@@ -84,14 +92,14 @@ class BareScan:
         def work(tile: int, worker: int) -> None:
             at = tile * _ROW
             bare_scan(
-                self.u.data_ptr() + at,
-                self.dt.data_ptr() + at,
+                address(self.u) + at,
+                address(self.dt) + at,
                 4 * self.channels,
-                self.a.data_ptr(),
-                self.b.data_ptr(),
-                self.c.data_ptr(),
-                self.y.data_ptr() + at,
-                self.state.data_ptr(),
+                address(self.a),
+                address(self.b),
+                address(self.c),
+                address(self.y) + at,
+                address(self.state),
                 self.tokens,
             )
 
@@ -105,7 +113,7 @@ def multiply_add_batch(workers: int, rounds: int = 2_000_000) -> tuple[Any, int]
     target = torch.zeros(workers, LANES)
 
     def work(item: int, worker: int) -> None:
-        multiply_adds(source.data_ptr(), target[item].data_ptr(), rounds)
+        multiply_adds(address(source), address(target[item]), rounds)
 
     return lambda: parallel_for(work, workers), 2 * workers * CHAINS * LANES * rounds
 
@@ -116,6 +124,6 @@ def exponential_batch(workers: int, rows: int = 128, rounds: int = 4000) -> tupl
     target = torch.empty_like(source)
 
     def work(item: int, worker: int) -> None:
-        exponentials(source[item].data_ptr(), target[item].data_ptr(), rows, rounds)
+        exponentials(address(source[item]), address(target[item]), rows, rounds)
 
     return lambda: parallel_for(work, workers), workers * rows * LANES * rounds

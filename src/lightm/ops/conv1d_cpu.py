@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightm.ops.bounds import address
 from lightm.ops.conv1d_kernels import conv1d_backward, conv1d_forward, scratch_floats
 from lightm.ops.threads import parallel_for, worker_count
 
@@ -33,12 +34,12 @@ def run_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> T
     def work(item: int, worker: int) -> None:
         entry, block = divmod(item, blocks)
         conv1d_forward(
-            rows.data_ptr() + 4 * entry * rows.stride(0),
+            address(rows) + 4 * entry * rows.stride(0),
             4 * rows.stride(1),
-            y.data_ptr() + 4 * entry * y.stride(0),
+            address(y) + 4 * entry * y.stride(0),
             4 * channels,
-            by_tap.data_ptr(),
-            shift.data_ptr(),
+            address(by_tap),
+            address(shift),
             weight.shape[1],
             channels,
             int(silu),
@@ -67,23 +68,23 @@ def run_backward(
     def work(item: int, worker: int) -> None:
         entry, block = divmod(item, blocks)
         conv1d_backward(
-            rows.data_ptr() + 4 * entry * rows.stride(0),
+            address(rows) + 4 * entry * rows.stride(0),
             4 * rows.stride(1),
-            grad.data_ptr() + 4 * entry * grad.stride(0),
+            address(grad) + 4 * entry * grad.stride(0),
             4 * grad.stride(1),
-            dx.data_ptr() + 4 * entry * dx.stride(0),
+            address(dx) + 4 * entry * dx.stride(0),
             4 * channels,
-            by_tap.data_ptr(),
-            shift.data_ptr(),
+            address(by_tap),
+            address(shift),
             taps,
             channels,
             int(silu),
             block * _BLOCK,
             min((block + 1) * _BLOCK, length),
             length,
-            dweight[item].data_ptr(),
-            dbias[item].data_ptr(),
-            scratch[worker].data_ptr(),
+            address(dweight[item]),
+            address(dbias[item]),
+            address(scratch[worker]),
         )
 
     parallel_for(work, items)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightm.ops.bounds import Extent, rows
 from lightm.ops.jit import LANES, device_function, kernel
 from lightm.ops.vector import fma, full, load, store
 from lightm.ops.vector_math import sigmoid
@@ -31,7 +32,20 @@ def _forward(x, x_step, y, y_step, weight, bias, taps, channels, silu, first, la
         store(y + t * y_step + 4 * c, total)
 
 
-@kernel
+def _forward_extents(
+    x: int, x_step: int, y: int, y_step: int, weight: int, bias: int, taps: int, channels: int, silu: int,
+    first: int, last: int,
+) -> dict[str, Extent]:  # fmt: skip
+    row = 4 * channels
+    return {
+        "x": rows(max(0, first - taps + 1), last, x_step, row),
+        "y": rows(first, last, y_step, row),
+        "weight": (0, taps * row),
+        "bias": (0, row),
+    }
+
+
+@kernel(_forward_extents)
 def conv1d_forward(  # type: ignore[no-untyped-def]
     x, x_step, y, y_step, weight, bias, taps, channels, silu, first, last
 ):
@@ -76,7 +90,24 @@ def _backward(  # type: ignore[no-untyped-def]
     store(dbias + 4 * c, total)
 
 
-@kernel
+def _backward_extents(
+    x: int, x_step: int, dy: int, dy_step: int, dx: int, dx_step: int, weight: int, bias: int, taps: int,
+    channels: int, silu: int, first: int, last: int, length: int, dweight: int, dbias: int, scratch: int,
+) -> dict[str, Extent]:  # fmt: skip
+    row, stop = 4 * channels, min(last + taps - 1, length)
+    return {
+        "x": rows(max(0, first - taps + 1), stop if silu else last, x_step, row),
+        "dy": rows(first, stop, dy_step, row),
+        "dx": rows(first, last, dx_step, row),
+        "weight": (0, taps * row),
+        "bias": (0, row),
+        "dweight": (0, taps * row),
+        "dbias": (0, row),
+        "scratch": rows(0, stop - first, 4 * LANES, 4 * LANES),
+    }
+
+
+@kernel(_backward_extents)
 def conv1d_backward(  # type: ignore[no-untyped-def]
     x, x_step, dy, dy_step, dx, dx_step, weight, bias, taps, channels, silu, first, last, length,
     dweight, dbias, scratch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightm.ops.bounds import address
 from lightm.ops.depthwise_kernels import forward_kernel, weight_kernel
 from lightm.ops.jit import LANES
 from lightm.ops.planes import for_rows, image_bytes, pieces, plane_sizes
@@ -38,8 +39,8 @@ def run_forward(x: Tensor, weight: Tensor) -> Tensor:
 
     def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
         at = entry * image_bytes(x)
-        of, to = rows.data_ptr() + at, out.data_ptr() + at
-        run(of, to, tiles.data_ptr(), zeros.data_ptr(), z, first, last, *sizes, channels)
+        of, to = address(rows) + at, address(out) + at
+        run(of, to, address(tiles), address(zeros), z, first, last, *sizes, channels)
 
     for_rows(x, work)
     return out.to(x.dtype)
@@ -68,8 +69,8 @@ def weight_gradient(grad_y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
     def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
         at = entry * image_bytes(x)
-        of, to = rows.data_ptr() + at, shares[piece].data_ptr()
-        run(of, grad.data_ptr() + at, to, zeros.data_ptr(), z, first, last, *sizes, channels)
+        of, to = address(rows) + at, address(shares[piece])
+        run(of, address(grad) + at, to, address(zeros), z, first, last, *sizes, channels)
 
     for_rows(x, work)
     return from_tiles(shares.sum(0), taps).reshape(weight.shape).to(weight.dtype)

@@ -15,6 +15,7 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
+from lightm.ops.bounds import Extent, Extents
 from lightm.ops.jit import LANES, device_function, kernel
 from lightm.ops.vector import (
     emit_fma,
@@ -112,12 +113,31 @@ def _weight_row(rows, sums, grad, step, width, lanes):  # type: ignore[no-untype
     return sums
 
 
+def _extents(axes: int) -> Extents:
+    """Both kernels read the rows of x around those of the output, or of its gradient (`other`)."""
+
+    def extents(
+        x: int, other: int, weight: int, zeros: int, z: int, first: int, last: int, depth: int, height: int, width: int,
+        channels: int,
+    ) -> dict[str, Extent]:  # fmt: skip
+        row = 4 * channels * width
+        low, high = (max(z - 1, 0), min(z + 1, depth - 1)) if axes == 3 else (z, z)
+        return {
+            "x": ((low * height + max(first - 1, 0)) * row, (high * height + min(last + 1, height)) * row),
+            "other": ((z * height + first) * row, (z * height + last) * row),
+            "weight": (0, 4 * channels * 3**axes),
+            "zeros": (0, row),
+        }
+
+    return extents
+
+
 @cache
 def forward_kernel(axes: int) -> Callable[..., Any]:
     """The forward kernel in 2 or 3 dimensions."""
     taps = 3**axes
 
-    @kernel
+    @kernel(_extents(axes))
     def depthwise_forward(  # type: ignore[no-untyped-def]
         x, out, weight, zeros, z, first, last, depth, height, width, channels
     ):
@@ -142,7 +162,7 @@ def weight_kernel(axes: int) -> Callable[..., Any]:
     """The kernel of the weights' gradient in 2 or 3 dimensions."""
     taps = 3**axes
 
-    @kernel
+    @kernel(_extents(axes))
     def depthwise_weight(  # type: ignore[no-untyped-def]
         x, grad, dweight, zeros, z, first, last, depth, height, width, channels
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightm.ops.bounds import address
 from lightm.ops.jit import LANES
 from lightm.ops.matmul_kernels import SCRATCH, Packed, gradient_kernel, product_kernel
 from lightm.ops.threads import parallel_for, worker_count
@@ -35,8 +36,8 @@ def run_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     def work(item: int, worker: int) -> None:
         first = item * _STRETCH
         product_kernel(
-            plan, blocks, rows.data_ptr() + first * row_in, row_in, matrix, shift, y.data_ptr() + first * row_out,
-            row_out, min(_STRETCH, rows.shape[0] - first), scratch[worker].data_ptr(),
+            plan, blocks, address(rows) + first * row_in, row_in, matrix, shift, address(y) + first * row_out,
+            row_out, min(_STRETCH, rows.shape[0] - first), address(scratch[worker]),
         )  # fmt: skip
 
     parallel_for(work, items)
@@ -56,9 +57,9 @@ def run_weight_gradient(left: Tensor, right: Tensor, groups: int = 1) -> Tensor:
         first = item * _SUMMED
         for g in range(groups):
             gradient_kernel(
-                a.data_ptr() + 4 * (first * a.stride(0) + g * high), 4 * a.stride(0), high,
-                b.data_ptr() + 4 * (first * b.stride(0) + g * wide), 4 * b.stride(0), wide,
-                min(_SUMMED, count - first), parts[item, g].data_ptr(), zeros.data_ptr(), scratch[worker].data_ptr(),
+                address(a) + 4 * (first * a.stride(0) + g * high), 4 * a.stride(0), high,
+                address(b) + 4 * (first * b.stride(0) + g * wide), 4 * b.stride(0), wide,
+                min(_SUMMED, count - first), address(parts[item, g]), address(zeros), address(scratch[worker]),
             )  # fmt: skip
 
     parallel_for(work, items)

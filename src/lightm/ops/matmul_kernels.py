@@ -11,6 +11,7 @@ integers, all sizes in bytes unless named rows or columns.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from lightm.ops.bounds import NOTHING, Extent, address
+from lightm.ops.bounds import rows as rows_of
 from lightm.ops.jit import AVX512, LANES, device_function, kernel
 from lightm.ops.vector import _BY_LANES, _literal, emit_broadcast, emit_fma, emit_load, emit_offset, emit_store
 from lightm.ops.vector_parts import get, put
@@ -164,14 +167,51 @@ def multiply(plan, blocks, a, a_row, w, bias, out, out_row, rows, scratch):  # t
             _four(a_at, a_row, 4, w_at, step, inner, bias + column, out + column, out_row, rows, columns, scratch)
 
 
-@kernel
+def multiply_extents(plan: int, blocks: int, a_row: int, out_row: int, rows: int) -> dict[str, Extent]:
+    """The bytes that `multiply` touches; reads the plan."""
+    if not blocks or not rows:
+        return dict.fromkeys(("plan", "a", "w", "bias", "out", "scratch"), NOTHING)
+    numbers = np.ctypeslib.as_array((ctypes.c_int64 * (blocks * _PLAN)).from_address(int(plan))).reshape(blocks, _PLAN)
+    first, inner, vectors, offset, column, columns = numbers.T
+    step = 4 * LANES * vectors
+    low, high = rows_of(0, rows, a_row, 4 * int((first + inner).max()))
+    return {
+        "plan": (0, 8 * _PLAN * blocks),
+        "a": (low + 4 * int(first.min()), high),
+        "w": (int(offset.min()), int((offset + inner * step).max())),
+        "bias": (0, int((4 * column + step).max())),
+        "out": rows_of(0, rows, out_row, 4 * int((column + columns).max())),
+        "scratch": (0, SCRATCH),
+    }
+
+
+def _product_extents(
+    plan: int, blocks: int, a: int, a_row: int, w: int, bias: int, out: int, out_row: int, rows: int, scratch: int
+) -> dict[str, Extent]:
+    return multiply_extents(plan, blocks, a_row, out_row, rows)
+
+
+@kernel(_product_extents)
 def product_kernel(plan, blocks, a, a_row, w, bias, out, out_row, rows, scratch):  # type: ignore[no-untyped-def]
     """`multiply` as a kernel, a stretch of rows at a time so that they stay in the cache."""
     for t in range(0, rows, 240):
         multiply(plan, blocks, a + t * a_row, a_row, w, bias, out + t * out_row, out_row, min(240, rows - t), scratch)
 
 
-@kernel
+def _gradient_extents(
+    a: int, a_row: int, inner: int, d: int, d_row: int, columns: int, rows: int, out: int, zeros: int, scratch: int
+) -> dict[str, Extent]:
+    left = columns % LANES
+    return {
+        "a": rows_of(0, rows, a_row, 4 * inner),
+        "d": rows_of(0, rows, d_row, 4 * columns),
+        "out": (0, 4 * columns * inner),
+        "zeros": (0, 4 * LANES * min(VECTORS, -(-columns // LANES))),
+        "scratch": (0, 2 * SCRATCH + 4 * LANES * rows) if left else NOTHING,
+    }
+
+
+@kernel(_gradient_extents)
 def gradient_kernel(a, a_row, inner, d, d_row, columns, rows, out, zeros, scratch):  # type: ignore[no-untyped-def]
     """out (inner, columns) = transpose(a) @ d, summed over `rows` rows of a (`inner` wide) and d (`columns` wide)."""
     whole = columns - columns % LANES
@@ -235,10 +275,10 @@ class Packed:
             offset += 4 * part.numel()
             v += vectors
         self.weight = torch.cat(parts)
-        self._plan = np.array(plan, dtype=np.int64)
+        self._plan = torch.tensor(plan, dtype=torch.int64)
         self._blocks = len(plan) // _PLAN
 
     @property
     def arguments(self) -> tuple[int, int, int, int]:
         """(plan, blocks, weight, bias) for a kernel."""
-        return self._plan.ctypes.data, self._blocks, self.weight.data_ptr(), self.bias.data_ptr()
+        return address(self._plan), self._blocks, address(self.weight), address(self.bias)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightm.ops.bounds import address
 from lightm.ops.norms_kernels import (
     STRETCH,
     gated_backward,
@@ -51,7 +52,7 @@ def _new(*shape: int) -> Tensor:
 
 def _spot(x: Tensor, entry: int) -> int:
     """Address of an entry of the first axis of float32 numbers."""
-    return x.data_ptr() + 4 * entry * x.stride(0)
+    return address(x) + 4 * entry * x.stride(0)
 
 
 def gated_norm_forward(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> Tensor:
@@ -67,8 +68,8 @@ def gated_norm_forward(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts
             _spot(gates, entry),
             4 * gates.stride(1),
             _spot(out, entry),
-            factor.data_ptr(),
-            offset.data_ptr(),
+            address(factor),
+            address(offset),
             channels,
             channels // parts,
             eps,
@@ -99,8 +100,8 @@ def gated_norm_backward(
             4 * grad.stride(1),
             _spot(dy, entry),
             _spot(dz, entry),
-            factor.data_ptr(),
-            offset.data_ptr(),
+            address(factor),
+            address(offset),
             channels,
             channels // parts,
             eps,
@@ -111,7 +112,7 @@ def gated_norm_backward(
 
     _for_blocks(batch, length, channels, work)
     total = _new(2, channels)
-    sum_rows(sums.data_ptr(), sums.shape[0] * sums.shape[1], 2 * channels, total.data_ptr())
+    sum_rows(address(sums), sums.shape[0] * sums.shape[1], 2 * channels, address(total))
     # clones: an operator's results must not share memory
     dweight, dbias = (part.to(like.dtype, copy=True) for part, like in zip(total, (weight, bias), strict=True))
     return dy.to(y.dtype), dz.to(z.dtype), dweight, dbias
@@ -163,7 +164,7 @@ def group_norm_forward(
             _spot(out, entry),
             _spot(middle, entry),
             _spot(factor, entry),
-            offset.data_ptr(),
+            address(offset),
             channels,
             first,
             last,
@@ -192,7 +193,7 @@ def group_norm_backward(
             _spot(middle, entry),
             _spot(spread, entry),
             _spot(factor, entry),
-            offset.data_ptr(),
+            address(offset),
             channels,
             first,
             last,
@@ -218,7 +219,7 @@ def group_norm_backward(
             _spot(dx, entry),
             _spot(middle, entry),
             _spot(factor, entry),
-            offset.data_ptr(),
+            address(offset),
             _spot(along, entry),
             _spot(common, entry),
             channels,

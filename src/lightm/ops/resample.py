@@ -32,7 +32,7 @@ def max_pool2(x: Tensor, impl: str = "auto") -> Tensor:
 
 def avg_pool2(x: Tensor, impl: str = "auto") -> Tensor:
     """Average every 2x2 (2x2x2) voxels; arguments, result and errors as in `max_pool2`."""
-    return _pool("avg_pool2", "mean", x, impl)
+    return _pool("avg_pool2", "avg", x, impl)
 
 
 def upsample_linear2(x: Tensor, impl: str = "auto") -> Tensor:
@@ -77,8 +77,8 @@ def _pool(name: str, kind: str, x: Tensor, impl: str) -> Tensor:
         pools: dict[tuple[str, int], Callable[..., Tensor]] = {
             ("max", 4): functional.max_pool2d,
             ("max", 5): functional.max_pool3d,
-            ("mean", 4): functional.avg_pool2d,
-            ("mean", 5): functional.avg_pool3d,
+            ("avg", 4): functional.avg_pool2d,
+            ("avg", 5): functional.avg_pool3d,
         }
         return pools[kind, x.dim()](x.movedim(-1, 1), 2).movedim(1, -1).contiguous()
     return pool_op(x, kind)
@@ -86,7 +86,7 @@ def _pool(name: str, kind: str, x: Tensor, impl: str) -> Tensor:
 
 @operator("lightm::pool2")
 def pool_op(x: Tensor, kind: str) -> Tensor:
-    """The CPU pooling kernel as a PyTorch operator; kind is "max" or "mean"."""
+    """The CPU pooling kernel as a PyTorch operator; kind is "max" or "avg"."""
     from lightm.ops.resample_cpu import pool_forward
 
     return pool_forward(kind, x)

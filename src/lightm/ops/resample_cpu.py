@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightm.ops.bounds import address
 from lightm.ops.planes import for_rows, image_bytes, plane_sizes
-from lightm.ops.resample_kernels import FORWARD, POOLS, double_backward, double_forward
+from lightm.ops.resample_kernels import double_backward, double_forward, pool_backward_kernel, pool_kernel
 from lightm.ops.threads import parallel_for
 
 
@@ -24,11 +25,11 @@ def pool_forward(kind: str, x: Tensor) -> Tensor:
     """Pool x by 2, in its dtype."""
     rows = x.float().contiguous()
     out = torch.empty(halved(x))
-    run = POOLS[kind][0](x.dim() - 2)
+    run = pool_kernel(kind, x.dim() - 2)
     height, width = x.shape[-3:-1]
 
     def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
-        of, to = rows.data_ptr() + entry * image_bytes(x), out.data_ptr() + entry * image_bytes(out)
+        of, to = address(rows) + entry * image_bytes(x), address(out) + entry * image_bytes(out)
         run(of, to, z, first, last, height, width, x.shape[-1])
 
     if out.numel():
@@ -39,7 +40,7 @@ def pool_forward(kind: str, x: Tensor) -> Tensor:
 def pool_into(kind: str, x: Tensor, out: Tensor) -> None:
     """Pool one contiguous float32 image (*S, C) of even sizes by "max", "avg" or "add", their sum, into `out`."""
     axes = x.dim() - 1
-    run = FORWARD[kind](axes)
+    run = pool_kernel(kind, axes)
     height, width, channels = x.shape[-3:]
     planes, rows = (out.shape[0] if axes == 3 else 1), out.shape[-3]
     block = 8
@@ -48,7 +49,7 @@ def pool_into(kind: str, x: Tensor, out: Tensor) -> None:
     def work(item: int, worker: int) -> None:
         z, part = divmod(item, blocks)
         last = min((part + 1) * block, rows)
-        run(x.data_ptr(), out.data_ptr(), z, part * block, last, height, width, channels)
+        run(address(x), address(out), z, part * block, last, height, width, channels)
 
     parallel_for(work, planes * blocks)
 
@@ -58,13 +59,13 @@ def pool_backward(kind: str, grad_y: Tensor, x: Tensor) -> Tensor:
     rows, grad = x.float().contiguous(), grad_y.float().contiguous()
     covered = all(size % 2 == 0 for size in x.shape[1:-1])
     dx = torch.empty(x.shape) if covered else torch.zeros(x.shape)
-    run = POOLS[kind][1](x.dim() - 2)
+    run = pool_backward_kernel(kind, x.dim() - 2)
     height, width = x.shape[-3:-1]
 
     def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
         at = entry * image_bytes(x)
-        of = grad.data_ptr() + entry * image_bytes(grad)
-        run(rows.data_ptr() + at, of, dx.data_ptr() + at, z, first, last, height, width, x.shape[-1])
+        of = address(grad) + entry * image_bytes(grad)
+        run(address(rows) + at, of, address(dx) + at, z, first, last, height, width, x.shape[-1])
 
     if grad.numel():
         for_rows(grad, work)
@@ -78,7 +79,7 @@ def upsample_forward(x: Tensor) -> Tensor:
     sizes = plane_sizes(x)
 
     def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
-        of, to = rows.data_ptr() + entry * image_bytes(x), out.data_ptr() + entry * image_bytes(out)
+        of, to = address(rows) + entry * image_bytes(x), address(out) + entry * image_bytes(out)
         double_forward(of, to, x.dim() - 2, z, first, last, *sizes, x.shape[-1])
 
     if out.numel():
@@ -93,7 +94,7 @@ def upsample_backward(grad_y: Tensor) -> Tensor:
     sizes = plane_sizes(dx)
 
     def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
-        of, to = grad.data_ptr() + entry * image_bytes(grad), dx.data_ptr() + entry * image_bytes(dx)
+        of, to = address(grad) + entry * image_bytes(grad), address(dx) + entry * image_bytes(dx)
         double_backward(of, to, dx.dim() - 2, z, first, last, *sizes, dx.shape[-1])
 
     if dx.numel():

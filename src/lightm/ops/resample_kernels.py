@@ -15,6 +15,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from lightm.ops.bounds import NOTHING, Extent, Extents
 from lightm.ops.jit import LANES, device_function, kernel
 from lightm.ops.vector import call, fma, full, load, splat, store
 
@@ -101,16 +102,40 @@ def _both(x, out, row, step, width, lanes, corners):  # type: ignore[no-untyped-
         store(out + i * step, best + total * full(1.0 / corners, lanes))
 
 
-# One factory a kernel: a kernel made by passing in another compiled function would never be found on disk again.
+def _halved_extents(axes: int, backward: bool) -> Extents:
+    """The rows of plane z of the halved image and those of the image that they come from."""
+
+    def both(z: int, first: int, last: int, height: int, width: int, channels: int) -> tuple[Extent, Extent]:
+        step, half = 4 * channels, width // 2 * 4 * channels
+        top, plane = (2 * z, z * (height // 2)) if axes == 3 else (z, z * (height // 2))
+        bottom = top + (1 if axes == 3 else 0)
+        low = (top * height + 2 * first) * width * step
+        high = (bottom * height + 2 * last - 1) * width * step + 2 * half
+        return ((low, high) if half and last > first else NOTHING), ((plane + first) * half, (plane + last) * half)
+
+    def forward_extents(
+        x: int, out: int, z: int, first: int, last: int, height: int, width: int, channels: int
+    ) -> dict[str, Extent]:
+        whole, halved = both(z, first, last, height, width, channels)
+        return {"x": whole, "out": halved}
+
+    def backward_extents(
+        x: int, grad: int, dx: int, z: int, first: int, last: int, height: int, width: int, channels: int
+    ) -> dict[str, Extent]:
+        whole, halved = both(z, first, last, height, width, channels)
+        return {"x": whole, "grad": halved, "dx": whole}
+
+    return backward_extents if backward else forward_extents
 
 
 @cache
-def max_forward(axes: int) -> Callable[..., Any]:
-    """The forward kernel of max pooling."""
+def pool_kernel(kind: str, axes: int) -> Callable[..., Any]:
+    """The forward kernel of pooling by 2: "max", "avg", or "add", the sum of both."""
     corners = 2**axes
+    pool_row = {"max": _max, "avg": _mean, "add": _both}[kind]
 
-    @kernel
-    def pool_max(x, out, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
+    @kernel(_halved_extents(axes, backward=False))
+    def pool(x, out, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
         """Pool into plane z of the output; height and width are the input's."""
         step = 4 * channels
         rows = (step * width, step * width * height)
@@ -120,20 +145,21 @@ def max_forward(axes: int) -> Callable[..., Any]:
             of = x + z_in * rows[1] + 2 * y * rows[0]
             to = out + (z * (height // 2) + y) * (width // 2) * step
             for c in range(0, whole, LANES):
-                _max(of + 4 * c, to + 4 * c, rows, step, width // 2, LANES, corners)
+                pool_row(of + 4 * c, to + 4 * c, rows, step, width // 2, LANES, corners)
             for c in range(whole, channels):
-                _max(of + 4 * c, to + 4 * c, rows, step, width // 2, 1, corners)
+                pool_row(of + 4 * c, to + 4 * c, rows, step, width // 2, 1, corners)
 
-    return pool_max
+    return pool
 
 
 @cache
-def max_backward(axes: int) -> Callable[..., Any]:
-    """The backward kernel of max pooling."""
+def pool_backward_kernel(kind: str, axes: int) -> Callable[..., Any]:
+    """The backward kernel of "max" or "avg"."""
     corners = 2**axes
+    spread_row = {"max": _max_back, "avg": _mean_back}[kind]
 
-    @kernel
-    def pool_max_backward(x, grad, dx, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
+    @kernel(_halved_extents(axes, backward=True))
+    def pool_backward(x, grad, dx, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
         """Spread plane z of the output's gradient; voxels outside all 2x2(x2) blocks are left alone."""
         step = 4 * channels
         rows = (step * width, step * width * height)
@@ -143,84 +169,11 @@ def max_backward(axes: int) -> Callable[..., Any]:
             at = z_in * rows[1] + 2 * y * rows[0]
             of = grad + (z * (height // 2) + y) * (width // 2) * step
             for c in range(0, whole, LANES):
-                _max_back(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, LANES, corners)
+                spread_row(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, LANES, corners)
             for c in range(whole, channels):
-                _max_back(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, 1, corners)
+                spread_row(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, 1, corners)
 
-    return pool_max_backward
-
-
-@cache
-def mean_forward(axes: int) -> Callable[..., Any]:
-    """The forward kernel of mean pooling."""
-    corners = 2**axes
-
-    @kernel
-    def pool_mean(x, out, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
-        """Pool into plane z of the output; height and width are the input's."""
-        step = 4 * channels
-        rows = (step * width, step * width * height)
-        z_in = 2 * z if corners == 8 else z
-        whole = channels - channels % LANES
-        for y in range(first, last):
-            of = x + z_in * rows[1] + 2 * y * rows[0]
-            to = out + (z * (height // 2) + y) * (width // 2) * step
-            for c in range(0, whole, LANES):
-                _mean(of + 4 * c, to + 4 * c, rows, step, width // 2, LANES, corners)
-            for c in range(whole, channels):
-                _mean(of + 4 * c, to + 4 * c, rows, step, width // 2, 1, corners)
-
-    return pool_mean
-
-
-@cache
-def mean_backward(axes: int) -> Callable[..., Any]:
-    """The backward kernel of mean pooling."""
-    corners = 2**axes
-
-    @kernel
-    def pool_mean_backward(x, grad, dx, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
-        """Spread plane z of the output's gradient; voxels outside all 2x2(x2) blocks are left alone."""
-        step = 4 * channels
-        rows = (step * width, step * width * height)
-        z_in = 2 * z if corners == 8 else z
-        whole = channels - channels % LANES
-        for y in range(first, last):
-            at = z_in * rows[1] + 2 * y * rows[0]
-            of = grad + (z * (height // 2) + y) * (width // 2) * step
-            for c in range(0, whole, LANES):
-                _mean_back(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, LANES, corners)
-            for c in range(whole, channels):
-                _mean_back(x + at + 4 * c, of + 4 * c, dx + at + 4 * c, rows, step, width // 2, 1, corners)
-
-    return pool_mean_backward
-
-
-@cache
-def both_forward(axes: int) -> Callable[..., Any]:
-    """The forward kernel of the sum of max and mean pooling."""
-    corners = 2**axes
-
-    @kernel
-    def pool_both(x, out, z, first, last, height, width, channels):  # type: ignore[no-untyped-def]
-        """Pool into plane z of the output; height and width are the input's."""
-        step = 4 * channels
-        rows = (step * width, step * width * height)
-        z_in = 2 * z if corners == 8 else z
-        whole = channels - channels % LANES
-        for y in range(first, last):
-            of = x + z_in * rows[1] + 2 * y * rows[0]
-            to = out + (z * (height // 2) + y) * (width // 2) * step
-            for c in range(0, whole, LANES):
-                _both(of + 4 * c, to + 4 * c, rows, step, width // 2, LANES, corners)
-            for c in range(whole, channels):
-                _both(of + 4 * c, to + 4 * c, rows, step, width // 2, 1, corners)
-
-    return pool_both
-
-
-FORWARD = {"max": max_forward, "avg": mean_forward, "add": both_forward}
-POOLS = {"max": (max_forward, max_backward), "mean": (mean_forward, mean_backward)}
+    return pool_backward
 
 
 @device_function
@@ -281,7 +234,36 @@ def _double_row_back(grad, rows, shares, count, dx, step, width, lanes):  # type
         before = odd
 
 
-@kernel
+def _around(first: int, last: int, size: int) -> tuple[int, int]:
+    """The input rows, first and last + 1, that output rows first..last-1 of a doubled axis take from."""
+    return max((first + 1) // 2 - 1, 0), min(last // 2, size - 1) + 1
+
+
+def _forward_extents(
+    x: int, out: int, axes: int, z: int, first: int, last: int, depth: int, height: int, width: int, channels: int
+) -> dict[str, Extent]:
+    row = 4 * channels * width
+    top, bottom = _around(z, z + 1, depth) if axes == 3 else (z, z + 1)
+    low, high = _around(first, last, height)
+    return {
+        "x": ((top * height + low) * row, ((bottom - 1) * height + high) * row),
+        "out": ((z * 2 * height + first) * 2 * row, (z * 2 * height + last) * 2 * row),
+    }
+
+
+def _backward_extents(
+    grad: int, dx: int, axes: int, z: int, first: int, last: int, depth: int, height: int, width: int, channels: int
+) -> dict[str, Extent]:
+    row = 4 * channels * width
+    top, bottom = (max(2 * z - 1, 0), min(2 * z + 3, 2 * depth)) if axes == 3 else (z, z + 1)
+    low, high = max(2 * first - 1, 0), min(2 * last + 1, 2 * height)
+    return {
+        "grad": ((top * 2 * height + low) * 2 * row, ((bottom - 1) * 2 * height + high) * 2 * row),
+        "dx": ((z * height + first) * row, (z * height + last) * row),
+    }
+
+
+@kernel(_forward_extents)
 def double_forward(x, out, axes, z, first, last, depth, height, width, channels):  # type: ignore[no-untyped-def]
     """Interpolate plane z of the output; depth, height and width are the input's."""
     step = 4 * channels
@@ -305,7 +287,7 @@ def double_forward(x, out, axes, z, first, last, depth, height, width, channels)
             _double_row(x + 4 * c, rows, shares, count, to + 4 * c, step, width, 1)
 
 
-@kernel
+@kernel(_backward_extents)
 def double_backward(grad, dx, axes, z, first, last, depth, height, width, channels):  # type: ignore[no-untyped-def]
     """The gradient of plane z of the input, whose sizes are depth, height and width."""
     step = 4 * channels

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightm.ops.bounds import address
 from lightm.ops.depthwise_cpu import input_gradient, to_tiles, weight_gradient
 from lightm.ops.depthwise_cpu import run_forward as depthwise_forward
 from lightm.ops.depthwise_kernels import forward_kernel
@@ -28,7 +29,13 @@ _SLAB = 1 << 19  # numbers of a slab without the planes beside it
 _FLAT = 1 << 16  # numbers of a piece of work that needs no neighbours
 
 
-@kernel
+@kernel(
+    lambda out, x, scale, channels, rows: {
+        "out": (0, 4 * channels * rows),
+        "x": (0, 4 * channels * rows),
+        "scale": (0, 4 * channels),
+    }
+)
 def _add_scaled(out, x, scale, channels, rows):  # type: ignore[no-untyped-def]
     """out += scale * x for `rows` rows; scale is of channels."""
     for t in range(rows):
@@ -37,7 +44,7 @@ def _add_scaled(out, x, scale, channels, rows):  # type: ignore[no-untyped-def]
             put(out + at, fma(get(scale + 4 * c, left), get(x + at, left), get(out + at, left)), left)
 
 
-@kernel
+@kernel(lambda out, x, count: {"out": (0, 4 * count), "x": (0, 4 * count)})
 def _add(out, x, count):  # type: ignore[no-untyped-def]
     """out += x for `count` numbers."""
     for i in range(0, count, LANES):
@@ -66,7 +73,7 @@ class _Slices:
 
 
 def _address(x: Tensor, entry: int) -> int:
-    return x.data_ptr() + 4 * entry * x.stride(0)
+    return address(x) + 4 * entry * x.stride(0)
 
 
 def _upsampled(low: Tensor, skip: Tensor, overwrite: bool) -> Tensor:
@@ -80,7 +87,7 @@ def _upsampled(low: Tensor, skip: Tensor, overwrite: bool) -> Tensor:
     buffers = torch.empty((worker_count(x.shape[0] * of.number), of.slab * of.numbers))
 
     def work(entry: int, first: int, last: int, worker: int) -> None:
-        buffer = buffers[worker].data_ptr()
+        buffer = address(buffers[worker])
         # the kernel writes slice `first` of an image that begins that much before the buffer
         to, z, rows = buffer - first * of.bytes, 0, (first, last)
         if axes == 3:
@@ -123,10 +130,10 @@ def run_stage(
         around, inside = high_edge - low_edge, (first - low_edge, last - low_edge)
         at = _address(x, entry)
         group_forward(
-            at + low_edge * of.bytes, normed[worker].data_ptr(), _address(mean, entry), _address(factor, entry),
-            offset.data_ptr(), of.channels, 0, around * of.voxels,
+            at + low_edge * of.bytes, address(normed[worker]), _address(mean, entry), _address(factor, entry),
+            address(offset), of.channels, 0, around * of.voxels,
         )  # fmt: skip
-        source = (normed[worker].data_ptr(), filtered[worker].data_ptr(), weights.data_ptr(), zeros.data_ptr())
+        source = (address(normed[worker]), address(filtered[worker]), address(weights), address(zeros))
         if axes == 3:
             for z in range(*inside):
                 convolve(*source, z, 0, x.shape[2], around, x.shape[2], x.shape[3], of.channels)
@@ -136,14 +143,14 @@ def run_stage(
         to = _address(y, entry) + first * of.bytes
         plan, blocks, weight, zero = packed.arguments
         product_kernel(
-            plan, blocks, source[1] + inside[0] * of.bytes, row, weight, zero, to, row, rows, scratch[worker].data_ptr()
+            plan, blocks, source[1] + inside[0] * of.bytes, row, weight, zero, to, row, rows, address(scratch[worker])
         )  # fmt: skip
-        _add_scaled(to, at + first * of.bytes, each.data_ptr(), of.channels, rows)
+        _add_scaled(to, at + first * of.bytes, address(each), of.channels, rows)
 
     of.run(batch, work)
     mean2, factor2, offset2 = group_statistics(y, norm2.groups, norm2.weight, norm2.bias, norm2.eps)
     _flat(y, lambda entry, at, first, last, worker: group_forward(
-        at, at, _address(mean2, entry), _address(factor2, entry), offset2.data_ptr(), of.channels, first, last
+        at, at, _address(mean2, entry), _address(factor2, entry), address(offset2), of.channels, first, last
     ))  # fmt: skip
     return y
 
@@ -201,7 +208,7 @@ def _add_scaled_everywhere(out: Tensor, x: Tensor, scale: Tensor) -> None:
 
     def work(entry: int, at: int, first: int, last: int, worker: int) -> None:
         start = 4 * channels * first
-        _add_scaled(at + start, _address(x, entry) + start, scale.data_ptr(), channels, last - first)
+        _add_scaled(at + start, _address(x, entry) + start, address(scale), channels, last - first)
 
     _flat(out, work)
 
@@ -239,14 +246,14 @@ def run_head(
     plan, blocks, weights, shifts = packed.arguments
 
     def work(entry: int, at: int, first: int, last: int, worker: int) -> None:
-        of = normed[worker].data_ptr()
+        of = address(normed[worker])
         group_forward(
-            at + 4 * channels * first, of, _address(mean, entry), _address(factor, entry), shift.data_ptr(), channels,
+            at + 4 * channels * first, of, _address(mean, entry), _address(factor, entry), address(shift), channels,
             0, last - first,
         )  # fmt: skip
         product_kernel(
             plan, blocks, of, 4 * channels, weights, shifts, _address(out, entry) + 4 * packed.columns * first,
-            4 * packed.columns, last - first, scratch[worker].data_ptr(),
+            4 * packed.columns, last - first, address(scratch[worker]),
         )  # fmt: skip
 
     _flat(x, work)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightm.ops.bounds import address
 from lightm.ops.jit import LANES
 from lightm.ops.layer import kernels
 from lightm.ops.layer.kernels import BLOCK, scratch_floats
@@ -95,7 +96,7 @@ class _Run:
 
     def _at(self, x: Tensor) -> int:
         self.keep.append(x.float().contiguous())
-        return self.keep[-1].data_ptr()
+        return address(self.keep[-1])
 
     def along(
         self, order: Order, chunks: list[tuple[int, int]], mode: int, sums: int, out: Any, keep: int = 0
@@ -112,16 +113,16 @@ class _Run:
         wide = 4 * p.inner
 
         def rows(k: int, which: int, t: int) -> int:
-            return inner[k % 2, which].data_ptr() + t * wide
+            return address(inner[k % 2, which]) + t * wide
 
         def before(k: int, block: int, worker: int) -> None:
             start, stop = chunks[k]
             first = start + block * _PIECE
             t = first - start
             _before(
-                self.x.data_ptr(), c, *order, *self.norm, *self.before, first, min(first + _PIECE, stop),
-                rows(k, 0, t), rows(k, 1, t), rows(k, 2, t), numbers[k % 2, t].data_ptr(), self.numbers_row,
-                self.scratch[worker].data_ptr(),
+                address(self.x), c, *order, *self.norm, *self.before, first, min(first + _PIECE, stop),
+                rows(k, 0, t), rows(k, 1, t), rows(k, 2, t), address(numbers[k % 2]) + t * self.numbers_row,
+                self.numbers_row, address(self.scratch[worker]),
             )  # fmt: skip
 
         def after(k: int, block: int, worker: int) -> None:
@@ -129,20 +130,20 @@ class _Run:
             first = start + block * _PIECE
             t = first - start
             _after(
-                rows(k, 2, t), rows(k, 1, t), *self.gate, self.x.data_ptr(), c, *order, *self.end, mode, sums,
-                out(first), self.row_out, first, min(first + _PIECE, stop), self.scratch[worker].data_ptr(),
+                rows(k, 2, t), rows(k, 1, t), *self.gate, address(self.x), c, *order, *self.end, mode, sums,
+                out(first), self.row_out, first, min(first + _PIECE, stop), address(self.scratch[worker]),
             )  # fmt: skip
 
         def scan(k: int, tile: int) -> None:
             across = tile * 4 * LANES
-            at = numbers[k % 2].data_ptr() + tile * p.groups // self.tiles * 4 * p.states
+            at = address(numbers[k % 2]) + tile * p.groups // self.tiles * 4 * p.states
             tokens = chunks[k][1] - chunks[k][0]
             d = rows(k, 2, 0) + across
             self.scan(
                 rows(k, 0, 0) + across, wide, d, wide, at, self.numbers_row,
                 at + 4 * p.groups * p.states, self.numbers_row, 0, 0, d, wide,
                 self.decay + tile * self.state_bytes, self.skip + across, 0, 0,
-                state.data_ptr() + tile * self.state_bytes, 0, 0, tokens, tokens, 0, 4 * p.states, 4 * p.states,
+                address(state) + tile * self.state_bytes, 0, 0, tokens, tokens, 0, 4 * p.states, 4 * p.states,
             )  # fmt: skip
 
         def blocks(k: int) -> int:
@@ -175,8 +176,8 @@ class _Run:
         def work(block: int, worker: int) -> None:
             start = first + block * _PIECE
             _finish(
-                sums, self.x.data_ptr(), self.p.channels, *self.end, out(start), self.row_out, start,
-                min(start + _PIECE, last), self.scratch[worker].data_ptr(),
+                sums, address(self.x), self.p.channels, *self.end, out(start), self.row_out, start,
+                min(start + _PIECE, last), address(self.scratch[worker]),
             )  # fmt: skip
 
         parallel_for(work, -(-(last - first) // _PIECE))
@@ -200,7 +201,7 @@ def run_layer(
     slab = None if pooling is None else x.new_empty((rows, *sizes[1:], p.out_channels))
     for entry in range(batch):
         run = _Run(x[entry], result[entry], p)
-        base = result[entry].data_ptr() if slab is None else slab.data_ptr()
+        base = address(result[entry]) if slab is None else address(slab)
 
         def out(t: int, base: int = base, row: int = run.row_out) -> int:
             return base + (t if slab is None else t % slab_tokens) * row
@@ -220,10 +221,10 @@ def run_layer(
             continue
         sums = x.new_empty((tokens, p.channels))
         for number, order in enumerate(ways):
-            for _ in run.along(order, _chunks(tokens, tokens, longest), 2 if number else 1, sums.data_ptr(), out):
+            for _ in run.along(order, _chunks(tokens, tokens, longest), 2 if number else 1, address(sums), out):
                 pass
         for first, last in _chunks(tokens, slab_tokens, longest):
-            run.finish_rows(sums.data_ptr(), first, last, out)
+            run.finish_rows(address(sums), first, last, out)
             pool(last)
     return result, torch.stack([states for states in kept if states is not None], dim=1) if keep_states else None
 

@@ -7,8 +7,11 @@ the scan; the rows of the image that they lie in follow by index arithmetic from
 
 from __future__ import annotations
 
+import numpy as np
+
+from lightm.ops.bounds import NOTHING, Extent
 from lightm.ops.jit import LANES, device_function, kernel
-from lightm.ops.matmul_kernels import SCRATCH, multiply
+from lightm.ops.matmul_kernels import SCRATCH, multiply, multiply_extents
 from lightm.ops.vector import fma, full, load, store
 from lightm.ops.vector_math import sigmoid, softplus
 from lightm.ops.vector_parts import get, lane_moments, moments, put
@@ -39,7 +42,58 @@ def _normalise(x, out, channels, weight, bias, eps):  # type: ignore[no-untyped-
         )
 
 
-@kernel
+def _image_rows(begin: int, end: int, order: tuple[int, ...], row: int) -> Extent:
+    """The extent of the image's rows of tokens begin..end-1."""
+    if begin >= end:
+        return NOTHING
+    base, n1, n2, s0, s1, s2 = order
+    t = np.arange(begin, end)
+    places = base + t // n2 // n1 * s0 + t // n2 % n1 * s1 + t % n2 * s2
+    return int(places.min()) * row, (int(places.max()) + 1) * row
+
+
+def _product_extents(
+    name: str, plan: int, blocks: int, out_row: int, tokens: int
+) -> tuple[dict[str, Extent], Extent, Extent]:
+    """(extents of the weights of a product named by its prefix, the rows it reads, the rows it writes)."""
+    found = multiply_extents(plan, blocks, 0, out_row, tokens)
+    zero = {"dt": "dt_bias", "p": "p_bias"}.get(name, f"{name}_zero")
+    weights = {f"{name}_plan": found["plan"], f"{name}_weight": found["w"], zero: found["bias"]}
+    return weights, found["a"], found["out"]
+
+
+def _before_extents(
+    x: int, channels: int, base: int, n1: int, n2: int, s0: int, s1: int, s2: int, norm_weight: int, norm_bias: int,
+    eps: float, x_plan: int, x_blocks: int, x_weight: int, x_zero: int, z_plan: int, z_blocks: int, z_weight: int,
+    z_zero: int, conv: int, conv_bias: int, taps: int, inner: int, m_plan: int, m_blocks: int, m_weight: int,
+    m_zero: int, low: int, dt_plan: int, dt_blocks: int, dt_weight: int, dt_bias: int, begin: int, end: int, u: int,
+    z: int, d: int, numbers: int, numbers_row: int, scratch: int,
+) -> dict[str, Extent]:  # fmt: skip
+    tokens, row, wide = end - begin, 4 * channels, 4 * inner
+    of_x, _, _ = _product_extents("x", x_plan, x_blocks, wide, tokens)
+    of_z, _, _ = _product_extents("z", z_plan, z_blocks, wide, tokens)
+    of_m, _, made = _product_extents("m", m_plan, m_blocks, numbers_row, tokens)
+    of_dt, (first, last), _ = _product_extents("dt", dt_plan, dt_blocks, wide, tokens)
+    last_row = (tokens - 1) * numbers_row
+    return {
+        "x": _image_rows(max(begin - taps + 1, 0), end, (base, n1, n2, s0, s1, s2), row),
+        "norm_weight": (0, row),
+        "norm_bias": (0, row),
+        **of_x,
+        **of_z,
+        "conv": (0, taps * wide),
+        "conv_bias": (0, wide),
+        **of_m,
+        **of_dt,
+        "u": (0, tokens * wide),
+        "z": (0, tokens * wide),
+        "d": (0, tokens * wide),
+        "numbers": (min(made[0], low + first), max(made[1], last_row + low + last)) if tokens else NOTHING,
+        "scratch": (0, SCRATCH + (BLOCK + taps) * row + (min(BLOCK, tokens) + taps - 1) * wide),
+    }
+
+
+@kernel(_before_extents)
 def before_scan(  # type: ignore[no-untyped-def]
     x, channels, base, n1, n2, s0, s1, s2, norm_weight, norm_bias, eps,
     x_plan, x_blocks, x_weight, x_zero, z_plan, z_blocks, z_weight, z_zero, conv, conv_bias, taps, inner,
@@ -127,7 +181,36 @@ def _finish_row(  # type: ignore[no-untyped-def]
     _normalise(mixed, mixed, channels, out_weight, out_bias, out_eps)
 
 
-@kernel
+def _after_extents(
+    y: int, z: int, inner: int, width: int, gate_weight: int, gate_bias: int, gate_eps: float, o_plan: int,
+    o_blocks: int, o_weight: int, o_zero: int, x: int, channels: int, base: int, n1: int, n2: int, s0: int, s1: int,
+    s2: int, norm_weight: int, norm_bias: int, eps: float, scale: int, of_norm: int, out_weight: int, out_bias: int,
+    out_eps: float, p_plan: int, p_blocks: int, p_weight: int, p_bias: int, mode: int, sums: int, out: int,
+    out_row: int, begin: int, end: int, scratch: int,
+) -> dict[str, Extent]:  # fmt: skip
+    tokens, row, wide = end - begin, 4 * channels, 4 * inner
+    of_o, _, _ = _product_extents("o", o_plan, o_blocks, row, tokens)
+    of_p, _, made = _product_extents("p", p_plan, p_blocks, out_row, tokens if mode == 0 else 0)
+    places = _image_rows(begin, end, (base, n1, n2, s0, s1, s2), row)
+    vectors = dict.fromkeys(
+        ("norm_weight", "norm_bias", "scale", "out_weight", "out_bias"), (0, row if mode == 0 else 0)
+    )
+    return {
+        "y": (0, tokens * wide),
+        "z": (0, tokens * wide),
+        "gate_weight": (0, wide if width else 0),
+        "gate_bias": (0, wide if width else 0),
+        **of_o,
+        "x": places if mode == 0 else NOTHING,
+        **vectors,
+        **of_p,
+        "sums": NOTHING if mode == 0 else places,
+        "out": made,
+        "scratch": (0, SCRATCH + BLOCK * wide + (BLOCK + 1) * row),
+    }
+
+
+@kernel(_after_extents)
 def after_scan(  # type: ignore[no-untyped-def]
     y, z, inner, width, gate_weight, gate_bias, gate_eps, o_plan, o_blocks, o_weight, o_zero,
     x, channels, base, n1, n2, s0, s1, s2, norm_weight, norm_bias, eps, scale, of_norm, out_weight, out_bias, out_eps,
@@ -170,7 +253,25 @@ def after_scan(  # type: ignore[no-untyped-def]
         out += (last - first) * out_row
 
 
-@kernel
+def _finish_extents(
+    sums: int, x: int, channels: int, norm_weight: int, norm_bias: int, eps: float, scale: int, of_norm: int,
+    out_weight: int, out_bias: int, out_eps: float, p_plan: int, p_blocks: int, p_weight: int, p_bias: int, out: int,
+    out_row: int, begin: int, end: int, scratch: int,
+) -> dict[str, Extent]:  # fmt: skip
+    row = 4 * channels
+    of_p, _, made = _product_extents("p", p_plan, p_blocks, out_row, end - begin)
+    vectors = dict.fromkeys(("norm_weight", "norm_bias", "scale", "out_weight", "out_bias"), (0, row))
+    return {
+        "sums": (begin * row, end * row),
+        "x": (begin * row, end * row),
+        **vectors,
+        **of_p,
+        "out": made,
+        "scratch": (0, SCRATCH + (BLOCK + 1) * row),
+    }
+
+
+@kernel(_finish_extents)
 def finish(  # type: ignore[no-untyped-def]
     sums, x, channels, norm_weight, norm_bias, eps, scale, of_norm, out_weight, out_bias, out_eps,
     p_plan, p_blocks, p_weight, p_bias, out, out_row, begin, end, scratch,

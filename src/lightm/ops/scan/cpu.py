@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightm.ops.bounds import address
 from lightm.ops.jit import LANES
 from lightm.ops.scan.kernels import backward_kernel, forward_kernel, scratch_floats, sum_kernel, summary_kernel
 from lightm.ops.scan.layout import STRETCH, Layout
@@ -19,7 +20,7 @@ _TILE = 4 * LANES  # bytes of one row of a tile
 
 def _spots(x: Tensor | None) -> tuple[int, int, int]:
     """(address, bytes between batch entries, bytes between tokens); zeros for None."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), 4 * x.stride(0), 4 * x.stride(1))
+    return (0, 0, 0) if x is None else (address(x), 4 * x.stride(0), 4 * x.stride(1))
 
 
 def _parameters(layout: Layout, A: Tensor, rows: tuple[Tensor | None, ...]) -> tuple[Tensor, list[Tensor | None]]:
@@ -74,15 +75,15 @@ def run_forward(
             group = layout.first_group(tile)
             across = [tile * _TILE] * 2 + [group * size for size in group_bytes] + [tile * _TILE] * 2
             found: list[int] = []
-            for (address, entry_step, step), offset in zip(spots, across, strict=True):
-                found += [address + entry * entry_step + offset + first * step if address else 0, step]
+            for (at, entry_step, step), offset in zip(spots, across, strict=True):
+                found += [at + entry * entry_step + offset + first * step if at else 0, step]
             return found
 
         def vectors(item: int) -> tuple[int, int, int]:
             """Addresses of a tile's A, d_skip and delta_bias."""
             tile = item % layout.tiles
             return (
-                decay.data_ptr() + tile * state_bytes,
+                address(decay) + tile * state_bytes,
                 skip_at + tile * _TILE if skip_at else 0,
                 bias_at + tile * _TILE if bias_at else 0,
             )
@@ -94,17 +95,17 @@ def run_forward(
                 *vectors(item),
                 int(delta_softplus),
                 state_at + item * state_bytes,
-                saved.data_ptr() + number_before * state_bytes if chunk else 0,
+                address(saved) + number_before * state_bytes if chunk else 0,
                 state_bytes,
                 pass_tokens,
                 last - first,
-                scratch[worker].data_ptr(),
+                address(scratch[worker]),
                 *group_bytes,
             )
 
         parts = part_count(items, torch.get_num_threads(), stop - start)
         if parts == 1:
-            parallel_for(lambda item, worker: scan(item, worker, 0, stop - start, state.data_ptr()), items)
+            parallel_for(lambda item, worker: scan(item, worker, 0, stop - start, address(state)), items)
             layout.finish_rows(y_rows, y, start, stop)
             return
 
@@ -116,7 +117,7 @@ def run_forward(
         def first_round(index: int, worker: int) -> None:
             part, item = divmod(index, items)
             if part == 0:
-                scan(item, worker, 0, borders[1], state.data_ptr())
+                scan(item, worker, 0, borders[1], address(state))
                 return
             rows = where(item, borders[part])
             a_at, _, own_bias = vectors(item)
@@ -125,11 +126,11 @@ def run_forward(
                 a_at,
                 own_bias,
                 int(delta_softplus),
-                alone[part - 1].data_ptr() + item * state_bytes,
-                steps[part - 1].data_ptr() + item * _TILE,
+                address(alone[part - 1]) + item * state_bytes,
+                address(steps[part - 1]) + item * _TILE,
                 pass_tokens,
                 borders[part + 1] - borders[part],
-                scratch[worker].data_ptr(),
+                address(scratch[worker]),
                 group_bytes[0],
             )
 
@@ -138,7 +139,7 @@ def run_forward(
 
         def second_round(index: int, worker: int) -> None:
             part, item = divmod(index, items)
-            scan(item, worker, borders[part + 1], borders[part + 2], between[part].data_ptr())
+            scan(item, worker, borders[part + 1], borders[part + 2], address(between[part]))
 
         parallel_for(second_round, items * (parts - 1))
         state.copy_(between[-1])
@@ -167,10 +168,10 @@ def _sum_tiles(layout: Layout, parts: Tensor, result: Tensor, start: int, stop: 
         entry, group = divmod(row, layout.groups)
         first_tile = entry * layout.tiles + group * layout.tiles_of_group
         run(
-            parts.data_ptr() + first_tile * part_bytes,
+            address(parts) + first_tile * part_bytes,
             part_bytes,
             layout.tiles_of_group,
-            total.data_ptr() + 4 * (entry * total.stride(0) + group * n),
+            address(total) + 4 * (entry * total.stride(0) + group * n),
             4 * layout.groups * n,
             index * block,
             min((index + 1) * block, tokens),
@@ -233,26 +234,26 @@ def run_backward(
             group = layout.first_group(tile)
             across = [tile * _TILE] * 2 + [group * size for size in group_bytes] + [tile * _TILE] * 5
             where: list[int] = []
-            for (address, entry_step, step), offset in zip(spots_in + spots_out, across, strict=True):
-                where += [address + entry * entry_step + offset if address else 0, step]
+            for (at, entry_step, step), offset in zip(spots_in + spots_out, across, strict=True):
+                where += [at + entry * entry_step + offset if at else 0, step]
             run(
                 *where[:12],
-                decay.data_ptr() + tile * state_bytes,
+                address(decay) + tile * state_bytes,
                 skip_at + tile * _TILE if skip_at else 0,
                 bias_at + tile * _TILE if bias_at else 0,
                 int(delta_softplus),
-                saved.data_ptr() + (item * number + start // chunk) * state_bytes,
+                address(saved) + (item * number + start // chunk) * state_bytes,
                 state_bytes,
                 chunk,
                 tokens,
                 *where[12:],
-                parts_b.data_ptr() + item * longest * sums * 4,
-                parts_c.data_ptr() + item * longest * sums * 4,
-                carry.data_ptr() + item * state_bytes,
-                dA.data_ptr() + item * state_bytes,
-                dskip.data_ptr() + item * _TILE,
-                dbias.data_ptr() + item * _TILE,
-                scratch[worker].data_ptr(),
+                address(parts_b) + item * longest * sums * 4,
+                address(parts_c) + item * longest * sums * 4,
+                address(carry) + item * state_bytes,
+                address(dA) + item * state_bytes,
+                address(dskip) + item * _TILE,
+                address(dbias) + item * _TILE,
+                address(scratch[worker]),
                 *group_bytes,
             )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightm.ops.bounds import address
 from lightm.ops.jit import LANES
 from lightm.ops.scan.cpu import _spots, _sum_tiles
 from lightm.ops.scan.layout import STRETCH, Layout
@@ -31,7 +32,7 @@ def _numbers(x: Tensor | None) -> Tensor | None:
 
 def _at(x: Tensor | None, head: int) -> int:
     """Address of a head's number; 0 for None."""
-    return 0 if x is None else x.data_ptr() + 4 * head
+    return 0 if x is None else address(x) + 4 * head
 
 
 def run_forward(
@@ -81,20 +82,20 @@ def run_forward(
             in_group = [head // heads_of_group * size for size in group_bytes]
             across = [tile * _TILE, head * delta_bytes, *in_group, tile * _TILE, tile * _TILE]
             where: list[int] = []
-            for (address, entry_step, step), offset in zip(spots, across, strict=True):
-                where += [address + entry * entry_step + offset if address else 0, step]
+            for (at, entry_step, step), offset in zip(spots, across, strict=True):
+                where += [at + entry * entry_step + offset if at else 0, step]
             run(
                 *where,
                 _at(rate, head),
                 _at(skip, head),
                 _at(bias, head),
                 int(delta_softplus),
-                state.data_ptr() + item * state_bytes,
-                saved.data_ptr() + (item * number + start // chunk) * state_bytes if chunk else 0,
+                address(state) + item * state_bytes,
+                address(saved) + (item * number + start // chunk) * state_bytes if chunk else 0,
                 state_bytes,
                 chunk or PASS,
                 stop - start,
-                scratch[worker].data_ptr(),
+                address(scratch[worker]),
             )
 
         parallel_for(work, layout.batch * layout.tiles)
@@ -154,25 +155,25 @@ def run_backward(
             in_group = [head // heads_of_group * size for size in group_bytes]
             across = [tile * _TILE, head * delta_bytes, *in_group] + [tile * _TILE] * 4
             where: list[int] = []
-            for (address, entry_step, step), offset in zip(spots, across, strict=True):
-                where += [address + entry * entry_step + offset if address else 0, step]
+            for (at, entry_step, step), offset in zip(spots, across, strict=True):
+                where += [at + entry * entry_step + offset if at else 0, step]
             run(
                 *where[:12],
                 _at(rate, head),
                 _at(skip, head),
                 _at(bias, head),
                 int(delta_softplus),
-                saved.data_ptr() + (item * number + start // chunk) * state_bytes,
+                address(saved) + (item * number + start // chunk) * state_bytes,
                 state_bytes,
                 chunk,
                 stop - start,
                 *where[12:],
-                parts_d.data_ptr() + item * longest * 4,
-                parts_b.data_ptr() + item * longest * n * 4,
-                parts_c.data_ptr() + item * longest * n * 4,
-                carry.data_ptr() + item * state_bytes,
-                *(sums[i].data_ptr() + item * _TILE for i in range(3)),
-                scratch[worker].data_ptr(),
+                address(parts_d) + item * longest * 4,
+                address(parts_b) + item * longest * n * 4,
+                address(parts_c) + item * longest * n * 4,
+                address(carry) + item * state_bytes,
+                *(address(sums[i]) + item * _TILE for i in range(3)),
+                address(scratch[worker]),
             )
 
         parallel_for(work, items)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from lightm.ops.bounds import Extent, Extents
+from lightm.ops.bounds import rows as rows_of
 from lightm.ops.jit import LANES, device_function, kernel
 from lightm.ops.ssd.step import advance, record, retreat, store_sum
 from lightm.ops.vector import broadcast, fma, full, load, load_rows, store, store_rows
@@ -44,11 +46,36 @@ def _steps(raw, soft, rate, whole, steps, decays):  # type: ignore[no-untyped-de
         store(decays + 4 * i, exp2(d * rate))
 
 
+def _forward_extents(states: int) -> Extents:
+    def extents(
+        u: int, u_step: int, delta: int, delta_step: int, b: int, b_step: int, c: int, c_step: int, z: int, z_step: int,
+        y: int, y_step: int, a: int, skip: int, bias: int, soft: int, state: int, saved: int, saved_step: int,
+        chunk: int, tokens: int, scratch: int,
+    ) -> dict[str, Extent]:  # fmt: skip
+        whole = -(-min(chunk, tokens) // LANES) * LANES
+        return {
+            "u": rows_of(0, tokens, u_step, _ROW),
+            "delta": rows_of(0, tokens, delta_step, 4),
+            "b": rows_of(0, tokens, b_step, 4 * states),
+            "c": rows_of(0, tokens, c_step, 4 * states),
+            "z": rows_of(0, tokens if z else 0, z_step, _ROW),
+            "y": rows_of(0, tokens, y_step, _ROW),
+            "a": (0, 4),
+            "skip": (0, 4 if skip else 0),
+            "bias": (0, 4 if bias else 0),
+            "state": (0, _ROW * states),
+            "saved": rows_of(0, -(-tokens // chunk) if saved else 0, saved_step, _ROW * states),
+            "scratch": (0, 4 * (chunk + whole) if tokens else 0),
+        }
+
+    return extents
+
+
 @cache
 def forward_kernel(states: int) -> Callable[..., Any]:
     """The forward kernel for N = `states`."""
 
-    @kernel
+    @kernel(_forward_extents(states))
     def ssd_forward(  # type: ignore[no-untyped-def]
         u, u_step, delta, delta_step, b, b_step, c, c_step, z, z_step, y, y_step,
         a, skip, bias, soft, state, saved, saved_step, chunk, tokens, scratch,
@@ -87,12 +114,45 @@ def forward_kernel(states: int) -> Callable[..., Any]:
     return ssd_forward
 
 
+def _backward_extents(states: int) -> Extents:
+    def extents(
+        u: int, u_step: int, delta: int, delta_step: int, b: int, b_step: int, c: int, c_step: int, z: int, z_step: int,
+        dy: int, dy_step: int, a: int, skip: int, bias: int, soft: int, saved: int, saved_step: int, chunk: int,
+        tokens: int, du: int, du_step: int, dz: int, dz_step: int, ddelta: int, db: int, dc: int, carry: int, da: int,
+        dskip: int, dbias: int, scratch: int,
+    ) -> dict[str, Extent]:  # fmt: skip
+        return {
+            "u": rows_of(0, tokens, u_step, _ROW),
+            "delta": rows_of(0, tokens, delta_step, 4),
+            "b": rows_of(0, tokens, b_step, 4 * states),
+            "c": rows_of(0, tokens, c_step, 4 * states),
+            "z": rows_of(0, tokens if z else 0, z_step, _ROW),
+            "dy": rows_of(0, tokens, dy_step, _ROW),
+            "a": (0, 4),
+            "skip": (0, 4 if skip else 0),
+            "bias": (0, 4 if bias else 0),
+            "saved": rows_of(0, -(-tokens // chunk), saved_step, _ROW * states),
+            "du": rows_of(0, tokens, du_step, _ROW),
+            "dz": rows_of(0, tokens if z else 0, dz_step, _ROW),
+            "ddelta": (0, -(-tokens // LANES) * _ROW),
+            "db": (0, 4 * states * tokens),
+            "dc": (0, 4 * states * tokens),
+            "carry": (0, _ROW * states),
+            "da": (0, _ROW),
+            "dskip": (0, _ROW),
+            "dbias": (0, _ROW),
+            "scratch": (0, 4 * scratch_floats(states, chunk)),
+        }
+
+    return extents
+
+
 @cache
 def backward_kernel(states: int) -> Callable[..., Any]:
     """The backward kernel for N = `states`."""
     rows = _ROW * states
 
-    @kernel
+    @kernel(_backward_extents(states))
     def ssd_backward(  # type: ignore[no-untyped-def]
         u, u_step, delta, delta_step, b, b_step, c, c_step, z, z_step, dy, dy_step,
         a, skip, bias, soft, saved, saved_step, chunk, tokens,
