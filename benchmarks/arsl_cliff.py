@@ -29,13 +29,13 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from arsl_cliff_figures import draw, read_csv, tables, takeover
 from lightm import train_model
-from lightm.data.dataset import open_dataset
-from lightm.data.phantoms import make_phantoms
-from lightm.data.plan import make_plan
-from lightm.data.preprocess import preprocess_dataset
-from lightm.data.sampling import PatchDataset
+from lightm.datasets.dataset import open_dataset
+from lightm.datasets.phantoms import make_phantoms
 from lightm.losses import AdaptiveRegion, SegmentationLoss, create_loss
 from lightm.losses.regions import Grid, soft_counts
+from lightm.preparation.patches import PatchDataset
+from lightm.preparation.plan import make_plan
+from lightm.preparation.preprocess import preprocess_dataset
 
 A_PLUS_B = 0.7
 EPS = (1e-7, 1e-5, 1e-3, 1e-1, 1.0)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from lightm.evaluate.figures import BLUE, GREEN, GRID, INK, MUTED, ORANGE, PURPLE, VERMILION, new_figure, to_png
+from lightm.evaluation.figures import BLUE, GREEN, GRID, INK, MUTED, ORANGE, PURPLE, VERMILION, new_figure, to_png
 
 EPS_COLOURS = (PURPLE, BLUE, GREEN, ORANGE, VERMILION)
 EPS_STYLES = ("-", "--", "-.", ":", "-")

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 
 from lightm import __version__
-from lightm.data.fingerprint import ChannelIntensities, Fingerprint
-from lightm.data.io import read_volume
-from lightm.data.plan import ChannelNormalization, Plan
+from lightm.images.io import read_volume
 from lightm.nets import create
 from lightm.nets.folder import save_model
+from lightm.preparation.fingerprint import ChannelIntensities, Fingerprint
+from lightm.preparation.plan import ChannelNormalization, Plan
 
 SHAPE, SPACING = (600, 512, 512), (1.0, 0.75, 0.75)
 CLASSES = ("background", "liver", "kidneys", "spleen", "vessels")
@@ -101,8 +101,8 @@ def make_model(folder: Path, network: str, spacing_mm: tuple[float, ...], patch:
 
 def child(request: dict[str, Any]) -> None:
     """Predict one image and print what was measured as JSON."""
-    from lightm.infer import Predictor
-    from lightm.infer.budget import peak_resident_bytes
+    from lightm.inference import Predictor
+    from lightm.inference.budget import peak_resident_bytes
 
     windows = [0]
     predictor = Predictor.from_folder(request["model"], max_memory=request["limit"])

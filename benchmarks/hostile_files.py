@@ -21,8 +21,8 @@ from collections import defaultdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from lightm.data.io import read_volume
 from lightm.errors import InputError
+from lightm.images.io import read_volume
 
 LIMIT_S = 60.0
 READ = (".nii", ".nii.gz", ".png", ".dcm")

@@ -1,6 +1,7 @@
 """Write docs/presets/: a page and a diagram for every preset, and an index: `python docs/draw_presets.py`.
 
-Everything but the notes below is read off the networks: `lightm.nets.accounting` counts, `lightm.nets.diagram` draws.
+Everything but the notes below is read off the networks: `lightm.lab.complexity` counts, its `diagram`
+draws.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lightm.nets.accounting import Account, account, compare
-from lightm.nets.accounting.families import settings_of
-from lightm.nets.accounting.table import source_of
-from lightm.nets.accounting.text import SYMBOLS, errata_lines, giga, grouped_rows, layer_rows, markdown, source_rows
-from lightm.nets.diagram import draw_network
+from lightm.lab.complexity import Account, account, compare
+from lightm.lab.complexity.diagram import draw_network
+from lightm.lab.complexity.families import settings_of
+from lightm.lab.complexity.table import source_of
+from lightm.lab.complexity.text import SYMBOLS, errata_lines, giga, grouped_rows, layer_rows, markdown, source_rows
 from lightm.nets.presets import PRESETS
 
 FOLDER = Path(__file__).with_name("presets")
@@ -159,7 +160,7 @@ def pages(name: str) -> dict[str, str]:
         "## Operations",
         "",
         "For one image of 128 x 128 x 128. What counts as a multiply-add and as an exponential is said in "
-        "`lightm.nets.accounting.operations` and printed by `lightm info`.",
+        "`lightm.lab.complexity.operations` and printed by `lightm info`.",
         "",
         *markdown(layer_rows(three), left=2),
         "",

@@ -1,11 +1,14 @@
-"""Shared fixtures: the folder of real data, when there is one."""
+"""Shared fixtures: the folder of real data, when there is one, and a small made data set."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import write_dataset
 
 _SHARED = Path(os.environ.get("LIGHTM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -22,3 +25,13 @@ def shared() -> Path:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test preprocesses into its own folder, never into the user's cache."""
     monkeypatch.setenv("LIGHTM_CACHE", str(tmp_path / "lightm-cache"))
+
+
+@pytest.fixture
+def make_dataset(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a small dataset, 3D NIfTI by default, and returns its folder."""
+
+    def make(name: str = "Dataset001_Small", **options: object) -> Path:
+        return write_dataset(tmp_path / name, **options)  # type: ignore[arg-type]
+
+    return make

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from lightm.nets import create
-from lightm.train.config import USER_KEYS, parse_duration, read_user_config, resolve_config
+from lightm.training.config import USER_KEYS, parse_duration, read_user_config, resolve_config
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPARISONS = ("quick.yaml",)  # and examples/compare; tested in tests/compare/test_experiment.py
+COMPARISONS = ("quick.yaml",)  # and examples/compare; tested in tests/lab/compare/test_experiment.py
 TRAININGS = sorted(path for path in (ROOT / "examples").glob("*.yaml") if path.name not in COMPARISONS)
 
 
@@ -39,7 +39,7 @@ def test_the_readmes_commands_exist() -> None:
 def test_the_documented_keys_are_options_of_train() -> None:
     import inspect
 
-    from lightm.train import train_model
+    from lightm.training import train_model
 
     assert set(USER_KEYS) <= set(inspect.signature(train_model).parameters)
     for name in re.findall(r"\]\(((?:docs|src)/[^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):

@@ -9,7 +9,7 @@ import pytest
 
 from lightm.errors import InputError
 from lightm.pipeline import demo, finish_run, score_run, train_and_test
-from lightm.train import train_model
+from lightm.training import train_model
 from tests.helpers import make_balls
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from lightm.data.convert import convert_dataset
-from lightm.data.dataset import open_dataset
-from lightm.data.plan import make_plan
+from lightm.datasets.convert import convert_dataset
+from lightm.datasets.dataset import open_dataset
 from lightm.losses import create_loss
 from lightm.nets import create
-from lightm.train.config import read_user_config, resolve_config
-from lightm.train.prepare import choose_split, with_sizes
-from tests.data.test_convert import make_lits, make_msd, make_xrays
+from lightm.preparation.plan import make_plan
+from lightm.training.config import read_user_config, resolve_config
+from lightm.training.prepare import choose_split, with_sizes
+from tests.datasets.test_convert import make_lits, make_msd, make_xrays
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES: dict[str, tuple[str, Callable[[Path], Path], list[int], int]] = {

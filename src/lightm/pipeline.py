@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightm.data.dataset import Dataset, open_dataset
-from lightm.data.io import read_volume
-from lightm.data.phantoms import make_phantoms
+from lightm.datasets.dataset import Dataset, open_dataset
+from lightm.datasets.phantoms import make_phantoms
 from lightm.errors import InputError
-from lightm.evaluate import Evaluation, evaluate_folder, write_report
-from lightm.infer import Predictor, predict_folder
-from lightm.infer.postprocess import Postprocess, describe
-from lightm.infer.postprocess_choice import CaseLabels, choose_rules
+from lightm.evaluation import Evaluation, evaluate_folder, write_report
+from lightm.images.io import read_volume
+from lightm.inference import Predictor, predict_folder
+from lightm.inference.postprocess import Postprocess, describe
+from lightm.inference.postprocess_choice import CaseLabels, choose_rules
 from lightm.nets.folder import set_postprocess
-from lightm.train import TrainResult, load_split, train_model
-from lightm.train.config import load_config
+from lightm.training import TrainResult, load_split, train_model
+from lightm.training.config import load_config
 
 Progress = Callable[[str, int, int], None]
 

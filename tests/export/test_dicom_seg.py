@@ -14,17 +14,17 @@ import pytest
 import torch
 
 from lightm.cli import main
-from lightm.data.io import read_volume
-from lightm.data.volume import Volume, geometry_difference
 from lightm.errors import InputError
 from lightm.export.dicom_seg import cielab, write_dicom_seg
 from lightm.export.segment_codes import TISSUE, segment_code
+from lightm.images.io import read_volume
+from lightm.images.volume import Volume, geometry_difference
 from lightm.nets.folder import save_model
 from lightm.nets.presets import create
 
-from ..data.dicom_made import CT, FRAME_OF_REFERENCE, SERIES, STUDY, stored_pixels, write_ct, write_enhanced_mr
-from ..infer.conftest import make_plan
-from ..infer.made import PlanMaker
+from ..images.dicom_made import CT, FRAME_OF_REFERENCE, SERIES, STUDY, stored_pixels, write_ct, write_enhanced_mr
+from ..inference.conftest import make_plan
+from ..inference.made import PlanMaker
 
 pydicom = pytest.importorskip("pydicom")
 highdicom = pytest.importorskip("highdicom")

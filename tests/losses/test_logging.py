@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightm.losses import AdaptiveRegion, create_loss
-from lightm.train import train_model
+from lightm.training import train_model
 from tests.helpers import make_balls
 
 SMALL = {

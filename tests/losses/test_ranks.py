@@ -68,7 +68,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, bool
     code = "import sys; from tests.losses.test_ranks import one_rank; one_rank(int(sys.argv[1]), *sys.argv[2:])"
     root = Path(__file__).resolve().parents[2]
     interface = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **interface}
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **interface}
     command = [sys.executable, "-c", code]
     arguments = [str(folder / "store"), str(folder / "out")]
     processes = [

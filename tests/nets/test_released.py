@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lightm.nets import count_parameters, create
 from lightm.nets.blocks import GroupNormReLU
-from lightm.nets.released_checkpoint import load_released
-from lightm.nets.released_names import convert_released
+from lightm.nets.released.checkpoint import load_released
+from lightm.nets.released.names import convert_released
 
 # The one ReLU of 3D that is on in float64 (its input there is 1.5e-5) and off in the golden run.
 GOLDEN_SWITCH = ("decoder.2.norm2", (0, 4, 8, 7, 5))

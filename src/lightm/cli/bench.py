@@ -12,7 +12,7 @@ from lightm.cli.common import Json, app, echo, progress_bar
 from lightm.errors import InputError
 
 if TYPE_CHECKING:
-    from lightm.bench import Row
+    from lightm.lab.bench import Row
 
 
 @app.command()
@@ -42,8 +42,8 @@ def bench(
     names = None if networks is None else [name.strip() for name in networks.split(",") if name.strip()]
     if threads is not None and threads < 1:
         raise InputError(f"threads {threads}: at least one is needed")
-    from lightm.bench import run
-    from lightm.bench.suite import SCALING_SIZES
+    from lightm.lab.bench import run
+    from lightm.lab.bench.suite import SCALING_SIZES
 
     if threads is not None:
         import torch
@@ -78,7 +78,7 @@ def _edges(text: str) -> list[int]:
 
 
 def _print(rows: list[Row], as_json: bool) -> None:
-    from lightm.bench.records import HEADINGS, cells, format_json, format_markdown
+    from lightm.lab.bench.records import HEADINGS, cells, format_json, format_markdown
 
     if as_json:
         typer.echo(format_json(rows))

@@ -13,7 +13,7 @@ import typer
 from lightm.errors import InputError
 
 if TYPE_CHECKING:
-    from lightm.evaluate import Evaluation
+    from lightm.evaluation import Evaluation
     from lightm.pipeline import RunResult
 
 app = typer.Typer(
@@ -90,6 +90,6 @@ def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from lightm.evaluate import format_table
+    from lightm.evaluation import format_table
 
     Console(width=None if sys.stdout.isatty() else 120).print(format_table(evaluation))

@@ -28,7 +28,7 @@ def compare(
 
     Example: lightm compare examples/quick.yaml
     """
-    from lightm.compare import compare_experiment, write_results
+    from lightm.lab.compare import compare_experiment, write_results
 
     source = experiment
     if experiment.is_dir():

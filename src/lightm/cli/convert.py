@@ -31,7 +31,7 @@ def convert(
 
     Example: lightm convert lits downloads/LiTS Dataset029_LiTS
     """
-    from lightm.data.convert import convert_dataset
+    from lightm.datasets.convert import convert_dataset
 
     with progress_bar() as progress:
         result = convert_dataset(

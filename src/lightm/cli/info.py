@@ -43,8 +43,8 @@ def info(
 
     Example: lightm info lightm-unet --spatial 128 128 128
     """
-    from lightm.nets.accounting import account, compare, describe
-    from lightm.nets.accounting.table import as_text
+    from lightm.lab.complexity import account, compare, describe
+    from lightm.lab.complexity.table import as_text
 
     names, shape = _name_and_sizes(words or [], spatial)
     options = dict(_option(text) for text in setting or [])
@@ -54,7 +54,7 @@ def info(
         ]
         if wrong:
             raise InputError(f"--all compares all networks as they are; {', '.join(wrong)} cannot be given with it")
-        from lightm.evaluate.bubbles import read_dice, write_comparison
+        from lightm.lab.bubbles import read_dice, write_comparison
 
         dice = read_dice(runs or [])
         with progress_bar() as progress:
@@ -74,7 +74,7 @@ def info(
     )
     if diagram is not None:
         from lightm.files import write_text
-        from lightm.nets.diagram import draw_network
+        from lightm.lab.complexity.diagram import draw_network
 
         svg = draw_network(names[0], spatial=shape, in_channels=in_channels, out_channels=classes, options=options)
         write_text(diagram, svg)

@@ -50,8 +50,8 @@ def predict(
 
     Example: lightm predict -i scans/ -o segmentations/ -m runs/hippocampus/model
     """
-    from lightm.infer import predict_folder
-    from lightm.infer.budget import parse_memory
+    from lightm.inference import predict_folder
+    from lightm.inference.budget import parse_memory
 
     also = None
     if window not in ("patch", "whole"):
@@ -122,7 +122,7 @@ def evaluate(
 
     Example: lightm evaluate segmentations/ --labels data/Dataset004_Hippocampus/labelsTr -o scores/
     """
-    from lightm.evaluate import evaluate_folder
+    from lightm.evaluation import evaluate_folder
 
     with progress_bar() as progress:
         if labels is None:
@@ -143,6 +143,6 @@ def report(
 
     Example: lightm report runs/hippocampus
     """
-    from lightm.evaluate import write_report
+    from lightm.evaluation import write_report
 
     typer.echo(str(write_report(run, out=out)))

@@ -53,7 +53,7 @@ def phantom(
 
     Example: lightm phantom liver data/Dataset900_Liver --cases 24 --size 64 --seed 1
     """
-    from lightm.data.phantoms import make_phantoms
+    from lightm.datasets.phantoms import make_phantoms
 
     default = {"vessels": 96, "xray": 256}.get(kind, 64)
     with progress_bar() as progress:
@@ -69,7 +69,7 @@ def check(dataset: Dataset, labels: Labels = None, as_json: Json = False) -> Non
 
     Example: lightm check data/Dataset004_Hippocampus
     """
-    from lightm.data.check import check_dataset
+    from lightm.datasets.check import check_dataset
 
     with progress_bar() as progress:
         result = check_dataset(dataset, labels=labels, progress=progress)
@@ -108,8 +108,8 @@ def plan(
 
     Example: lightm plan data/Dataset004_Hippocampus -o plan.yaml
     """
-    from lightm.data.dataset import open_dataset
-    from lightm.data.plan import make_plan
+    from lightm.datasets.dataset import open_dataset
+    from lightm.preparation.plan import make_plan
 
     data = open_dataset(dataset, labels=labels)
     path = data.root / "plan.yaml" if out is None else out
@@ -157,9 +157,9 @@ def train(
 
     Example: lightm train data/Dataset004_Hippocampus -o runs/hippocampus --max-time 15m
     """
-    from lightm import train as package
+    from lightm import training as package
     from lightm.pipeline import finish_run
-    from lightm.train.config import read_user_config
+    from lightm.training.config import read_user_config
 
     given: dict[str, Any] = {k: v for k, v in {
         "labels": labels, "network": network, "recipe": recipe, "loss": loss, "epochs": epochs, "max_time": max_time,

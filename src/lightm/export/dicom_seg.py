@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 
 from lightm import __version__
-from lightm.data.cases import Case
-from lightm.data.dicom import Series, find_series, is_dicom
-from lightm.data.dicom_files import MULTI_FRAME, PROJECTIONS, Header, pydicom_module, quietly, reason, text
-from lightm.data.dicom_stack import Stack, stack_series
-from lightm.data.plan import Plan
-from lightm.data.volume import Volume, geometry_difference
+from lightm.datasets.cases import Case
 from lightm.errors import InputError, LightMError
-from lightm.evaluate.figures import CLASS_COLOURS
+from lightm.evaluation.figures import CLASS_COLOURS
 from lightm.export.segment_codes import segment_code
 from lightm.files import replacing
-from lightm.infer.folder import CaseWriter
+from lightm.images.dicom import Series, find_series, is_dicom
+from lightm.images.dicom_files import MULTI_FRAME, PROJECTIONS, Header, pydicom_module, quietly, reason, text
+from lightm.images.dicom_stack import Stack, stack_series
+from lightm.images.volume import Volume, geometry_difference
+from lightm.inference.folder import CaseWriter
 from lightm.nets.folder import load_model
+from lightm.preparation.plan import Plan
 
 ENDING = ".seg.dcm"
 

@@ -24,36 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from lightm import ops
+from lightm.nets.mamba2 import VSS2
 from lightm.nets.recompute import recomputed, recomputes
+from lightm.nets.state_space import decay_rates, init_conv, init_dt_bias, without_decay
 from lightm.nets.token_layer import TokenLayer
-
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
-
-
-def without_decay(*parameters: nn.Parameter) -> None:
-    """Mark parameters that weight decay must leave alone: those of the state space, of convolutions, scales."""
-    for parameter in parameters:
-        parameter.no_decay = True  # type: ignore[attr-defined]
-
-
-def decay_rates(A_log: Tensor) -> Tensor:
-    """A = -exp(A_log), in float32 at least: half precision would round the slow decays away."""
-    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
-
-
-def init_conv(weight: Tensor, bias: Tensor) -> None:
-    """Initialise a causal depthwise convolution of K taps (last axis) as Mamba does: uniform in 1 / sqrt(K)."""
-    bound = 1 / math.sqrt(weight.shape[-1])
-    nn.init.uniform_(weight, -bound, bound)
-    nn.init.uniform_(bias, -bound, bound)
-
-
-def init_dt_bias(bias: Tensor) -> None:
-    """Initialise dt_proj's bias as Mamba does (section 3.6): softplus(bias) is log-uniform in [1e-3, 1e-1]."""
-    log_dt = torch.empty_like(bias).uniform_(math.log(DT_MIN), math.log(DT_MAX))
-    dt = log_dt.exp().clamp(min=DT_FLOOR)
-    with torch.no_grad():
-        bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
 class DWConv(nn.Module):
@@ -245,8 +219,6 @@ class RVM(TokenLayer):
     ) -> None:
         vss: nn.Module
         if ssm == "mamba2":
-            from lightm.nets.mamba2 import VSS2
-
             head = min(16, expand * channels)
             vss = VSS2(channels, state_size=state_size, expand=expand, head_dim=head, inner_norm=inner_norm)
         else:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightm import __version__
+from lightm.config_io import read_json
 from lightm.errors import InputError, LightMError
 from lightm.files import disk_refusals, sync_folder, write_text
-from lightm.json_file import read_json
 from lightm.nets.described import create_described, tensor_shapes
 from lightm.nets.zipped import extracted, is_zip_path, write_zip
 
@@ -119,7 +119,7 @@ def pack_model(model: Path | str, out: Path | str, *, overwrite: bool = False) -
 
 
 def set_postprocess(folder: Path, record: Mapping[str, Any]) -> None:
-    """Keep the clean-up of its predictions with a model: `Postprocess` of `lightm.infer.postprocess` as plain values.
+    """Keep the clean-up of its predictions with a model: `lightm.inference.postprocess.Postprocess` as plain values.
 
     Raises InputError for a folder without a model and for a single-file model, LightMError when the disk refuses.
     """

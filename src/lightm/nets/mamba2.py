@@ -18,8 +18,7 @@ from torch.nn import functional
 
 from lightm import ops
 from lightm.errors import InputError
-from lightm.nets.blocks import decay_rates, init_conv, init_dt_bias, without_decay
-from lightm.nets.spm import GroupedLinear
+from lightm.nets.state_space import GroupedLinear, decay_rates, init_conv, init_dt_bias, without_decay
 
 Carry = tuple[Tensor, Tensor]
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightm.errors import InputError, did_you_mean
-from lightm.nets import peers
+from lightm.nets import baselines
 from lightm.nets.lightm_unet import LightMUNet
 from lightm.nets.released import ReleasedLightMUNet
 
@@ -41,7 +41,7 @@ DEFAULT = "lightm-small"
 
 def names() -> list[str]:
     """Return the names of all networks: LightM's presets, then the peers that they are compared with."""
-    return [*PRESETS, *peers.PEERS]
+    return [*PRESETS, *baselines.PEERS]
 
 
 def create(
@@ -54,18 +54,18 @@ def create(
 ) -> nn.Module:
     """Return a new network by name, with fresh weights from torch's global generator.
 
-    Arguments: `name` of a preset or of a peer (`lightm.nets.peers`); `spatial_dims` 2 or 3; `in_channels` of the
+    Arguments: `name` of a preset or of a peer (`lightm.nets.baselines`); `spatial_dims` 2 or 3; `in_channels` of the
     image; `out_channels` classes, background included; `image_size`: the size of the patches, which some peers are
     built for and LightM's own networks do not need; `options` override single settings.
     Raises InputError for an unknown name, an unknown option, impossible settings, a missing library, or an
     image_size that a peer cannot take.
     """
-    if name not in PRESETS and name not in peers.PEERS:
+    if name not in PRESETS and name not in baselines.PEERS:
         known = names()
         raise InputError(f"unknown network '{name}'{did_you_mean(name, known)} Known: {', '.join(sorted(known))}.")
     try:
-        if name in peers.PEERS:
-            return peers.build(name, spatial_dims, in_channels, out_channels, image_size, **options)
+        if name in baselines.PEERS:
+            return baselines.build(name, spatial_dims, in_channels, out_channels, image_size, **options)
         build, settings = PRESETS[name]
         return build(spatial_dims, in_channels, out_channels, **{**settings, **options})
     except (TypeError, ValueError, ImportError) as error:

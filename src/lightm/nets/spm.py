@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightm import ops
-from lightm.nets.blocks import decay_rates, init_conv, init_dt_bias, without_decay
+from lightm.nets.mamba2 import VSS2
+from lightm.nets.state_space import GroupedLinear, decay_rates, init_conv, init_dt_bias, without_decay
 from lightm.nets.token_layer import TokenLayer
-
-
-class GroupedLinear(nn.Module):
-    """A linear layer for each of `parts` groups of channels, giving tensors of `outs` channels a part each.
-
-    (..., parts * fan_in) -> for every out in outs (..., parts * out), the parts one after the other in each. With
-    `shared` one weight serves all parts. Parameters: fan_in * sum(outs), times `parts` unless shared.
-
-    Each result is one product with a matrix a part (`ops.linear`): nothing is cut apart or put together.
-    """
-
-    def __init__(self, parts: int, fan_in: int, outs: Sequence[int], *, shared: bool) -> None:
-        super().__init__()
-        self.parts, self.outs = parts, tuple(outs)
-        self.weight = nn.Parameter(torch.empty(1 if shared else parts, sum(outs), fan_in))
-        nn.init.uniform_(self.weight, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        weight = self.weight.expand(self.parts, -1, -1)
-        # a product for each result: the gradients of slices of one product would have to be joined token by token
-        return tuple(ops.linear(x, part) for part in weight.split(self.outs, dim=1))
 
 
 class ParallelVSS(nn.Module):
@@ -169,8 +148,6 @@ class SPM(TokenLayer):
         }  # fmt: skip
         vss: nn.Module
         if ssm == "mamba2":
-            from lightm.nets.mamba2 import VSS2
-
             vss = VSS2(channels, head_dim=min(16, expand * channels // parts), **settings)
         else:
             vss = ParallelVSS(channels, **settings)

@@ -1,0 +1,237 @@
+"""Reading every voxel of a dataset and naming everything that would spoil a training."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightm.datasets.cases import Case, Dataset, Problem
+from lightm.datasets.discovery import scan
+from lightm.errors import LightMError
+from lightm.images.io import Kind, place_remarks, read_volume, voxel_bytes
+from lightm.images.limits import MemoryGate
+from lightm.images.volume import Volume, geometry_difference
+
+Progress = Callable[[str, int, int], None]
+
+# Volumes of a case that are in memory at the same time: its label or the newest channel, and the first channel.
+_HELD = 3
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a check found: problems, errors first, and a summary that JSON can hold."""
+
+    problems: list[Problem]
+    summary: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """True without errors; warnings do not count."""
+        return not any(problem.severity == "error" for problem in self.problems)
+
+
+@dataclass
+class _Findings:
+    problems: list[Problem] = field(default_factory=list)
+    shape: tuple[int, ...] | None = None
+    spacing_mm: tuple[float, ...] | None = None
+    voxels: dict[int, int] = field(default_factory=dict)
+
+
+def check_dataset(
+    dataset: Dataset | Path | str, *, labels: Path | str | None = None, progress: Progress | None = None
+) -> CheckResult:
+    """Read every file of a dataset and return all problems, each with its file, case and cure.
+
+    Errors: unreadable files, NaN or infinite voxels, labels without image and the reverse, shapes or affines that
+    disagree within a case, label values that dataset.json does not name, cases that exist twice, 2D among 3D,
+    fewer than two cases, nothing but background. Warnings: a class that never occurs, constant images, files
+    that are not used, headers whose place in space is doubtful (`lightm.images.io.place_remarks`).
+
+    Raises InputError only where there is no dataset to check (no folder, no or a faulty dataset.json). Cost: each
+    file read once, on all cores; memory of one case a core, and of no two cases that half of the
+    machine's memory would not hold together.
+    """
+    if isinstance(dataset, Dataset):
+        problems: list[Problem] = []
+    else:
+        dataset, problems = scan(Path(dataset), None if labels is None else Path(labels))
+    known, jobs, gate = dataset, [*dataset.cases, *dataset.test_cases], MemoryGate()
+
+    def check(case: Case) -> _Findings:
+        with gate.hold(sum(voxel_bytes(file) for file in _files(case)[:_HELD])):
+            return _check_case(case, known)
+
+    findings: list[_Findings] = []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for found in pool.map(check, jobs):
+            findings.append(found)
+            if progress is not None:
+                progress("checking", len(findings), len(jobs))
+    for found in findings:
+        problems += found.problems
+    problems += _check_whole(dataset, jobs, findings)
+    problems.sort(key=lambda problem: problem.severity != "error")
+    return CheckResult(problems, _summary(dataset, findings, problems))
+
+
+def _check_case(case: Case, dataset: Dataset) -> _Findings:
+    findings = _Findings()
+    first: tuple[Path, Volume] | None = None
+    files: list[tuple[Path, Kind]] = [(file, "image") for file in case.images]
+    files += [(case.label, "label")] if case.label is not None else []
+    for file, kind in files:
+        try:
+            volume = read_volume(file, kind=kind)
+        except LightMError as error:
+            message, _, cure = str(error).removeprefix(f"{file}: ").rpartition("; ")
+            findings.problems.append(
+                Problem("error", case.id, file, message or cure, cure if message else "replace it")
+            )
+            continue
+        if kind == "image":
+            findings.problems += [Problem("warning", case.id, file, *remark) for remark in place_remarks(file)]
+        if first is None:
+            first = (file, volume)
+            findings.shape, findings.spacing_mm = volume.shape, volume.to_canonical().spacing_mm
+        elif difference := geometry_difference(volume, first[1]):
+            findings.problems.append(
+                Problem(
+                    "error",
+                    case.id,
+                    file,
+                    f"does not lie where {first[0].name} does: {difference}",
+                    "resample one onto the other, or copy the header if only that is wrong",
+                )
+            )
+        if kind == "label":
+            findings.voxels = _counted(volume.data)
+            findings.problems += _unknown_values(case, file, findings.voxels, dataset)
+        elif volume.data.min() == volume.data.max():
+            findings.problems.append(
+                Problem("warning", case.id, file, "every voxel has the same value", "check that the export worked")
+            )
+    return findings
+
+
+def _files(case: Case) -> list[Path]:
+    return [*([] if case.label is None else [case.label]), *case.images]
+
+
+def _counted(label: np.ndarray) -> dict[int, int]:
+    """Return how often each value occurs, for uint8 and int16, slice by slice."""
+    counts = np.zeros(1 << 16, np.int64)
+    for part in label:
+        counts += np.bincount(part.ravel().astype(np.int32) + (1 << 15), minlength=1 << 16)
+    return {int(at) - (1 << 15): int(counts[at]) for at in np.flatnonzero(counts)}
+
+
+def _unknown_values(case: Case, file: Path, voxels: Iterable[int], dataset: Dataset) -> list[Problem]:
+    allowed = {*dataset.values, *([] if dataset.ignore_label is None else [dataset.ignore_label])}
+    unknown = sorted(set(voxels) - allowed)
+    if not unknown:
+        return []
+    listed = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+    return [
+        Problem(
+            "error",
+            case.id,
+            file,
+            f"label value {listed} is not in dataset.json, which names {sorted(allowed)}",
+            "correct the label map, or add the value to dataset.json",
+        )
+    ]
+
+
+def _check_whole(dataset: Dataset, jobs: list[Case], findings: list[_Findings]) -> list[Problem]:
+    problems = []
+    if len(dataset.cases) < 2:
+        problems.append(
+            Problem(
+                "error",
+                None,
+                dataset.root,
+                f"{len(dataset.cases)} usable training cases; training needs one to learn from and one to validate on",
+                "add cases (ten or more are sensible)",
+            )
+        )
+    dims = Counter(len(found.shape) for found in findings if found.shape)
+    if len(dims) > 1:
+        rare = min(dims, key=lambda key: dims[key])
+        for case, found in zip(jobs, findings, strict=True):
+            if found.shape and len(found.shape) == rare:
+                message = f"a {rare}D image among {max(dims, key=lambda key: dims[key])}D ones"
+                problems.append(
+                    Problem("error", case.id, case.images[0], message, "keep them in a dataset of their own")
+                )
+    occurring = {value for found in findings for value in found.voxels}
+    labelled = any(found.voxels for found in findings)
+    missing = [name for name, value in dataset.labels.items() if value != 0 and value not in occurring]
+    if labelled and len(missing) == len(dataset.labels) - 1:
+        problems.append(
+            Problem(
+                "error",
+                None,
+                dataset.root,
+                "every label map is background only: nothing to learn",
+                "check the labels",
+            )
+        )
+    elif labelled:
+        problems += [
+            Problem(
+                "warning",
+                None,
+                dataset.root,
+                f"class '{name}' (value {dataset.labels[name]}) occurs in no label map",
+                "remove it from dataset.json, or add cases that have it",
+            )
+            for name in missing
+        ]
+    return problems
+
+
+def _summary(dataset: Dataset, findings: list[_Findings], problems: list[Problem]) -> dict[str, Any]:
+    training = findings[: len(dataset.cases)]
+    total = max(1, sum(sum(found.voxels.values()) for found in training))
+    common = Counter(len(found.shape) for found in training if found.shape).most_common(1)
+    used = [found for found in training if found.shape and len(found.shape) == common[0][0]]
+    summary: dict[str, Any] = {
+        "name": dataset.name,
+        "training_cases": len(dataset.cases),
+        "test_cases": len(dataset.test_cases),
+        "channels": list(dataset.channels),
+        "labels": dict(dataset.labels),
+        "file_ending": dataset.file_ending,
+        "errors": sum(problem.severity == "error" for problem in problems),
+        "warnings": sum(problem.severity == "warning" for problem in problems),
+        "class_cases": {
+            name: sum(value in found.voxels for found in training) for name, value in dataset.labels.items()
+        },
+        "class_fractions": {
+            name: float(f"{sum(found.voxels.get(value, 0) for found in training) / total:.4g}")
+            for name, value in dataset.labels.items()
+        },
+    }
+    if used:
+        shapes = np.array([found.shape for found in used])
+        spacings = np.array([found.spacing_mm for found in used])
+        summary["shape"] = {
+            "min": shapes.min(0).tolist(),
+            "median": np.median(shapes, axis=0).round().astype(int).tolist(),
+            "max": shapes.max(0).tolist(),
+        }
+        summary["spacing_mm"] = {
+            "min": spacings.min(0).round(4).tolist(),
+            "median": np.median(spacings, axis=0).round(4).tolist(),
+            "max": spacings.max(0).round(4).tolist(),
+        }
+    return summary

@@ -1,0 +1,89 @@
+"""Which cases are trained on, watched, and kept for the test; drawn once, written to disk and reused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lightm.config_io import read_json
+from lightm.errors import InputError
+from lightm.files import write_text
+
+
+class Split(BaseModel):
+    """Case ids of the three parts, and how they were drawn: `kind` is "7:1:2" or "k-fold", `fold` its part."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str
+    seed: int
+    fold: int | None = None
+    train: list[str]
+    val: list[str]
+    test: list[str]
+
+    def save(self, path: Path) -> None:
+        """Write the split as JSON."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+
+def make_split(case_ids: Sequence[str], *, seed: int = 0, folds: int | None = None, fold: int = 0) -> Split:
+    """Draw a split of the cases: 7:1:2 (train, validation, test), or fold `fold` of `folds` as the test.
+
+    With folds, every case is tested exactly once over all folds, and an eighth of a fold's other cases watches the
+    training, so that the test cases take no part in choosing the weights. The draw depends on the ids, not on their
+    order. Raises InputError for fewer than three cases or folds that cannot be made.
+    """
+    ids = sorted(case_ids)
+    if len(ids) < 3:
+        raise InputError(
+            f"{len(ids)} case(s) with a label: training, validation and test need one each, so three at least"
+        )
+    order = [ids[i] for i in np.random.default_rng(seed).permutation(len(ids))]
+    if folds is None:
+        n_test, n_val = max(1, round(0.2 * len(ids))), max(1, round(0.1 * len(ids)))
+        test, val, train = order[:n_test], order[n_test : n_test + n_val], order[n_test + n_val :]
+        kind = "7:1:2"
+    else:
+        if not 2 <= folds <= len(ids):
+            raise InputError(f"{folds} folds of {len(ids)} cases: at least 2 and at most one fold a case")
+        if not 0 <= fold < folds:
+            raise InputError(f"fold {fold} of {folds}: folds are numbered from 0 to {folds - 1}")
+        test = order[fold::folds]
+        rest = [case for i, case in enumerate(order) if i % folds != fold]
+        if len(rest) < 2:
+            raise InputError(f"{folds} folds of {len(ids)} cases leave {len(rest)} to train on; use fewer folds")
+        n_val = max(1, len(rest) // 8)
+        val, train = rest[:n_val], rest[n_val:]
+        kind = f"{folds}-fold"
+    return Split(
+        kind=kind,
+        seed=seed,
+        fold=None if folds is None else fold,
+        train=sorted(train),
+        val=sorted(val),
+        test=sorted(test),
+    )
+
+
+def load_split(path: Path, case_ids: Sequence[str]) -> Split:
+    """Read a split and check it against the data set's cases; InputError, naming the file, when they disagree."""
+    try:
+        split = Split.model_validate(read_json(Path(path)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{path}: not a split: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    named = [*split.train, *split.val, *split.test]
+    unknown = sorted(set(named) - set(case_ids))
+    if unknown:
+        raise InputError(f"{path}: names cases that the data set has not: {', '.join(unknown[:5])}")
+    twice = sorted(case for case, count in Counter(named).items() if count > 1)
+    if twice:
+        raise InputError(f"{path}: names cases more than once: {', '.join(twice[:5])}")
+    if not split.train or not split.val:
+        raise InputError(f"{path}: no cases to train on or none to watch; both lists need one at least")
+    return split

@@ -1,0 +1,37 @@
+"""Metrics, their summary over a folder of cases, and the report of a run; names are loaded on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightm.evaluation.evaluation import Evaluation as Evaluation
+    from lightm.evaluation.evaluation import format_table as format_table
+    from lightm.evaluation.evaluation import load_evaluation as load_evaluation
+    from lightm.evaluation.folder import evaluate_folder as evaluate_folder
+    from lightm.evaluation.metrics import ClassMetrics as ClassMetrics
+    from lightm.evaluation.metrics import case_metrics as case_metrics
+    from lightm.evaluation.report import write_report as write_report
+
+_PUBLIC = {
+    "ClassMetrics": "lightm.evaluation.metrics",
+    "Evaluation": "lightm.evaluation.evaluation",
+    "case_metrics": "lightm.evaluation.metrics",
+    "evaluate_folder": "lightm.evaluation.folder",
+    "format_table": "lightm.evaluation.evaluation",
+    "load_evaluation": "lightm.evaluation.evaluation",
+    "write_report": "lightm.evaluation.report",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'lightm.evaluation' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,269 @@
+"""The result of an evaluation: rows per case and class, their summary with intervals, JSON, CSV and table."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lightm.errors import InputError
+from lightm.evaluation.metrics import STATUSES, ClassMetrics, Status
+from lightm.files import write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+METRICS = ("dsc", "iou", "hd95_mm", "nsd")
+
+
+class CaseRow(ClassMetrics):
+    """The metrics of one class in one case."""
+
+    case: str
+    class_name: str
+
+
+class Statistic(BaseModel):
+    """Centre and spread of one metric over the `n` cases in which it is defined.
+
+    `low` and `high` bound the 95% bootstrap interval of the mean (percentile method, cases resampled); they
+    are `None` for fewer than two cases, and so is `sd` (with n - 1 in the denominator).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    n: int
+    mean: float | None
+    median: float | None
+    sd: float | None
+    low: float | None
+    high: float | None
+
+
+class ClassSummary(BaseModel):
+    """All metrics of one class over all cases, and in how many cases it had which status.
+
+    HD95 is undefined in missed and spurious cases and all four are in absent ones: each statistic's `n` says
+    over how many cases it was taken.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    class_name: str
+    counts: dict[Status, int]
+    dsc: Statistic
+    iou: Statistic
+    hd95_mm: Statistic
+    nsd: Statistic
+
+
+class Overall(BaseModel):
+    """The mean over classes of the class means (for IoU: mIoU); `n` counts the classes that have one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dsc: Statistic
+    iou: Statistic
+    hd95_mm: Statistic
+    nsd: Statistic
+
+
+class Evaluation(BaseModel):
+    """Every number of one evaluation; written as `metrics.json` and `metrics.csv`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    spatial_dims: Literal[2, 3]
+    distance_unit: Literal["mm", "px"] = "mm"
+    labels: dict[str, int]
+    nsd_tolerance_mm: dict[str, float]
+    bootstrap: int
+    seed: int
+    rows: list[CaseRow]
+    classes: list[ClassSummary]
+    overall: Overall
+
+    @property
+    def cases(self) -> list[str]:
+        """The cases in the order of the rows."""
+        return list(dict.fromkeys(row.case for row in self.rows))
+
+    def case_dsc(self) -> dict[str, float]:
+        """Return each case's mean DSC over the classes defined in it; a case with none is left out."""
+        values: dict[str, list[float]] = {}
+        for row in self.rows:
+            if row.dsc is not None:
+                values.setdefault(row.case, []).append(row.dsc)
+        return {case: float(np.mean(dsc)) for case, dsc in values.items()}
+
+    def to_json(self, path: Path) -> None:
+        """Write everything as JSON, whole or not at all."""
+        write_text(path, self.model_dump_json(indent=2) + "\n")
+
+    def to_csv(self, path: Path) -> None:
+        """Write one row per case and class; an undefined value is an empty cell."""
+        names = ["case", "class", *ClassMetrics.model_fields]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            values = row.model_dump()
+            values["class"] = values.pop("class_name")
+            writer.writerow({key: "" if values[key] is None else values[key] for key in names})
+        write_text(path, text.getvalue())
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """Read a `metrics.json`; raises `InputError` naming the file when it is missing or is something else."""
+    try:
+        return Evaluation.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); write it with `lightm evaluate`") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InputError(
+            f"{path}: is no LightM evaluation ({where}: {first['msg']}); write it again with `lightm evaluate`"
+        ) from error
+
+
+def summarize(
+    rows: Sequence[CaseRow],
+    labels: dict[str, int],
+    *,
+    spatial_dims: Literal[2, 3],
+    distance_unit: Literal["mm", "px"],
+    nsd_tolerance_mm: dict[str, float],
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Evaluation:
+    """Summarise rows per class and over classes; every interval comes from the same resampled cases.
+
+    `bootstrap` is the number of resamples; 0 leaves the intervals out. Equal seeds give equal intervals.
+    """
+    cases = list(dict.fromkeys(row.case for row in rows))
+    weights = bootstrap_weights(len(cases), bootstrap, seed)
+    at = {(row.case, row.class_name): row for row in rows}
+    statistics: dict[str, list[Statistic]] = {}
+    overall: dict[str, Statistic] = {}
+    for metric in METRICS:
+        table = np.array(
+            [[as_number(getattr(at[case, name], metric)) for name in labels] for case in cases],
+            dtype=np.float64,
+        ).reshape(len(cases), len(labels))
+        draws = resampled_means(table, weights)
+        statistics[metric] = [statistic_of(table[:, k], draws[:, k]) for k in range(len(labels))]
+        means = np.array([as_number(s.mean) for s in statistics[metric]])
+        overall[metric] = statistic_of(means, row_means(draws), several=len(cases) > 1)
+    classes = [
+        ClassSummary(
+            class_name=name,
+            counts={
+                status: sum(row.class_name == name and row.status == status for row in rows) for status in STATUSES
+            },
+            **{metric: statistics[metric][k] for metric in METRICS},
+        )
+        for k, name in enumerate(labels)
+    ]
+    return Evaluation(
+        spatial_dims=spatial_dims,
+        distance_unit=distance_unit,
+        labels=labels,
+        nsd_tolerance_mm=nsd_tolerance_mm,
+        bootstrap=bootstrap,
+        seed=seed,
+        rows=list(rows),
+        classes=classes,
+        overall=Overall(**overall),
+    )
+
+
+def format_table(evaluation: Evaluation) -> Table:
+    """Return the per-class summary as a Rich table for the terminal."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    unit = evaluation.distance_unit
+    table = Table(
+        title=f"{len(evaluation.cases)} cases: mean [95% interval] per class",
+        caption="absent: neither in label nor in prediction. HD95 is taken over the present cases.",
+    )
+    table.add_column("class")
+    for heading in ("DSC", "IoU", f"HD95 ({unit})", "NSD"):
+        table.add_column(heading, justify="right")
+    for heading in STATUSES:
+        table.add_column(heading, justify="right")
+    for summary in evaluation.classes:
+        cells = [escape(format_statistic(getattr(summary, m), 2 if m == "hd95_mm" else 3)) for m in METRICS]
+        counts = [str(summary.counts[status]) for status in STATUSES]
+        table.add_row(escape(summary.class_name), *cells, *counts)
+    if len(evaluation.classes) > 1:
+        cells = [escape(format_statistic(getattr(evaluation.overall, m), 2 if m == "hd95_mm" else 3)) for m in METRICS]
+        table.add_section()
+        table.add_row("mean over classes", *cells, "", "", "", "")
+    return table
+
+
+def format_statistic(statistic: Statistic, digits: int = 3) -> str:
+    """Return `mean [low, high]`, without the interval where there is none, or a dash."""
+    if statistic.mean is None:
+        return "–"
+    text = f"{statistic.mean:.{digits}f}"
+    if statistic.low is None or statistic.high is None:
+        return text
+    return f"{text} [{statistic.low:.{digits}f}, {statistic.high:.{digits}f}]"
+
+
+def as_number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def bootstrap_weights(cases: int, draws: int, seed: int) -> NDArray[np.float64]:
+    """Return (draws, cases): how often each case occurs in each resample."""
+    if not cases or not draws:
+        return np.zeros((0, cases))
+    picked = np.random.default_rng(seed).integers(0, cases, (draws, cases))
+    weights = np.zeros((draws, cases))
+    np.add.at(weights, (np.arange(draws)[:, None], picked), 1.0)
+    return weights
+
+
+def resampled_means(table: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return (draws, columns): each column's mean over the defined values of each resample, or NaN."""
+    defined = np.isfinite(table)
+    total = weights @ np.where(defined, table, 0.0)
+    count = weights @ defined.astype(np.float64)
+    return np.where(count > 0, total / np.maximum(count, 1.0), np.nan)
+
+
+def row_means(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    defined = np.isfinite(table)
+    count = defined.sum(axis=1)
+    total = np.where(defined, table, 0.0).sum(axis=1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def statistic_of(values: NDArray[np.float64], draws: NDArray[np.float64], *, several: bool | None = None) -> Statistic:
+    values = values[np.isfinite(values)]
+    draws = draws[np.isfinite(draws)]
+    if several is None:
+        several = values.size > 1
+    low = high = None
+    # One case resampled is always itself: an interval of width zero would claim a certainty nobody has.
+    if several and values.size and draws.size:
+        low, high = (float(v) for v in np.percentile(draws, [2.5, 97.5]))
+    return Statistic(
+        n=int(values.size),
+        mean=float(values.mean()) if values.size else None,
+        median=float(np.median(values)) if values.size else None,
+        sd=float(values.std(ddof=1)) if values.size > 1 else None,
+        low=low,
+        high=high,
+    )

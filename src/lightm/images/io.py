@@ -1,0 +1,178 @@
+"""Reading and writing of NIfTI and PNG files, and reading of DICOM series.
+
+A file that cannot be used gives one InputError that names it and says how to mend it. A file is written under
+another name and renamed when complete, so that nobody ever sees half of one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lightm.errors import InputError
+from lightm.files import atomic_file
+from lightm.images import dicom, nifti, png
+from lightm.images.volume import Volume
+
+SUFFIXES = (".nii.gz", ".nii", ".png")
+
+Kind = Literal["image", "label"]
+
+# A label made by resampling or by another program may hold 0.99999997 for 1.
+_ROUNDING = 1e-3
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def file_suffix(path: Path | str) -> str | None:
+    """Return which of SUFFIXES a file's name ends with (in any case), or None."""
+    name = Path(path).name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
+    """Read a .nii, .nii.gz or .png file, or a DICOM series, as a volume.
+
+    kind="image": real voxels, dtype as stored (float32 where the header scales them). kind="label": whole numbers
+    as uint8 or int16; floats within 0.001 of a whole number are rounded. A fourth axis of length 1 is dropped;
+    an RGB PNG is read as grey when its channels are equal. DICOM (a folder, `folder::SeriesInstanceUID` or a file
+    that starts or is named as one) is read as `lightm.images.dicom.read_series` says, as an image only.
+
+    Raises InputError, naming the file, for one that is missing, empty, truncated, corrupt, of another format, of
+    more than 2^31 voxels or more than its length or the machine's memory can hold, of more than three axes, with NaN
+    or infinite voxels, or, for labels, with other than whole numbers; docs/files.md lists every rule. Cost: the voxels
+    once, once more while a scaled file or label map is converted, and at most 64 MB beside them.
+    """
+    path = Path(path)
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r}: holds a NUL character, which no file name does; check the path")
+    suffix = file_suffix(path)
+    if suffix is None:
+        if path.is_dir() or dicom.is_dicom(path):
+            return _read_dicom(path, kind)
+        raise InputError(
+            f"{path}: not a format that can be read; expected a name that ends in {', '.join(SUFFIXES)}, or DICOM"
+        )
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened ({error.strerror or error}); check the path") from None
+    if not path.is_file():
+        raise InputError(f"{path}: a folder where a file is needed; give the file itself")
+    if size == 0:
+        raise InputError(f"{path}: the file is empty (0 bytes); copy or export it again")
+    try:
+        volume = png.read(path, kind) if suffix == ".png" else nifti.read(path, suffix == ".nii.gz")
+    except MemoryError:
+        raise InputError(f"{path}: not enough memory to read its voxels; resample or crop the file") from None
+    try:
+        _check_finite(volume.data)
+        return volume.like(as_label(volume.data)) if kind == "label" else volume
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def voxel_bytes(path: Path) -> int:
+    """Return about how much memory reading a file of SUFFIXES takes, from its header; 0 where it will be refused."""
+    suffix = file_suffix(path)
+    try:
+        if not path.is_file() or suffix is None:
+            return 0
+        return png.voxel_bytes(path) if suffix == ".png" else nifti.voxel_bytes(path, suffix == ".nii.gz")
+    except OSError:
+        return 0
+
+
+def place_remarks(path: Path) -> list[tuple[str, str]]:
+    """Return what is odd about the place in space that a readable file gives, each with its cure."""
+    suffix = file_suffix(path)
+    return nifti.remarks(path, suffix == ".nii.gz") if suffix in (".nii", ".nii.gz") else []
+
+
+def _read_dicom(path: Path, kind: Kind) -> Volume:
+    if kind == "label":
+        raise InputError(f"{path}: DICOM is read as an image, not as a label map; convert the labels to NIfTI")
+    volume = dicom.read_series(path)
+    try:
+        _check_finite(volume.data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return volume
+
+
+def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) -> None:
+    """Write a volume to a .nii, .nii.gz or .png file, complete or not at all.
+
+    kind="label" stores whole numbers as uint8, or int16 where they need it; kind=None does so for bool and int64
+    arrays, which no scanner makes, and keeps every other dtype. NIfTI keeps affine and codes, units millimetres;
+    the same volume gives the same bytes. PNG takes 2D arrays of whole numbers from 0 to 255, or uint16.
+    Missing folders are made. Raises InputError for what the format cannot hold, LightMError when writing fails.
+    """
+    path = Path(path)
+    suffix = file_suffix(path)
+    if suffix is None:
+        raise InputError(f"{path}: not a format that can be written; use a name that ends in {', '.join(SUFFIXES)}")
+    try:
+        _check_finite(volume.data)
+        if kind == "label" or (kind is None and volume.data.dtype in (np.bool_, np.int64, np.uint64)):
+            volume = volume.like(as_label(volume.data))
+        encode = png.encoder(volume) if suffix == ".png" else nifti.encoder(volume, suffix == ".nii.gz")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    with atomic_file(path) as stream:
+        encode(stream)
+
+
+def as_label(data: np.ndarray) -> np.ndarray:
+    """Return a label map as uint8, or int16 where its values need it.
+
+    Raises InputError for values further than 0.001 from whole numbers, or outside int16.
+    """
+    floats = data.dtype.kind == "f"
+    if floats:
+        _check_whole(data)
+    low, high = (round(float(end)) if floats else int(end) for end in (data.min(), data.max()))
+    if low < -32768 or high > 32767:
+        raise InputError(f"label values from {low} to {high}; values between 0 and 32767 are expected, renumber them")
+    dtype = np.uint8 if low >= 0 and high <= 255 else np.int16
+    if not floats:
+        return data.astype(dtype, copy=False)
+    result = np.empty(data.shape, dtype)
+    for slab, target in zip(data, result, strict=True):
+        target[...] = np.rint(slab)
+    return result
+
+
+def _check_whole(data: np.ndarray) -> None:
+    found, value = 0, 0.0
+    for slab in data:  # slice by slice, so that a large map is not there three times
+        off = np.abs(slab - np.rint(slab)) > _ROUNDING
+        if off.any():
+            value = value if found else float(slab[off][0])
+            found += int(off.sum())
+    if found:
+        raise InputError(
+            f"a label map holds whole numbers, found {value:.6g} ({found} such voxels); "
+            "it may be an image or a probability map: threshold it, or resample labels with nearest neighbour"
+        )
+
+
+def _check_finite(data: np.ndarray) -> None:
+    if data.dtype.kind != "f":
+        return
+    low, high = float(data.min()), float(data.max())  # NaN comes through both
+    if np.isfinite(low) and np.isfinite(high) and max(-low, high) <= _FLOAT32_MAX:
+        return
+    count, place = 0, (0,) * data.ndim
+    for index, slab in enumerate(data):
+        bad = ~(np.abs(slab) <= _FLOAT32_MAX)
+        if bad.any():
+            first = np.unravel_index(int(bad.argmax()), bad.shape)
+            place = place if count else (index, *(int(i) for i in first))
+            count += int(bad.sum())
+    axes = "z, y, x"[-3 * data.ndim + 2 :]
+    raise InputError(
+        f"{count} voxels are NaN or infinite, the first at ({axes}) = {place}; "
+        "replace them, for example with numpy.nan_to_num, and save the file again"
+    )

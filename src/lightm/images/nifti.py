@@ -1,0 +1,270 @@
+"""NIfTI-1 and NIfTI-2 single files: headers through nibabel, with every check made before memory is asked for.
+
+What a file may ask for: its voxels, where they are at most 2^31, the file is long enough to hold them (a compressed one
+could hold 1032 times its length, which is deflate's limit) and the machine has the memory; before them at most 16 MB of
+header extensions, behind them at most 16 MB of anything. More is an error, so that a small file that unpacks to
+gigabytes costs neither memory nor time. Memory grows with what is read, not with what is promised.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import logging
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import nibabel
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import apply_read_scaling
+from nibabel.wrapstruct import WrapStructError
+
+from lightm.errors import InputError
+from lightm.images.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes, check_place
+from lightm.images.volume import Volume, affine_spacing_mm
+
+# nibabel prints a line for each field of a header that it repairs; a fault that matters is an error here.
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
+
+_MAX_DEFLATE = MAX_DEFLATE
+_CHUNK = 1 << 20
+MAX_EXTRA_BYTES = 16 << 20  # of header extensions before the voxels, and of anything behind them
+# sform and qform may place a voxel this far apart, in voxels, before a check remarks on it.
+_FORMS_APART = 0.5
+_FAULTS = (
+    ImageFileError,
+    HeaderDataError,
+    WrapStructError,
+    OSError,
+    EOFError,
+    zlib.error,
+    struct.error,
+    ValueError,
+    TypeError,
+    OverflowError,
+    KeyError,
+    IndexError,
+)
+
+
+def read(path: Path, zipped: bool) -> Volume:
+    """Read one file to its end, so that a gzip checksum is verified; raises InputError naming the file.
+
+    The affine is the sform's where its code is set, else the qform's, else that of spacing and shape alone.
+    """
+    try:
+        with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
+            image = _open(cast(BinaryIO, stream))
+            shape = _shape(image.header, path.stat().st_size * (_MAX_DEFLATE if zipped else 1))
+            affine = _place(image, len(shape))
+            data = _voxels(image, shape, cast(BinaryIO, stream))
+            if zipped:
+                drain(cast(BinaryIO, stream))
+        codes = (int(image.header["sform_code"]), int(image.header["qform_code"]))
+        return Volume(data, affine_spacing_mm(affine, data.ndim), affine, codes)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except EOFError:
+        raise InputError(f"{path}: the file ends too early (truncated); copy or download it again") from None
+    except _FAULTS as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise InputError(f"{path}: not a readable NIfTI file ({reason}); copy, download or export it again") from None
+
+
+def voxel_bytes(path: Path, zipped: bool) -> int:
+    """Return the bytes that reading this file takes, from its header alone; 0 for one that `read` refuses."""
+    try:
+        with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
+            image = _open(cast(BinaryIO, stream))
+            shape = _shape(image.header, path.stat().st_size * (_MAX_DEFLATE if zipped else 1))
+            return _needed(image, shape)
+    except (InputError, MemoryError, *_FAULTS):
+        return 0
+
+
+def remarks(path: Path, zipped: bool) -> list[tuple[str, str]]:
+    """Return what is odd about the place that a readable file's header gives, each with its cure."""
+    found = []
+    try:
+        with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
+            image = _open(cast(BinaryIO, stream))
+            header = image.header
+            shape = tuple(int(size) for size in header.get_data_shape())
+            units = header.get_xyzt_units()[0]
+            sform, qform = header.get_sform(), header.get_qform()
+    except (InputError, MemoryError, *_FAULTS):
+        return []
+    codes = int(header["sform_code"]), int(header["qform_code"])
+    if len(shape) > 2 and not any(codes):
+        found.append(
+            (
+                "neither sform nor qform is set, so its directions are not known; spacing alone is used",
+                "export it with its geometry, or make sure that left and right are as in the other cases",
+            )
+        )
+    if min(codes) > 0:
+        corner = np.array([*(size - 1 for size in (*shape, 1, 1)[:3]), 1.0])
+        step = min(affine_spacing_mm(sform, 3)) or 1.0
+        apart = max(float(np.linalg.norm((sform - qform) @ place)) for place in (corner, np.array([0, 0, 0, 1.0])))
+        if apart > _FORMS_APART * step:
+            found.append(
+                (
+                    f"sform and qform place it up to {apart:.3g} mm apart; the sform is used",
+                    "save it with one geometry, other programs may take the qform",
+                )
+            )
+    if units in ("meter", "micron"):
+        found.append(
+            (f"its unit is the {units}; lengths are taken as millimetres all the same", "save it in millimetres")
+        )
+    return found
+
+
+def encoder(volume: Volume, zipped: bool) -> Callable[[BinaryIO], None]:
+    """Return a function that writes the volume as NIfTI-1; equal volumes give equal bytes."""
+    data = volume.data
+    if data.dtype == np.bool_:
+        data = data.astype(np.uint8)
+    elif data.dtype == np.float16:  # not a NIfTI type
+        data = data.astype(np.float32)
+    if max(data.shape) > 32767:
+        raise InputError(f"NIfTI-1 holds at most 32767 voxels along an axis, got shape {volume.shape}")
+    image = nibabel.Nifti1Image(data.T, volume.affine, dtype=data.dtype)
+    sform, qform = volume.form_codes
+    image.header.set_xyzt_units("mm")
+    image.set_sform(volume.affine, code=sform)
+    image.set_qform(volume.affine, code=qform)
+    # Codes of another file need not be able to express this affine (a sheared one, or none given at all).
+    stored = image.header.get_best_affine()
+    if np.abs(stored - volume.affine).max() > 1e-4 * min(volume.spacing_mm):
+        image.set_sform(volume.affine, code=max(sform, 1))
+
+    def encode(stream: BinaryIO) -> None:
+        if not zipped:
+            image.to_stream(stream)
+            return
+        with gzip.GzipFile(filename="", mode="wb", fileobj=stream, compresslevel=4, mtime=0) as packed:
+            image.to_stream(packed)
+
+    return encode
+
+
+def _open(stream: BinaryIO) -> Any:
+    start = stream.read(544)
+    stream.seek(0)
+    for order in "<>":
+        size = struct.unpack(order + "i", start[:4])[0] if len(start) >= 4 else 0
+        for kind, length, at, magic in (
+            (nibabel.Nifti1Image, 348, 344, b"n+1\0"),
+            (nibabel.Nifti2Image, 540, 4, b"n+2\0"),
+        ):
+            if size == length:
+                if start[at : at + 4] != magic:
+                    raise InputError(
+                        "its header is not that of a single NIfTI file (wrong magic); convert it to .nii.gz"
+                    )
+                # Only the header goes to nibabel: header extensions may claim any length, and nothing here needs them.
+                (offset,) = struct.unpack_from(
+                    order + ("f" if length == 348 else "q"), start, 108 if length == 348 else 168
+                )
+                if not 0 <= offset <= length + MAX_EXTRA_BYTES:
+                    raise InputError(
+                        f"its voxels start at byte {offset}, with at most {MAX_EXTRA_BYTES >> 20} MB of header before "
+                        "them expected; the header is corrupt, export it again"
+                    )
+                (axes,) = struct.unpack_from(
+                    order + ("h" if length == 348 else "q"), start, 40 if length == 348 else 16
+                )
+                if not 1 <= axes <= 7:
+                    raise InputError(f"its header gives {axes} axes; 1 to 7 are possible, export it again")
+                with np.errstate(all="ignore"):  # what overflows here is refused later
+                    return kind.from_stream(io.BytesIO(start[:length] + bytes(4)))
+    raise InputError("not a NIfTI file: the first bytes are no NIfTI header; check the format, or export it again")
+
+
+def _shape(header: Any, most_bytes: int) -> tuple[int, ...]:
+    shape = tuple(int(size) for size in header.get_data_shape())
+    if not shape or min(shape) < 1:
+        raise InputError(f"the header gives shape {shape} (x, y, z, ...); every axis needs at least one voxel")
+    squeezed = shape
+    while len(squeezed) > 3 and squeezed[-1] == 1:
+        squeezed = squeezed[:-1]
+    voxels = int(np.prod(squeezed, dtype=object))
+    if voxels > MAX_VOXELS:
+        raise InputError(
+            f"the header gives shape {shape}, {voxels} voxels; at most {MAX_VOXELS} are read. "
+            "The header is corrupt, or the file must be cropped or resampled"
+        )
+    if len(squeezed) > 3 or len(squeezed) < 2:
+        raise InputError(
+            f"one scan of two or three axes is needed, got shape {shape} (x, y, z, ...); "
+            "save each time point, direction or channel as a file of its own"
+        )
+    kind = header.get_data_dtype()
+    if kind.names is not None or kind.kind not in "iuf":
+        what = "colour" if kind.names is not None else f"{kind}"
+        raise InputError(f"voxels must be real numbers, got {what}; save one grey channel as its own file")
+    offset = float(header["vox_offset"])
+    if not 0 <= offset <= most_bytes or offset + voxels * kind.itemsize > most_bytes:
+        raise InputError(
+            f"the header promises {voxels} voxels of {kind.itemsize} bytes, shape {shape}, which the file is too "
+            "short to hold (truncated, or a corrupt header); copy or download it again"
+        )
+    return squeezed
+
+
+def _place(image: Any, dims: int) -> np.ndarray:
+    affine = np.asarray(image.affine, dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        check_place(affine_spacing_mm(affine, dims), affine)
+    return affine
+
+
+def _needed(image: Any, shape: tuple[int, ...]) -> int:
+    voxels, stored = int(np.prod(shape, dtype=object)), int(image.header.get_data_dtype().itemsize)
+    scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0)
+    return voxels * (stored + (4 if scaled else 8 if stored > 8 else 0))
+
+
+def _voxels(image: Any, shape: tuple[int, ...], stream: BinaryIO) -> np.ndarray:
+    slope, inter = image.dataobj.slope, image.dataobj.inter
+    if not (np.isfinite(slope) and np.isfinite(inter)):
+        raise InputError(f"the header scales voxels by {slope} and {inter}; save the file with a finite slope")
+    check_bytes(_needed(image, shape), "its voxels")
+    dtype = image.header.get_data_dtype()
+    raw = np.empty(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, np.uint8)
+    stream.seek(int(image.dataobj.offset))
+    wanted, got = memoryview(raw.data), 0
+    while got < len(wanted):
+        count = cast(io.RawIOBase, stream).readinto(wanted[got : got + _CHUNK])
+        if not count:
+            raise OSError(f"Expected {len(wanted)} bytes, got {got} bytes - could the file be damaged?")
+        got += count
+    data = raw.view(dtype).reshape(shape[::-1])
+    if (slope, inter) != (1, 0):
+        result = np.empty(data.shape, np.float32)
+        with np.errstate(all="ignore"):  # infinite voxels are refused by the caller, with their place
+            for voxels, target in zip(data, result, strict=True):
+                target[...] = apply_read_scaling(voxels, np.asanyarray(slope), np.asanyarray(inter))
+        return result
+    if data.dtype.kind == "f" and data.dtype.itemsize > 8:
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            return data.astype(np.float64)
+    return data if data.dtype.isnative else data.byteswap(inplace=True).view(data.dtype.newbyteorder("="))
+
+
+def drain(stream: BinaryIO) -> None:
+    """Read a compressed file to its end, which checks its sum; raises InputError where much lies behind the voxels."""
+    extra = 0
+    while block := stream.read(_CHUNK):
+        extra += len(block)
+        if extra > MAX_EXTRA_BYTES:
+            raise InputError(
+                f"it unpacks to over {MAX_EXTRA_BYTES >> 20} MB more than its header promises; the header is corrupt, "
+                "or the file is made to fill the memory"
+            )

@@ -1,0 +1,198 @@
+"""Memory of prediction: limits as people write them, what this process holds, what a case needs, what can be held.
+
+A limit is kept by choosing where three arrays lie that are not needed all at once: the image in the dtype of its
+file, the image on the network's grid, and the sums of logits. Each is in memory, or in a temporary file of which a
+block at a time is read. The choice changes no number, so a limit changes no label.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+from lightm import memory
+from lightm.errors import InputError
+from lightm.inference import native, sliding
+from lightm.preparation.plan import MULTIPLE, Plan
+from lightm.preparation.resample import resampled_shape, stream_bytes
+
+# What allocators keep, and what is too small to be counted: with 64 MiB a real CT came out at 43 MB over its limit.
+MARGIN = 160 << 20
+# The most of the presets at 128^3: `lightm`, 807 MB; below 64^3 fixed costs take over, some 130 MB at most
+# (docs/performance.md, docs/prediction.md). Used where no network can be measured.
+_BYTES_PER_VOXEL = 385
+_LEAST_BYTES = 130_000_000
+# Removal of stray components: bytes a voxel beside the label map.
+_RULES_BYTES = 6
+
+_UNITS = {"": 1, "B": 1, **{u + "B": 1000**n for n, u in enumerate("KMGT", 1)}}
+_UNITS |= {u + "IB": 1024**n for n, u in enumerate("KMGT", 1)}
+_AMOUNT = re.compile(r"\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[A-Za-z]*)\s*")
+
+_earlier_peak = 0
+
+
+def parse_memory(text: str | int) -> int:
+    """Return bytes for "2GB", "800 MB", "1.5GiB" or a number of bytes; kB, MB, GB, TB count by 1000, KiB ... by 1024.
+
+    Raises InputError for anything else, and for less than one byte.
+    """
+    match = _AMOUNT.fullmatch(str(text))
+    if match is None or match["unit"].upper() not in _UNITS:
+        raise InputError(f"memory '{text}': expected a number with a unit, such as 2GB, 800MB or 1.5GiB")
+    value = int(float(match["number"]) * _UNITS[match["unit"].upper()])
+    if value < 1:
+        raise InputError(f"memory '{text}': expected more than nothing, such as 2GB")
+    return value
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory that this process has held so far, in bytes; None where the system does not say."""
+    now = memory.high_water()
+    return None if now is None else max(now, _earlier_peak)
+
+
+def resident_bytes() -> int | None:
+    """What this process holds now, after freed memory went back to the system; None where the system does not say.
+
+    Where only the peak is known (macOS) it is that.
+    """
+    memory.give_back()
+    now = memory.resident()
+    return memory.high_water() if now is None else now
+
+
+def call_bytes(call: Callable[[], object]) -> int | None:
+    """Bytes by which the process grows at most while `call` runs (it is run once); None where it cannot be measured."""
+    global _earlier_peak
+    _earlier_peak = max(_earlier_peak, memory.high_water() or 0)  # the mark is reset for the measurement
+    return memory.peak_of(call)
+
+
+@dataclass(frozen=True)
+class CaseSize:
+    """What decides the memory of a case.
+
+    shape: the image in canonical orientation. grid: the same at the plan's spacing. patch: one window. itemsize: bytes
+    a voxel of all channels as they are held, 0 for images that the caller holds. rules: stray components are removed.
+    """
+
+    shape: tuple[int, ...]
+    grid: tuple[int, ...]
+    patch: tuple[int, ...]
+    classes: int
+    channels: int
+    itemsize: int
+    label_itemsize: int = 1
+    rules: bool = False
+    probabilities: bool = False
+
+    @property
+    def resampled(self) -> bool:
+        """Whether the network sees another grid than the image's."""
+        return self.shape != self.grid
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Which arrays are in memory (True) or in temporary files (False)."""
+
+    sums: bool = True
+    grid: bool = True
+    voxels: bool = True
+
+
+def case_bytes(case: CaseSize, window_bytes: int, holding: Holding) -> int:
+    """Return the most that the process grows by while a case is predicted, in bytes; window_bytes: one call of the
+    network, as `call_bytes` measures it.
+    """
+    voxels, dims = prod(case.shape), len(case.shape)
+    raw = voxels * case.itemsize * holding.voxels
+    grid = 4 * prod(case.grid) * case.channels * holding.grid * case.resampled
+    # First the images are brought onto the grid.
+    prepare = 48 << 20
+    if case.resampled:
+        across = 4 * case.shape[0] * prod(case.grid[1:]) * holding.grid
+        prepare = max(prepare, stream_bytes(case.shape, case.grid)) + across
+    # Then windows are visited, in sums of patch depth, and classes found on the image's own grid.
+    window = prod(case.patch)
+    lengths = [max(pair) for pair in zip(case.grid, case.patch, strict=True)]
+    rest = lengths[1:] if holding.sums or dims == 2 else [case.patch[1], lengths[2]]
+    sums = 4 * case.classes * case.patch[0] * prod(rest)
+    run = window_bytes + window * (8 * case.channels + 24)
+    plane = case.classes * prod(case.shape[1:])
+    slices = max(1, native._VALUES_AT_ONCE // plane)
+    grid_plane = case.classes * prod(lengths[1:])
+    held = grid_plane * (-(-min(slices, case.shape[0]) * case.grid[0] // case.shape[0]) + 2)
+    held += max(grid_plane, sliding._VALUES_AT_ONCE)
+    piece = 4 * max(1, min(slices, case.shape[0])) * plane
+    hand_on = 8 * held + piece * (4 if case.resampled else 2) + (2 * piece + (16 << 20)) * case.probabilities
+    # The network's activations are gone when classes are found, and the sums of one band are written.
+    predict = voxels * case.label_itemsize + grid + raw * (not case.resampled)
+    predict += max(sums + run, (sums if holding.sums else 0) + hand_on)
+    clean = voxels * (case.label_itemsize + _RULES_BYTES) * case.rules
+    return max(raw + grid + prepare, predict, clean)
+
+
+def choose(case: CaseSize, window_bytes: int, limit: int, held: int) -> Holding | None:
+    """Return what can be in memory where the process holds `held` bytes and may hold `limit`; None where nothing fits.
+
+    Files are taken in the order in which they cost least time.
+    """
+    for voxels, grid, sums in product((True, False), repeat=3):
+        holding = Holding(sums, grid, voxels)
+        if held + MARGIN + case_bytes(case, window_bytes, holding) <= limit:
+            return holding
+    return None
+
+
+def least_bytes(case: CaseSize, window_bytes: int) -> int:
+    """Return what a case needs at least, with the margin, beside what the process holds."""
+    return MARGIN + case_bytes(case, window_bytes, Holding(False, False, False))
+
+
+def estimate_memory(
+    shape: Sequence[int],
+    plan: Plan,
+    *,
+    spacing_mm: Sequence[float] | None = None,
+    itemsize: int = 2,
+    window_bytes: int | None = None,
+    rules: bool = False,
+    probabilities: bool = False,
+) -> int:
+    """Return the bytes that a prediction without limit adds to those of the process, its images included.
+
+    shape, spacing_mm: of the image, in canonical orientation; spacing_mm=None: that of the plan. itemsize: bytes a
+    voxel of one channel in its file. window_bytes: of one call of the network on a patch (`call_bytes`,
+    `Predictor.window_bytes`); by default 385 a voxel, the most that was measured of the presets at 128^3, and at
+    least 130 MB. Networks to compare with can need several times as much.
+    """
+    grid = tuple(shape) if spacing_mm is None else resampled_shape(shape, spacing_mm, plan.spacing_mm)
+    case = CaseSize(
+        tuple(shape),
+        grid,
+        tuple(plan.patch_size),
+        len(plan.classes),
+        len(plan.channels),
+        itemsize * len(plan.channels),
+        1 if max(plan.values) <= 255 else 2,
+        rules,
+        probabilities,
+    )
+    if window_bytes is None:
+        window_bytes = max(_LEAST_BYTES, _BYTES_PER_VOXEL * prod(case.patch))
+    return case_bytes(case, window_bytes, Holding())
+
+
+def whole_window(grid: Sequence[int]) -> tuple[int, ...]:
+    """Return the least window that holds a whole grid and that three poolings halve to whole voxels."""
+    return tuple(-(-size // MULTIPLE) * MULTIPLE for size in grid)
+
+
+def megabytes(count: int) -> str:
+    """Return bytes in megabytes, rounded up."""
+    return f"{-(-count // 10**6)} MB"

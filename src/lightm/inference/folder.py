@@ -1,0 +1,275 @@
+"""Prediction of many cases: a model and images in, label maps and a record of the run out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from lightm.datasets.cases import Case
+from lightm.errors import InputError, LightMError
+from lightm.files import LOCK, locked_folder, remove_temporaries
+from lightm.images.io import file_suffix
+from lightm.inference.budget import peak_resident_bytes
+from lightm.inference.inputs import find_cases
+from lightm.inference.one_case import CaseWriter, DiskError, Job, fault_of
+from lightm.inference.predictor import Predictor, Window
+from lightm.inference.reading import each_read
+from lightm.inference.record import (
+    PREVIEWS,
+    PROBABILITIES,
+    RECORD,
+    Options,
+    Record,
+    describe_model,
+    file_record,
+    load_record,
+    new_record,
+    now,
+    remove_written,
+)
+from lightm.inference.sliding import WindowProgress
+from lightm.inference.statistics import write_statistics
+
+__all__ = ["RECORD", "CaseWriter", "Progress", "predict_folder"]
+
+Progress = Callable[[str, int, int], None]
+
+
+def predict_folder(
+    model_dir: Path | str,
+    inputs: Path | str | Sequence[Path | str],
+    out: Path | str,
+    *,
+    overlap: float = 0.5,
+    tta: bool = False,
+    cases: Iterable[str] | None = None,
+    progress: Progress | None = None,
+    windows: WindowProgress | None = None,
+    say: Callable[[str], None] | None = None,
+    device: str = "cpu",
+    max_memory: int | None = None,
+    window: Window = "patch",
+    postprocess: bool = True,
+    overwrite: bool = False,
+    resume: bool = False,
+    save_probabilities: bool = False,
+    statistics: bool = False,
+    preview: bool = False,
+    report: Path | str | None = None,
+    also: CaseWriter | None = None,
+) -> list[Path]:
+    """Segment every case in `inputs` and return the label maps in `out` that are done, sorted by case.
+
+    model_dir: a model folder (`model.safetensors`, `model.json`), its .zip, or the run folder that holds one. inputs:
+    what `find_cases` takes: an image; a folder of CASE_0000.EXT, CASE_0001.EXT, ... (CASE.EXT with one channel); a
+    dataset, whose imagesTs is taken; with `cases`, only these ids, from imagesTr too; DICOM series, which give
+    CASE.nii.gz; a list in a .txt or .csv file; or several of these.
+    overlap, tta, device, max_memory (bytes), window, postprocess: as in `Predictor.from_folder`.
+    progress("predict", done, total) counts cases, windows(done, total) those of the present case, say(line) gets a
+    line a case and one at the end.
+
+    Written to `out`, each file complete or not at all: CASE + its own file ending, in the geometry of its image;
+    after every case prediction.json (`lightm.inference.record.Record`: model, options, times, checksums, faults, peak
+    memory); and as asked for probabilities/CASE.nii.gz (see `lightm.inference.probabilities`), statistics.csv and .json
+    (`lightm.inference.statistics`), previews/CASE.png, and what also(case) writes: it may refuse a case, and returns
+    what writes a second file of its label map, as `lightm.export.dicom_seg.seg_writer` does. report: a .json file for
+    another copy of the record.
+
+    A case that cannot be predicted, for whatever reason, is left out and the others go on; the call ends with one
+    LightMError that lists every fault (the InputError itself where there is one case alone). A disk that refuses ends
+    the run at once. With `overwrite` the files that prediction.json there lists are removed first. With `resume` the
+    cases that it lists stay, if model, options (but for max_memory, which changes no label) and images are the same,
+    and the others are predicted.
+
+    Raises InputError before anything is written for a wrong model, input, case or option, where `out` holds files and
+    neither `overwrite` nor `resume`, or another process writes to it. Memory: as `Predictor`, and without `max_memory`
+    the images of the next case, which are read meanwhile.
+    """
+    model_dir, out = Path(model_dir), Path(out)
+    model_dir = model_dir / "model" if (model_dir / "model" / "model.json").is_file() else model_dir
+    if overwrite and resume:
+        raise InputError("overwrite and continue exclude each other: start anew, or go on; choose one")
+    _check_out(out, any_content=overwrite or resume or (out / LOCK).exists())
+    report = None if report is None else _checked_report(Path(report), replace=overwrite or resume)
+    given = [Path(inputs)] if isinstance(inputs, (str, Path)) else [Path(path) for path in inputs]
+    predictor = Predictor.from_folder(
+        model_dir, device, overlap=overlap, tta=tta, max_memory=max_memory, window=window, postprocess=postprocess
+    )
+    found = find_cases(given, predictor.plan.channels, cases=cases)
+    targets = {case.id: out / (case.id + (file_suffix(case.images[0]) or ".nii.gz")) for case in found}
+    _check_targets(found, targets, out)
+    options = Options(
+        overlap=overlap,
+        tta=tta,
+        window=window,
+        postprocess=postprocess,
+        device=str(predictor.device),
+        max_memory=max_memory,
+        save_probabilities=save_probabilities,
+        statistics=statistics,
+        preview=preview,
+        second_file=also is not None,
+    )
+    record = new_record(describe_model(model_dir), [str(path) for path in given], out, options)
+    with _held(out):
+        _check_out(out, any_content=overwrite or resume)
+        if overwrite:
+            remove_written(out)
+        elif resume and (out / RECORD).is_file():
+            _take_over(load_record(out / RECORD), record, found, out)
+        elif resume:
+            _check_out(out, any_content=False)
+        try:
+            record.write(out / RECORD)  # so that a run that is killed in its first case can go on too
+            job = Job(predictor, options, targets, also, windows)
+            _run(job, record, found, out, progress, say or (lambda line: None))
+        finally:
+            if not record.cases:
+                with contextlib.suppress(OSError):  # what stopped the run is the error to tell
+                    (out / RECORD).unlink(missing_ok=True)
+            if report is not None:
+                record.write(report)
+    if say is not None:
+        say(_closing(record))
+    if record.failed:
+        if len(found) == 1 and record.failed[0].kind == InputError.__name__:
+            raise InputError(record.failed[0].error)
+        lines = "\n".join(f"  case '{fault.case}': {fault.error}" for fault in record.failed)
+        raise LightMError(f"{len(record.failed)} of {len(found)} cases could not be predicted:\n{lines}")
+    return [targets[case.id] for case in found]
+
+
+def _run(
+    job: Job, record: Record, found: list[Case], out: Path, progress: Progress | None, say: Callable[[str], None]
+) -> None:
+    """Predict what the record does not hold yet, and keep it up to date."""
+    finished = {entry.case for entry in record.cases}
+    left = [case for case in found if case.id not in finished]
+    if finished:
+        say(f"{len(finished)} of {len(found)} case(s) finished earlier")
+    if progress is not None:
+        progress("predict", len(finished), len(found))
+    done = len(finished)
+    # Within a limit the predictor reads bit by bit, and has use for all of it.
+    for case, reading in each_read(left, job.read, ahead=job.predictor.max_memory is None):
+        done += 1
+        try:
+            entry = job.predict(case, reading)
+        except DiskError as error:
+            raise LightMError(f"case '{case.id}': {error}") from error.__cause__
+        except Exception as error:
+            fault = fault_of(case, error)
+            record.failed.append(fault)
+            say(f"[{done}/{len(found)}] {case.id} failed: {fault.error}")
+        else:
+            record.cases.append(entry)
+            record.cases.sort(key=lambda one: one.case)
+            size = "x".join(str(length) for length in reversed(entry.shape))
+            say(f"[{done}/{len(found)}] {case.id} {size} {entry.seconds:.1f} s")
+        record.peak_resident_bytes = peak_resident_bytes()
+        record.write(out / RECORD)
+        if progress is not None:
+            progress("predict", done, len(found))
+    if record.options.statistics and record.cases:
+        write_statistics(out, [(entry.case, entry.statistics or []) for entry in record.cases])
+    record.finished, record.peak_resident_bytes = now(), peak_resident_bytes()
+    record.write(out / RECORD)
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Hold the output folder for this process; it goes again where it is new and nothing was written."""
+    new = not out.exists()
+    try:
+        with locked_folder(out, "prediction"):
+            for folder in (out, out / PREVIEWS, out / PROBABILITIES):
+                remove_temporaries(folder)
+            yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # it holds something
+                out.rmdir()
+
+
+def _check_out(out: Path, *, any_content: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: a file; give a folder for the predictions")
+    if out.is_dir() and not any_content and any(not path.name.startswith(".") for path in out.iterdir()):
+        hint = "go on with an unfinished run (--continue), " if (out / RECORD).is_file() else ""
+        raise InputError(
+            f"{out}: the folder already holds files; {hint}give another one, or allow overwriting (--overwrite)"
+        )
+
+
+def _checked_report(report: Path, *, replace: bool) -> Path:
+    if report.suffix.lower() != ".json":
+        raise InputError(f"{report}: a report needs a name that ends in .json")
+    if report.is_dir() or (report.exists() and not replace):
+        raise InputError(f"{report}: is there already; give the report another name, or allow overwriting")
+    return report
+
+
+def _check_targets(found: list[Case], targets: dict[str, Path], out: Path) -> None:
+    sources = {image.resolve() for case in found for image in case.images}
+    for case in found:
+        extra = (out / PREVIEWS / f"{case.id}.png", out / PROBABILITIES / f"{case.id}.nii.gz")
+        for target in (targets[case.id], *extra):
+            if target.resolve() in sources:
+                raise InputError(f"{target}: the prediction would replace its own image; give another output folder")
+
+
+def _take_over(earlier: Record, record: Record, found: list[Case], out: Path) -> None:
+    """Take the finished cases of an earlier run into the record of this one.
+
+    Raises InputError for another model, options or images, and for label maps that were changed since; a case whose
+    files are gone is predicted again.
+    """
+    where = out / RECORD
+    if earlier.model.sha256 != record.model.sha256:
+        raise InputError(
+            f"{where}: made with another model ('{earlier.model.name}', {earlier.model.path}, checksum "
+            f"{earlier.model.sha256[:12]}, now {record.model.sha256[:12]}); continue with that one, or give another "
+            "folder"
+        )
+    differing = [
+        f"{name} was {was}, is {value}"
+        for name, value in record.options.model_dump(exclude={"max_memory"}).items()
+        if (was := getattr(earlier.options, name)) != value
+    ]
+    if differing:
+        raise InputError(f"{where}: made with other options: {'; '.join(differing)}; give the same, or another folder")
+    by_id = {case.id: case for case in found}
+    for entry in earlier.cases:
+        case = by_id.get(entry.case)
+        if case is None:
+            raise InputError(
+                f"{where}: case '{entry.case}' is finished, but not in the input ({', '.join(record.inputs)}); give "
+                "the same input, or another folder"
+            )
+        images = [file_record(path, str(path)) for path in case.images]
+        if [image.sha256 for image in images] != [image.sha256 for image in entry.images]:
+            raise InputError(
+                f"{case.images[0]}: the image of case '{entry.case}' changed since it was predicted; give another "
+                "folder, or --overwrite"
+            )
+        present = [output for output in entry.outputs if (out / output.path).is_file()]
+        for output in present:
+            if file_record(out / output.path, output.path).sha256 != output.sha256:
+                raise InputError(
+                    f"{out / output.path}: changed since it was predicted; move it away to have it made again"
+                )
+        if len(present) == len(entry.outputs):
+            record.cases.append(entry)
+    record.started = earlier.started
+
+
+def _closing(record: Record) -> str:
+    done, failed = len(record.cases), len(record.failed)
+    seconds = sum(entry.seconds for entry in record.cases)
+    parts = [f"{done} case(s) segmented into {record.out}", f"{seconds:.1f} s"]
+    if failed:
+        parts.insert(1, f"{failed} failed")
+    if record.peak_resident_bytes is not None:
+        parts.append(f"peak memory {record.peak_resident_bytes / 1e9:.2f} GB")
+    return ", ".join(parts)

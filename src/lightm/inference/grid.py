@@ -1,0 +1,102 @@
+"""What the network sees of a case, by the box: canonical orientation, the plan's spacing, normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lightm.images.disk_array import Box, Spool
+from lightm.images.lazy import LazyVolume
+from lightm.preparation.plan import ChannelNormalization, Plan
+from lightm.preparation.preprocess import normalize_slab, squares, zscore_scale
+from lightm.preparation.resample import resample_stream, resampled_shape
+
+# Voxels looked at together for mean and deviation; whatever is held, so that sums are the same.
+_SLICES_AT_ONCE = 1 << 20
+
+
+class NetworkGrid:
+    """The image (C, *shape) that the network sees, float32, of which `read` makes a box at a time.
+
+    images: one a channel, as `lightm.preparation.preprocess.check_fit` accepts. folder: where a resampled image goes,
+    None for memory. Values are those of `lightm.preparation.preprocess.preprocess_case` up to rounding to float32, and
+    the same whatever is held: without resampling nothing is kept but the images' own voxels; with it, one float32 a
+    voxel and channel.
+    Cost: normalisation again for each window that a voxel lies in, some 1% of the network's time.
+    """
+
+    def __init__(self, images: Sequence[LazyVolume], plan: Plan, folder: Path | None = None) -> None:
+        first = images[0].geometry.to_canonical()
+        self.shape = resampled_shape(first.shape, first.spacing_mm, plan.spacing_mm)
+        self.schemes = plan.normalization
+        self._channels = [_Channel(image, first.shape, self.shape, folder) for image in images]
+        self._zscores = [
+            (0.0, 1.0) if scheme.scheme == "ct" else _zscore(channel)
+            for channel, scheme in zip(self._channels, self.schemes, strict=True)
+        ]
+
+    def read(self, box: Box) -> np.ndarray:
+        """Return a box, one slice with both ends an axis, of all channels: (C, *box) float32."""
+        size = [part.stop - part.start for part in box]
+        result = np.empty((len(self._channels), *size), np.float32)
+        for index, channel in enumerate(self._channels):
+            _normalize(channel.read(box), self.schemes[index], result[index], self._zscores[index])
+        return result
+
+    def close(self) -> None:
+        """Give temporary files and memory back."""
+        for channel in self._channels:
+            channel.close()
+
+
+class _Channel:
+    """Voxels of one channel on the network's grid, not normalised, float32."""
+
+    def __init__(self, image: LazyVolume, old: tuple[int, ...], shape: tuple[int, ...], folder: Path | None) -> None:
+        self.shape = shape
+        self._spool: Spool | None = None
+        self._image: LazyVolume | None = None
+        if old == shape:
+            self._image = image
+        else:
+            rest = tuple(slice(0, size) for size in old[1:])
+            self._spool = resample_stream(
+                lambda start, stop: image.read_canonical((slice(start, stop), *rest)), old, shape, folder
+            )
+
+    def read(self, box: Box) -> np.ndarray:
+        if self._image is not None:
+            return np.ascontiguousarray(self._image.read_canonical(box), dtype=np.float32)
+        if self._spool is None:
+            raise ValueError("the grid was closed")
+        return self._spool.read(box)
+
+    def close(self) -> None:
+        self._image = None
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
+
+
+def _normalize(
+    voxels: np.ndarray, scheme: ChannelNormalization, target: np.ndarray, zscore: tuple[float, float]
+) -> None:
+    for slab, part in zip(voxels, target, strict=True):
+        normalize_slab(slab, scheme, part, zscore)
+
+
+def _zscore(channel: _Channel) -> tuple[float, float]:
+    """Mean and deviation of a channel in float64; its slices' sums are added in order."""
+    rest = tuple(slice(0, size) for size in channel.shape[1:])
+    size = int(np.prod(channel.shape))
+    step = max(1, _SLICES_AT_ONCE // int(np.prod(channel.shape[1:])))
+    total = spread = 0.0
+    boxes = [(slice(start, min(start + step, channel.shape[0])), *rest) for start in range(0, channel.shape[0], step)]
+    for box in boxes:
+        total += sum(float(piece.sum(dtype=np.float64)) for piece in channel.read(box))
+    mean = total / size
+    for box in boxes:
+        spread += sum(squares(piece, mean) for piece in channel.read(box))
+    return mean, zscore_scale(mean, spread, size)

@@ -1,0 +1,269 @@
+"""Which cases there are to predict: from files, folders of images, datasets and lists, by names alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence, Set
+from pathlib import Path
+
+from lightm.datasets.cases import Case
+from lightm.errors import InputError, did_you_mean
+from lightm.images import dicom
+from lightm.images.io import SUFFIXES, file_suffix
+from lightm.inference.lists import Entry, is_list, read_list
+
+_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
+_DATASET_FOLDERS = ("imagesTs", "imagesTr", "images")
+
+
+def find_cases(
+    inputs: Path | Sequence[Path], channels: Sequence[str], *, cases: Iterable[str] | None = None
+) -> list[Case]:
+    """Return the cases in `inputs`, sorted by id, each with one file per channel; reads no voxel.
+
+    inputs: an image file; a folder of CASE_0000.EXT, CASE_0001.EXT, ... (with one channel CASE.EXT will do);
+    or a dataset, a folder with imagesTs, imagesTr or images: its imagesTs (or images) is taken, or, with
+    `cases`, the named cases from any of them. DICOM: a file, `folder::SeriesInstanceUID`, a folder of DICOM files, or
+    a folder whose subfolders, at any depth, hold them (NIfTI and PNG files directly in it come first): every series is
+    a case, named by its folder, and by its UID too where the folder holds several; with several channels the
+    folders are named CASE_0000, CASE_0001, ... and hold one series each. A list of cases, .txt or .csv (see
+    `lightm.inference.lists`), whose lines with one path hold any of the former. Several of all these together.
+
+    Raises InputError, naming file (of a list, the line) and case, for a path that does not exist, no image, a missing
+    or surplus channel, a case that is there twice, a name without channel number, or a case that is not there.
+    """
+    several = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+    if not several:
+        raise InputError("no input; give an image, a folder of images, a dataset or a list")
+    if cases is not None:
+        cases = {cases} if isinstance(cases, str) else set(cases)
+    found: dict[str, tuple[str, Case]] = {}
+    for path in map(Path, several):
+        for where, case in _listed(path, channels, cases) if is_list(path) else _given(path, channels, cases):
+            if case.id in found:
+                raise InputError(
+                    f"{where}: case '{case.id}' is there twice, also from {found[case.id][0]}; take one out, or name "
+                    "them apart in a CSV list with the columns case,channel0"
+                )
+            found[case.id] = (where, case)
+    by_id = {name: found[name][1] for name in sorted(found)}
+    if cases is None:
+        return list(by_id.values())
+    for name in sorted(cases):
+        if name not in by_id:
+            where = ", ".join(map(str, several))
+            raise InputError(f"{where}: no case '{name}' among {len(by_id)} cases{did_you_mean(name, by_id)}")
+    return [by_id[name] for name in sorted(cases)]
+
+
+def _given(inputs: Path, channels: Sequence[str], cases: Set[str] | None) -> Iterator[tuple[str, Case]]:
+    """Yield the cases of one input that is no list, and where they are from."""
+    if dicom.SEPARATOR in inputs.name or (inputs.is_file() and file_suffix(inputs) is None):
+        if not dicom.is_dicom(inputs):
+            raise InputError(
+                f"{inputs}: not a format that can be read; expected {', '.join(SUFFIXES)}, DICOM, or a list of paths "
+                "(.txt, .csv)"
+            )
+        found = _dicom_single(inputs, channels)
+    elif inputs.is_file():
+        found = _single(inputs, channels)
+    elif inputs.is_dir():
+        found = _from_folders(inputs, _image_folders(inputs, named=cases is not None), channels, cases)
+    else:
+        raise InputError(f"{inputs}: no such file or folder; give an image, a folder of images, a dataset or a list")
+    for case in found:
+        yield str(inputs), case
+
+
+def _listed(path: Path, channels: Sequence[str], cases: Set[str] | None) -> Iterator[tuple[str, Case]]:
+    for entry in read_list(path):
+        try:
+            yield from ((entry.where, case) for case in _entry_cases(entry, channels, cases))
+        except InputError as error:
+            raise InputError(f"{entry.where}: {error}") from None
+
+
+def _entry_cases(entry: Entry, channels: Sequence[str], cases: Set[str] | None) -> list[Case]:
+    first = entry.paths[0]
+    for file in entry.paths:
+        if is_list(file):
+            raise InputError(f"{file}: a list in a list; name its images here")
+        if not file.exists() and not dicom.is_dicom(file):
+            comma = "; channels are separated by tabs" if "," in str(file) and len(entry.paths) == 1 else ""
+            raise InputError(f"{file}: no such file or folder{comma}")
+    if len(entry.paths) > 1 or entry.case is not None:
+        if len(entry.paths) != len(channels):
+            raise InputError(
+                f"{len(entry.paths)} file(s), but the model takes {len(channels)} ({', '.join(channels)}), "
+                "in that order"
+            )
+        for file in entry.paths:
+            if file_suffix(file) is None and not dicom.is_dicom(file):
+                raise InputError(f"{file}: not a format that can be read; expected {', '.join(SUFFIXES)}, or DICOM")
+        if entry.case is not None:
+            return [Case(entry.case, entry.paths)]
+        stem = _split(first)[0] if file_suffix(first) else first.name.replace(dicom.SEPARATOR, "_")
+        return [Case(stem.removesuffix("_0000"), entry.paths)]
+    return [case for _, case in _given(first, channels, cases)]
+
+
+def _image_folders(inputs: Path, *, named: bool) -> list[Path]:
+    folders = [inputs / name for name in _DATASET_FOLDERS if (inputs / name).is_dir()]
+    if not folders:
+        return [inputs]
+    if named:
+        return folders
+    chosen = [folder for folder in folders if folder.name != "imagesTr"]
+    if not chosen:
+        raise InputError(
+            f"{inputs}: a dataset without imagesTs; name the cases to predict, or give {inputs / 'imagesTr'} itself"
+        )
+    return chosen[:1]
+
+
+def _from_folders(inputs: Path, folders: list[Path], channels: Sequence[str], wanted: Set[str] | None) -> list[Case]:
+    files = sorted(
+        file
+        for folder in folders
+        for file in folder.iterdir()
+        if file_suffix(file) and not file.name.startswith(".") and file.is_file()
+    )
+    if not files:
+        files = [path for folder in folders for path in _dicom_sources(folder)]
+    if not files:
+        raise InputError(f"{folders[0]}: no image; expected files that end in {', '.join(SUFFIXES)}, or DICOM")
+    if _is_series(files[0]):
+        return _dicom_cases(folders[0], files, channels, wanted)
+    groups = _grouped(files, channels, wanted)
+    return [_case(case_id, groups[case_id], channels) for case_id in sorted(groups)]
+
+
+def _single(file: Path, channels: Sequence[str]) -> list[Case]:
+    stem, suffix = _split(file)
+    match = _CHANNEL.match(stem)
+    if len(channels) == 1:
+        return [Case(stem.removesuffix("_0000"), (file,))]
+    if match is None:
+        raise InputError(
+            f"{file}: the model needs {len(channels)} channels ({', '.join(channels)}); name the files "
+            f"{stem}_0000{suffix}, {stem}_0001{suffix}, ... in one folder and give the first"
+        )
+    siblings = {
+        int(other["channel"]): path
+        for path in sorted(file.parent.glob("*" + suffix))
+        if (other := _CHANNEL.match(_split(path)[0])) and other["case"] == match["case"]
+    }
+    return [_case(match["case"], siblings, channels)]
+
+
+def _grouped(files: list[Path], channels: Sequence[str], wanted: Set[str] | None) -> dict[str, dict[int, Path]]:
+    """Return {case: {channel: file}}; with `wanted`, of those cases only."""
+    numbered = {stem.removesuffix("_0000") for stem, _ in map(_split, files) if stem.endswith("_0000")}
+    groups: dict[str, dict[int, Path]] = {}
+    for file in files:
+        stem, suffix = _split(file)
+        match = _CHANNEL.match(stem)
+        # With one channel a trailing number may belong to the name, as in scan_0017, unless scan_0000 is there too.
+        if match is not None and (len(channels) > 1 or match["case"] in numbered):
+            case_id, channel = match["case"], int(match["channel"])
+        elif len(channels) == 1:
+            case_id, channel = stem, 0
+        else:
+            if wanted is None:
+                raise InputError(
+                    f"{file}: the name has no channel number, but the model needs {len(channels)} channels "
+                    f"({', '.join(channels)}); rename it to {stem}_0000{suffix}, the others _0001 and so on"
+                )
+            continue
+        if wanted is not None and case_id not in wanted:
+            # Still listed, so that a misspelt name can be told from a missing one.
+            groups.setdefault(case_id, {})
+            continue
+        twin = groups.setdefault(case_id, {}).setdefault(channel, file)
+        if twin is not file:
+            raise InputError(f"{file}: case '{case_id}' is there twice, also as {twin}; keep one of them")
+    return groups
+
+
+def _case(case_id: str, files: dict[int, Path], channels: Sequence[str]) -> Case:
+    if not files:
+        return Case(case_id, ())
+    any_file = next(iter(files.values()))
+    for index, channel in enumerate(channels):
+        if index not in files:
+            missing = any_file.with_name(f"{case_id}_{index:04d}{_split(any_file)[1]}")
+            raise InputError(f"{missing}: channel {index} ('{channel}') of case '{case_id}' is missing; add the file")
+    surplus = sorted(index for index in files if index >= len(channels))
+    if surplus:
+        raise InputError(
+            f"{files[surplus[0]]}: channel {surplus[0]} of case '{case_id}', but the model takes {len(channels)} "
+            f"({', '.join(channels)}); remove the file"
+        )
+    return Case(case_id, tuple(files[index] for index in range(len(channels))))
+
+
+def _is_series(path: Path) -> bool:
+    return dicom.SEPARATOR in path.name
+
+
+def _dicom_sources(root: Path) -> list[Path]:
+    """Return every image series below a folder; folders that hold other objects only (DICOMDIR, reports) give none."""
+    found: list[Path] = []
+    faults = []
+    folders = dicom.series_folders(root)
+    for folder in folders:
+        try:
+            found += [series.source for series in dicom.list_series(folder)]
+        except dicom.NoSeriesError as error:
+            faults.append(error)
+    if faults and not found:
+        raise faults[0]
+    return found
+
+
+def _dicom_cases(root: Path, sources: list[Path], channels: Sequence[str], wanted: Set[str] | None) -> list[Case]:
+    named: dict[str, Path] = {}
+    by_folder: dict[Path, list[Path]] = {}
+    for source in sources:
+        by_folder.setdefault(dicom.split_source(source)[0], []).append(source)
+    for folder, members in by_folder.items():
+        stem = "_".join(folder.relative_to(root).parts) or folder.resolve().name or "dicom"
+        if len(members) > 1 and len(channels) > 1:
+            raise InputError(
+                f"{folder}: {len(members)} series in one folder, and the model needs {len(channels)} channels "
+                f"({', '.join(channels)}); put each channel's series into a folder CASE_0000, CASE_0001, ..."
+            )
+        for source in members:
+            name = stem if len(members) == 1 else f"{stem}_{dicom.split_source(source)[1]}"
+            if name in named:
+                raise InputError(f"{folder}: case '{name}' is there twice, also as {named[name]}; rename the folder")
+            named[name] = source
+    if len(channels) == 1:
+        return [Case(name, (named[name],)) for name in sorted(named)]
+    groups: dict[str, dict[int, Path]] = {}
+    for name, source in named.items():
+        match = _CHANNEL.match(name)
+        if match is not None:
+            groups.setdefault(match["case"], {})[int(match["channel"])] = source
+        elif wanted is None:
+            raise InputError(
+                f"{dicom.split_source(source)[0]}: the folder's name has no channel number, but the model needs "
+                f"{len(channels)} channels ({', '.join(channels)}); rename it to {name}_0000, the others _0001, ..."
+            )
+    return [_case(case_id, groups[case_id], channels) for case_id in sorted(groups)]
+
+
+def _dicom_single(source: Path, channels: Sequence[str]) -> list[Case]:
+    if len(channels) > 1:
+        raise InputError(
+            f"{source}: one DICOM series, but the model needs {len(channels)} channels ({', '.join(channels)}); put "
+            "their series into folders CASE_0000, CASE_0001, ... and give the folder that holds these"
+        )
+    series = dicom.find_series(source)
+    name = source.stem if source.is_file() else series.folder.resolve().name or "dicom"
+    return [Case(name, (source,))]
+
+
+def _split(file: Path) -> tuple[str, str]:
+    suffix = file_suffix(file) or file.suffix
+    return file.name[: len(file.name) - len(suffix)], file.name[len(file.name) - len(suffix) :]

@@ -1,0 +1,148 @@
+"""Which clean-up steps help on validation cases; see `lightm.inference.postprocess` for the steps."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from lightm.inference.postprocess import (
+    DropSmall,
+    FillHoles,
+    KeepLargest,
+    Postprocess,
+    Step,
+    apply_rules,
+    component_sizes,
+    unit_of,
+    voxel_size,
+)
+
+QUANTILES = (0.05, 0.25, 0.5)
+"""Of the sizes of a class's components in the labels; these and a tenth of each are tried as smallest size."""
+
+
+class CaseLabels:
+    """Prediction and label of one case, cropped to where either is not background, and deflated.
+
+    predicted, truth: integers of one shape, (Z, Y, X) or (Y, X). Memory: label maps deflate to few percent, so that
+    many cases fit at once. The crop changes no result: beyond it there is background alone.
+    """
+
+    def __init__(self, predicted: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> None:
+        found = ndimage.find_objects(((predicted != 0) | (truth != 0)).view(np.uint8))
+        box = found[0] if found else (slice(0, 1),) * predicted.ndim
+        self.spacing_mm = tuple(spacing_mm)
+        self._predicted, self._truth = _Deflated(predicted[box]), _Deflated(truth[box])
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The prediction as the steps taken so far leave it; read-only."""
+        return self._predicted.array()
+
+    @predicted.setter
+    def predicted(self, labels: np.ndarray) -> None:
+        self._predicted = _Deflated(labels)
+
+    @property
+    def truth(self) -> np.ndarray:
+        """The label; read-only."""
+        return self._truth.array()
+
+
+class _Deflated:
+    def __init__(self, array: np.ndarray) -> None:
+        self._content = zlib.compress(np.ascontiguousarray(array).data, 1)
+        self._shape, self._dtype = array.shape, array.dtype
+
+    def array(self) -> np.ndarray:
+        return np.frombuffer(zlib.decompress(self._content), self._dtype).reshape(self._shape)
+
+
+def choose_rules(cases: Sequence[CaseLabels], values: Sequence[int], *, ignore_label: int | None = None) -> Postprocess:
+    """Return the steps that help on these cases, with the gain of each; `cases` hold the cleaned predictions then.
+
+    values: the label values of the foreground classes. Tried in this order, each upon the steps taken before: the
+    largest component of all classes together; then for each class its largest component or components above a
+    smallest size, whichever is better; a smallest size once more; holes. A step is taken when it raises the mean DSC
+    over cases and classes and lowers that of no class; of equally good sizes the smallest. A class that is absent in
+    label and prediction counts as 1, so that removing what is spurious counts as a gain. Deterministic.
+
+    Time: at most 14 passes over the cases for each class. Memory: one case unpacked, its trial and what
+    `apply_rules` takes.
+    """
+    if not cases:
+        return Postprocess()
+    scores = np.stack([_dice(case.predicted, case.truth, values, ignore_label) for case in cases])
+    before, steps = scores.mean(0), []
+    slots: list[list[Step]] = [[KeepLargest(values=tuple(values))]] if len(values) > 1 else []
+    for value in values:
+        sizes: list[Step] = [
+            DropSmall(value=value, below=size, unit=unit_of(len(cases[0].spacing_mm)))
+            for size in _smallest_sizes(cases, value)
+        ]
+        slots += [[KeepLargest(values=(value,)), *sizes], sizes, [FillHoles(value=value)]]
+    for slot in slots:
+        now, best, taken = scores.mean(0), scores, None
+        for step in slot:
+            trial = _scores_after(step, cases, scores, values, ignore_label)
+            after = trial.mean(0)
+            if after.mean() > best.mean(0).mean() and (after >= now).all():
+                best, taken = trial, step
+        if taken is not None:
+            for case in cases:
+                case.predicted = apply_rules(case.predicted, [taken], case.spacing_mm)
+            steps.append(taken.model_copy(update={"gain": _by_value(values, best.mean(0) - now)}))
+            scores = best
+    return Postprocess(
+        steps=tuple(steps),
+        cases=len(cases),
+        dsc_before=_by_value(values, before),
+        dsc_after=_by_value(values, scores.mean(0)),
+    )
+
+
+def _by_value(values: Sequence[int], numbers: np.ndarray) -> dict[int, float]:
+    return {int(value): round(float(number), 6) for value, number in zip(values, numbers, strict=True)}
+
+
+def _smallest_sizes(cases: Sequence[CaseLabels], value: int) -> list[float]:
+    """Sizes in ml or mm2 to try, rising, two digits each; none that a single voxel reaches."""
+    sizes = [component_sizes(case.truth == value) * voxel_size(case.spacing_mm) for case in cases]
+    found = np.concatenate(sizes)
+    if not found.size:
+        return []
+    quantiles = np.quantile(found, QUANTILES, method="lower")
+    voxel = min(voxel_size(case.spacing_mm) for case in cases)
+    rounded = {float(f"{share * size:.2g}") for size in quantiles for share in (0.1, 1.0)}
+    return sorted(size for size in rounded if size > voxel)
+
+
+def _scores_after(
+    step: Step, cases: Sequence[CaseLabels], scores: np.ndarray, values: Sequence[int], ignore_label: int | None
+) -> np.ndarray:
+    """The scores with one more step; (cases, classes)."""
+    trial = scores.copy()
+    for row, case in zip(trial, cases, strict=True):
+        predicted = case.predicted
+        cleaned = apply_rules(predicted, [step], case.spacing_mm)
+        if cleaned is not predicted:
+            row[:] = _dice(cleaned, case.truth, values, ignore_label)
+    return trial
+
+
+def _dice(predicted: np.ndarray, truth: np.ndarray, values: Sequence[int], ignore_label: int | None) -> np.ndarray:
+    """DSC of one case, one for each value; 1 for a class absent in both."""
+    scores = np.ones(len(values))
+    kept = None if ignore_label is None else truth != ignore_label
+    for column, value in enumerate(values):
+        p, g = predicted == value, truth == value
+        if kept is not None:
+            p &= kept
+        total = int(np.count_nonzero(p)) + int(np.count_nonzero(g))
+        p &= g
+        if total:
+            scores[column] = 2 * int(np.count_nonzero(p)) / total
+    return scores

@@ -1,0 +1,287 @@
+"""Prediction of one case: its images in, a label map in their own geometry out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightm.errors import InputError, LightMError
+from lightm.images.lazy import LazyVolume, open_volume, read_header
+from lightm.images.volume import Volume
+from lightm.inference import budget
+from lightm.inference.grid import NetworkGrid
+from lightm.inference.native import class_indices
+from lightm.inference.postprocess import Step, apply_rules, read_postprocess
+from lightm.inference.probabilities import ProbabilityFile, check_path
+from lightm.inference.sliding import WindowProgress, logit_slabs, window_logits
+from lightm.nets import folder as model_folder
+from lightm.preparation.plan import MULTIPLE, Plan
+from lightm.preparation.preprocess import check_fit
+from lightm.preparation.resample import resampled_shape
+
+Window = Literal["patch", "whole"]
+
+
+class Predictor:
+    """A network with the plan it was trained by, ready to segment images.
+
+    network: (B, C, *patch) -> logits (B, K, *patch); it is moved to `device` and put into evaluation mode.
+    overlap: of neighbouring windows, as a share of the patch. tta: average the logits over all flips (4 in 2D, 8 in 3D:
+    that many times the work); only for structures that a flip leaves what they are, so not for left and right.
+    rules: clean-up steps, see `lightm.inference.postprocess`.
+
+    max_memory: bytes of resident memory that the whole process may reach (`lightm.inference.budget.parse_memory` reads
+    "2GB"), what Python, PyTorch and compiled kernels hold included; None: no limit. It changes where arrays lie, in
+    memory or in temporary files (`tempfile.gettempdir()`), not one label. A case that cannot be predicted within it is
+    refused before it starts, with what it needs. The first case costs one more call of the network, on a part of a
+    patch or a patch of zeros, to measure it. See docs/prediction.md.
+
+    window: "patch": sliding windows of the plan's patch, which stream through the volume: each is visited once, in
+    order, and slices are done with when no later window reaches them. "whole": the volume, padded to multiples of 8,
+    as one window. A whole volume in slabs with the scan's state carried along would not give the network's answer:
+    GroupNorm takes mean and deviation over all voxels first, and convolutions and upsampling look ahead. So "whole" is
+    one call, in memory for all of it (docs/prediction.md says how much); and a network trained on patches sees
+    statistics of a size that it was not trained on.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        plan: Plan,
+        device: str | torch.device = "cpu",
+        *,
+        overlap: float = 0.5,
+        tta: bool = False,
+        rules: Sequence[Step | Sequence[int]] = (),
+        max_memory: int | None = None,
+        window: Window = "patch",
+    ) -> None:
+        if not 0 <= overlap < 1:
+            raise InputError(f"overlap={overlap}: expected a share of the patch of at least 0 and below 1, such as 0.5")
+        if max_memory is not None and max_memory < 1:
+            raise InputError(f"max_memory={max_memory}: expected a number of bytes, such as 2_000_000_000, or None")
+        if window not in ("patch", "whole"):
+            raise InputError(f"window='{window}': expected 'patch' (sliding windows) or 'whole' (one window)")
+        try:
+            self.device = torch.device(device)
+            self.network = network.to(self.device).eval()
+        except (RuntimeError, AssertionError) as error:  # PyTorch asserts when it was built without the device
+            raise InputError(f"device '{device}' cannot be used here ({error}); try 'cpu'") from error
+        self.plan = plan
+        self.overlap = overlap
+        self.tta = tta
+        self.rules = rules
+        self.max_memory = max_memory
+        self.window = window
+        self._measured: dict[tuple[int, ...], int] = {}
+
+    @classmethod
+    def from_folder(
+        cls,
+        model_dir: Path | str,
+        device: str | torch.device = "cpu",
+        *,
+        overlap: float = 0.5,
+        tta: bool = False,
+        max_memory: int | None = None,
+        window: Window = "patch",
+        postprocess: bool = True,
+    ) -> Predictor:
+        """Load a model folder; raises InputError, naming the file, for one that is missing or damaged.
+
+        postprocess: clean label maps up by the steps that the model was saved with.
+        """
+        network, info = model_folder.load_model(Path(model_dir))
+        try:
+            plan = Plan.model_validate(info["plan"])
+        except ValueError as error:
+            raise InputError(f"{Path(model_dir) / 'model.json'}: its plan is not valid: {error}") from error
+        rules = read_postprocess(info, str(Path(model_dir) / "model.json")).steps if postprocess else ()
+        return cls(network, plan, device, overlap=overlap, tta=tta, rules=rules, max_memory=max_memory, window=window)
+
+    def predict_volumes(
+        self,
+        images: Sequence[Volume],
+        *,
+        progress: WindowProgress | None = None,
+        probabilities: Path | None = None,
+    ) -> Volume:
+        """Return the label map of one case, in the geometry of its first image; uint8, or int16 for values above 255.
+
+        images: one volume per channel of the plan, in its order. The way: canonical orientation, the plan's spacing,
+        normalised; logits by windows; the largest one in every voxel of the original grid; original
+        orientation. progress(done, total) counts windows. probabilities: a .nii.gz or .nii file to write those of all
+        classes to, see `lightm.inference.probabilities`.
+
+        Raises InputError for images that do not fit the plan or each other or the limit of memory, LightMError for a
+        network whose output does not, or a disk that refuses. Memory: the images as they are, in float32 at the plan's
+        spacing only where they are resampled, one byte a voxel for the result, and the logits of one slab of patch
+        depth; with a limit less, see the class.
+        """
+        return self._predict(
+            list(images), lambda _: [LazyVolume.of(image) for image in images], 0, progress, probabilities
+        )
+
+    def predict_files(
+        self,
+        paths: Sequence[Path],
+        *,
+        progress: WindowProgress | None = None,
+        probabilities: Path | None = None,
+    ) -> Volume:
+        """Return the label map of one case from its files, one per channel; as `predict_volumes`, with less memory.
+
+        NIfTI images are never held as a whole in another dtype than the file's and, where a limit asks for it, not held
+        at all. Raises InputError as `read_volume` too.
+        """
+        headers = [read_header(path) for path in paths]
+        # PNG and DICOM are there already; they are counted by what the process holds.
+        itemsize = sum(0 if header.whole else header.itemsize for header in headers)
+
+        def opened(folder: Path | None) -> list[LazyVolume]:
+            return [
+                LazyVolume.of(header.geometry) if header.whole else open_volume(path, folder)
+                for path, header in zip(paths, headers, strict=True)
+            ]
+
+        return self._predict([header.geometry for header in headers], opened, itemsize, progress, probabilities)
+
+    def window_bytes(self) -> int | None:
+        """Return what one call of the network on a patch needs, in bytes, measured once; None where it cannot be."""
+        return self._measure(tuple(self.plan.patch_size))
+
+    def _predict(
+        self,
+        geometries: Sequence[Volume],
+        opened: Callable[[Path | None], list[LazyVolume]],
+        itemsize: int,
+        progress: WindowProgress | None,
+        probabilities: Path | None,
+    ) -> Volume:
+        check_fit(geometries, None, self.plan)
+        if probabilities is not None:
+            check_path(probabilities)
+        values = self.plan.values
+        dtype = np.dtype(np.uint8 if max(values) <= 255 else np.int16)
+        # Geometry alone, so that the image can go before the end.
+        native = geometries[0].like(np.broadcast_to(np.zeros((), geometries[0].data.dtype), geometries[0].shape))
+        canonical = native.to_canonical()
+        shape = resampled_shape(canonical.shape, canonical.spacing_mm, self.plan.spacing_mm)
+        patch = tuple(self.plan.patch_size) if self.window == "patch" else budget.whole_window(shape)
+        case = budget.CaseSize(
+            canonical.shape,
+            shape,
+            patch,
+            len(values),
+            len(geometries),
+            itemsize,
+            dtype.itemsize,
+            bool(self.rules),
+            probabilities is not None,
+        )
+        del geometries
+        holding = budget.Holding() if self.max_memory is None else self._within(case, self.max_memory)
+        folder = Path(tempfile.gettempdir())
+        images = opened(None if holding.voxels else folder)
+        grid = NetworkGrid(images, self.plan, None if holding.grid else folder)
+        del images
+        data = np.zeros(native.shape, dtype)
+        soft = None if probabilities is None else ProbabilityFile(Path(probabilities), native, len(values))
+        try:
+            slabs = logit_slabs(
+                self.network,
+                grid,
+                patch_size=patch,
+                overlap=self.overlap,
+                mirror_axes=self._mirror_axes(),
+                device=self.device,
+                progress=progress,
+                folder=None if holding.sums else folder,
+            )
+            class_indices(
+                self._checked(slabs),
+                shape,
+                canonical.shape,
+                values=values,
+                out=native.like(data).to_canonical().data,  # a view, so that no second map is needed to turn it
+                sink=None if soft is None else soft.add,
+            )
+            grid.close()
+            labels = data
+            if soft is not None:
+                soft.finish()
+            return native.like(apply_rules(np.ascontiguousarray(labels), self.rules, native.spacing_mm, in_place=True))
+        finally:
+            grid.close()
+            if soft is not None:
+                soft.close()
+
+    def _within(self, case: budget.CaseSize, limit: int) -> budget.Holding:
+        """Return what can be held in memory under the limit; raises InputError where nothing is enough."""
+        part = tuple(max(MULTIPLE, -(-size // (2 * MULTIPLE)) * MULTIPLE) for size in self.plan.patch_size)
+        try:
+            if part not in self._measured:
+                self._call(part)  # kernels are compiled, which takes memory of its own
+            least = self._measure(part)
+        except InputError:
+            raise
+        except Exception:  # a network that is not made for half a patch says so in its own way
+            part = tuple(self.plan.patch_size)
+            least = self._measure(part)
+        held = budget.resident_bytes()
+        if least is None or held is None:
+            raise InputError("max_memory: this system does not say how much memory a process holds; leave it out")
+        # Fixed costs weigh more in a smaller window, so that this is never too little.
+        most = least * prod(case.patch) // prod(part)
+        holding = budget.choose(case, max(most, least), limit, held)
+        if holding == budget.Holding() or held + least > limit:
+            exact = max(most, least)
+        else:
+            exact = self._measure(tuple(self.plan.patch_size)) or most
+            exact = max(exact, exact * prod(case.patch) // prod(self.plan.patch_size))
+            held = budget.resident_bytes() or held
+            holding = budget.choose(case, exact, limit, held)
+        if holding is None:
+            least = held + budget.least_bytes(case, exact)
+            what = "the whole volume as one window" if self.window == "whole" else "a window"
+            raise InputError(
+                f"max_memory {budget.megabytes(limit)}: an image of shape {case.shape}, {case.grid} at the model's "
+                f"spacing, needs at least {budget.megabytes(least)}: {budget.megabytes(held)} that the process holds, "
+                f"{budget.megabytes(exact)} for the network on {what} of {case.patch}, "
+                f"{budget.megabytes(prod(case.shape) * case.label_itemsize)} for the label map, and more for sums of "
+                f"{case.classes} classes{' and their clean-up' if case.rules else ''}; allow more"
+                + (", or use window='patch'" if self.window == "whole" else "")
+            )
+        return holding
+
+    def _measure(self, patch: tuple[int, ...]) -> int | None:
+        if patch not in self._measured:
+            found = budget.call_bytes(lambda: self._call(patch))
+            if found is None:
+                return None
+            self._measured[patch] = found
+        return self._measured[patch]
+
+    def _call(self, patch: tuple[int, ...]) -> Tensor:
+        """Run the network on zeros; one flip stands for all, since each is added to the sum before the next."""
+        window = torch.zeros((len(self.plan.channels), *patch))
+        return window_logits(self.network, window, self._mirror_axes()[:1], self.device)
+
+    def _mirror_axes(self) -> tuple[int, ...]:
+        return tuple(range(self.plan.spatial_dims)) if self.tta else ()
+
+    def _checked(self, slabs: Iterator[Tensor]) -> Iterator[Tensor]:
+        for slab in slabs:
+            if slab.shape[0] != len(self.plan.classes):
+                raise LightMError(
+                    f"the network returned {slab.shape[0]} classes; its plan has {len(self.plan.classes)} "
+                    f"({', '.join(self.plan.classes)})"
+                )
+            yield slab

@@ -1,0 +1,238 @@
+"""The record of a run of predictions: what was done with which model, options and files, and what went wrong.
+
+It lies in the output folder as prediction.json, written anew after every case, so that a run that was cut off can go
+on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lightm import __version__
+from lightm.errors import InputError, LightMError
+from lightm.files import write_text
+from lightm.images import dicom
+from lightm.images.dicom_files import dicom_files
+from lightm.inference.statistics import ClassStatistics
+from lightm.nets.zipped import extracted, is_zip_path
+from lightm.preparation.fingerprint import file_hash
+
+RECORD = "prediction.json"
+PREVIEWS, PROBABILITIES = "previews", "probabilities"
+TABLES = ("statistics.csv", "statistics.json")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelRecord(_Part):
+    """Which model. sha256: over network, plan, clean-up and weights, so over all that makes its label maps."""
+
+    path: str
+    name: str
+    dataset: str
+    sha256: str
+    weights_sha256: str
+
+
+class Options(_Part):
+    """How cases are predicted and what is written of each. max_memory: in bytes; it changes no label."""
+
+    overlap: float
+    tta: bool
+    window: str
+    postprocess: bool = True
+    device: str
+    max_memory: int | None = None
+    save_probabilities: bool = False
+    statistics: bool = False
+    preview: bool = False
+    second_file: bool = False
+
+
+class FileRecord(_Part):
+    """A file, or the DICOM files of a folder taken together. path: inputs as given, outputs relative to the folder."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Seconds(_Part):
+    """Time of a case by phase. With a memory limit reading is part of predict, since it happens bit by bit."""
+
+    read: float
+    predict: float
+    write: float
+
+
+class CaseRecord(_Part):
+    """A case that is done. file: its label map; more: what else was written; seconds: all phases together."""
+
+    case: str
+    file: str
+    more: list[str] = Field(default_factory=list)
+    shape: list[int]
+    spacing_mm: list[float]
+    seconds: float
+    phases: Seconds
+    images: list[FileRecord]
+    outputs: list[FileRecord]
+    statistics: list[ClassStatistics] | None = None
+
+
+class Fault(_Part):
+    """A case that could not be predicted, and why. kind: the class of the error."""
+
+    case: str
+    error: str
+    kind: str
+
+
+class Record(_Part):
+    """A whole run; the schema of prediction.json and of the report that `--report` writes."""
+
+    schema_version: Literal[2] = 2
+    model: ModelRecord
+    inputs: list[str]
+    out: str
+    options: Options
+    device_name: str
+    backend: str
+    started: str
+    finished: str | None = None
+    peak_resident_bytes: int | None = None
+    cases: list[CaseRecord] = Field(default_factory=list)
+    failed: list[Fault] = Field(default_factory=list)
+    versions: dict[str, str]
+
+    def write(self, path: Path) -> None:
+        """Write the record as JSON, complete or not at all."""
+        write_text(path, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+
+
+def new_record(model: ModelRecord, inputs: list[str], out: Path, options: Options) -> Record:
+    """Return the record of a run that begins now."""
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return Record(
+        model=model,
+        inputs=inputs,
+        out=str(out),
+        options=options,
+        device_name=name,
+        backend=_backend(device),
+        started=now(),
+        versions={
+            "lightm": __version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    )
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _backend(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    return f"{device.type}, CUDA {torch.version.cuda}" if device.type == "cuda" else device.type
+
+
+def load_record(path: Path) -> Record:
+    """Read a prediction.json; raises InputError, naming it, for anything else."""
+    try:
+        return Record.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the folder's rights") from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: not a record of predictions of this version ({words}); give another folder, or empty it"
+        ) from None
+
+
+def describe_model(model_dir: Path) -> ModelRecord:
+    """Return name and checksums of a model folder or .zip that loads, from its model.json."""
+    if is_zip_path(model_dir) and model_dir.is_file():
+        with extracted(model_dir) as folder:
+            text = (folder / "model.json").read_text(encoding="utf-8")
+    else:
+        text = (model_dir / "model.json").read_text(encoding="utf-8")
+    info: dict[str, Any] = json.loads(text)
+    made_of = {key: info.get(key) for key in ("network", "plan", "postprocess", "weights_sha256")}
+    return ModelRecord(
+        path=str(model_dir),
+        name=str(info["network"].get("name", "")),
+        dataset=str(info["plan"].get("dataset", "")),
+        sha256=hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest(),
+        weights_sha256=str(info["weights_sha256"]),
+    )
+
+
+def file_record(path: Path, name: str) -> FileRecord:
+    """Return size and SHA-256 of a file, or of all DICOM files of a folder or `folder::UID`; reads them once.
+
+    Raises InputError for a file that cannot be read.
+    """
+    folder, _ = dicom.split_source(path)
+    if not folder.is_dir():
+        size, digest = file_hash(path).split(":")
+        return FileRecord(path=name, bytes=int(size), sha256=digest)
+    whole, total = hashlib.sha256(), 0
+    for file in dicom_files(folder):
+        size, digest = file_hash(file).split(":")
+        whole.update(f"{file.name}\0{size}:{digest}\n".encode())
+        total += int(size)
+    return FileRecord(path=name, bytes=total, sha256=whole.hexdigest())
+
+
+def _written_names(path: Path) -> list[str]:
+    """Return the files that a record of any version says were written; none that would lie outside its folder."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = [str(name) for case in content["cases"] for name in (case["file"], *case.get("more", []))]
+        names += TABLES if content.get("options", {}).get("statistics") else ()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a record of predictions ({error}); empty the folder by hand") from error
+    inside = [
+        name
+        for name in names
+        if Path(name).name == name or name in (f"{folder}/{Path(name).name}" for folder in (PREVIEWS, PROBABILITIES))
+    ]
+    return [name for name in inside if Path(name).name not in ("", ".", "..")]
+
+
+def remove_written(out: Path) -> None:
+    """Remove what an earlier run says it wrote into `out`, so that its cases are not taken for those of a new run.
+
+    Raises InputError for a record that cannot be read, LightMError when a file cannot be removed.
+    """
+    if not (out / RECORD).is_file():
+        return
+    names = _written_names(out / RECORD)
+    try:
+        for name in names:
+            (out / name).unlink(missing_ok=True)
+        for folder in (PREVIEWS, PROBABILITIES):
+            if (out / folder).is_dir() and not any((out / folder).iterdir()):
+                (out / folder).rmdir()
+        (out / RECORD).unlink()
+    except OSError as error:
+        raise LightMError(
+            f"{error.filename}: cannot be removed ({error.strerror}); check the folder's rights"
+        ) from None

@@ -1,0 +1,259 @@
+"""Sliding windows over a volume: where they lie, how they are weighed, and their logits slab by slab.
+
+MONAI's `sliding_window_inference` keeps the logits of all classes for the whole volume, with a weight map of the
+same size; a CT of 512 x 512 x 600 voxels and 5 classes would need 3 GB for the first alone. Here windows are visited in
+order of the first axis, and a slab is handed on as soon as no later window reaches it, so that memory is classes x
+patch depth x one slice, whatever the length of the scan. Where that is too much, the sums lie in a temporary file, and
+only the rows of one row of windows (patch depth x patch height x the width) are in memory: the same windows, added in
+the same order, so the same bits. The Gaussian is separable and windows form a regular grid, so that the weights are
+normalised per axis beforehand: they sum to one at every voxel, without a weight map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations, product
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightm.errors import InputError, LightMError
+from lightm.images.disk_array import Box, Spool
+
+# The Gaussian's deviation as a share of the window, and the least weight relative to its centre: a voxel seen only
+# in a window's corner must still have a weight that arithmetic can divide by.
+_SIGMA = 1 / 8
+_FLOOR = 1e-3
+
+# Values of a slab that is handed on: 16 MB of float32.
+_VALUES_AT_ONCE = 4_000_000
+
+WindowProgress = Callable[[int, int], None]
+
+
+class WindowSource(Protocol):
+    """An image of which boxes are asked for; `lightm.inference.grid.NetworkGrid` is one."""
+
+    shape: tuple[int, ...]
+    """Its spatial axes."""
+
+    def read(self, box: Box) -> np.ndarray:
+        """Return (C, *box) float32."""
+
+
+def window_starts(length: int, window: int, overlap: float) -> list[int]:
+    """Return where windows start along an axis: evenly spread, covering it, overlapping by at least `overlap`.
+
+    `length` voxels, at least `window`; `overlap` in [0, 1) as a share of the window.
+    """
+    step = max(1, int(window * (1 - overlap)))
+    count = -(-(length - window) // step) + 1
+    if count == 1:
+        return [0]
+    return [round(index * (length - window) / (count - 1)) for index in range(count)]
+
+
+def axis_weights(length: int, window: int, starts: Sequence[int]) -> list[Tensor]:
+    """Return for every start a Gaussian of `window` float32 weights; at each of `length` voxels they sum to one."""
+    offsets = torch.arange(window, dtype=torch.float64) - (window - 1) / 2
+    gaussian = torch.exp(-0.5 * (offsets / (window * _SIGMA)) ** 2).clamp(min=_FLOOR)
+    total = torch.zeros(length, dtype=torch.float64)
+    for start in starts:
+        total[start : start + window] += gaussian
+    return [(gaussian / total[start : start + window]).float() for start in starts]
+
+
+def logit_slabs(
+    network: nn.Module,
+    image: Tensor | WindowSource,
+    *,
+    patch_size: Sequence[int],
+    overlap: float = 0.5,
+    mirror_axes: Sequence[int] = (),
+    device: str | torch.device = "cpu",
+    progress: WindowProgress | None = None,
+    folder: Path | None = None,
+) -> Iterator[Tensor]:
+    """Yield the logits of a volume in slabs along its first axis, in order: each (K, depth, *rest) float32 on the CPU.
+
+    image: (C, *spatial) float32 on the CPU, or what gives boxes of it; an axis shorter than its patch is padded with
+    zeros on both sides, as in training. patch_size: voxels an axis; the network gets exactly this size. overlap: share
+    of a window in [0, 1). mirror_axes: spatial axes over whose 2^n flips the logits are averaged. progress(done,
+    total) is called after every window. folder: where the sums of logits go, None for memory; the result is the same.
+
+    Windows are blended with Gaussian weights. Joined along axis 1 the slabs have the shape of the image. Raises
+    InputError for sizes that do not fit, LightMError when the network returns another shape or values not finite.
+    Memory: one slab of patch depth for all classes (with `folder`, of it only as many rows as a patch has), 16 MB or
+    one slice of all classes that is handed on, and one window's activations.
+    """
+    source = _Held(image) if isinstance(image, Tensor) else image
+    dims = len(source.shape)
+    patch = tuple(int(size) for size in patch_size)
+    if len(patch) != dims or min(patch) < 1:
+        raise InputError(f"patch size {patch}: expected {dims} positive numbers for an image of {dims} axes")
+    if not 0 <= overlap < 1:
+        raise InputError(f"overlap={overlap}: expected a share of the window of at least 0 and below 1, such as 0.5")
+    if any(not 0 <= axis < dims for axis in mirror_axes):
+        raise InputError(f"mirror axes {tuple(mirror_axes)}: expected axes from 0 to {dims - 1}")
+    return _slabs(network, source, patch, overlap, tuple(mirror_axes), torch.device(device), progress, folder)
+
+
+def sliding_logits(network: nn.Module, image: Tensor, **options: object) -> Tensor:
+    """Return the logits (K, *spatial) of a whole volume: the slabs of `logit_slabs`, whose options it takes, joined."""
+    return torch.cat(list(logit_slabs(network, image, **options)), dim=1)  # type: ignore[arg-type]
+
+
+class _Held:
+    """A tensor as a `WindowSource`."""
+
+    def __init__(self, image: Tensor) -> None:
+        self.image = image
+        self.shape = tuple(image.shape[1:])
+
+    def read(self, box: Box) -> np.ndarray:
+        part: np.ndarray = self.image[(slice(None), *box)].numpy()
+        return part
+
+
+def _slabs(
+    network: nn.Module,
+    image: WindowSource,
+    patch: tuple[int, ...],
+    overlap: float,
+    mirror_axes: tuple[int, ...],
+    device: torch.device,
+    progress: WindowProgress | None,
+    folder: Path | None,
+) -> Iterator[Tensor]:
+    shape = image.shape
+    missing = [max(size - length, 0) for size, length in zip(patch, shape, strict=True)]
+    before = [count // 2 for count in missing]
+    lengths = tuple(length + count for length, count in zip(shape, missing, strict=True))
+    pads = [pad for low, count in zip(reversed(before), reversed(missing), strict=True) for pad in (low, count - low)]
+    starts = [window_starts(n, size, overlap) for n, size in zip(lengths, patch, strict=True)]
+    weights = [axis_weights(n, size, s) for n, size, s in zip(lengths, patch, starts, strict=True)]
+    total = prod(len(s) for s in starts)
+    done = 0
+    sums: _Sums | None = None
+    try:
+        for row, start in enumerate(starts[0]):
+            for indices in product(*(range(len(s)) for s in starts[1:])):
+                corner = (start, *(starts[axis][index] for axis, index in enumerate(indices, start=1)))
+                # A padded axis has one window, from its start, and all of the image is in it.
+                box = tuple(
+                    slice(n, n + min(size, length)) for n, size, length in zip(corner, patch, shape, strict=True)
+                )
+                window = torch.from_numpy(image.read(box))
+                logits = window_logits(
+                    network, functional.pad(window, pads) if any(pads) else window, mirror_axes, device
+                )
+                del window
+                if sums is None:
+                    sums = _Sums(logits.shape[0], patch, lengths, folder)
+                for axis, index in enumerate((row, *indices)):
+                    logits *= weights[axis][index].view([-1 if axis == other else 1 for other in range(len(patch))])
+                sums.add(logits, corner)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            if sums is None:
+                return
+            finished = starts[0][row + 1] if row + 1 < len(starts[0]) else lengths[0]
+            # Only a first axis shorter than its patch is padded, and then there is but one row.
+            inside = [slice(low, low + length) for low, length in zip(before, shape, strict=True)]
+            yield from sums.take(max(start, inside[0].start), min(finished, inside[0].stop), inside[1:])
+            sums.clear(start, finished)
+    finally:
+        if sums is not None:
+            sums.close()
+
+
+class _Sums:
+    """Sums of weighted logits of the slices that windows reach, as many as a patch is deep: slice z in place z % depth.
+
+    In memory as one tensor; with a folder in a file, of which the rows of one row of windows are in memory.
+    """
+
+    def __init__(self, classes: int, patch: tuple[int, ...], lengths: tuple[int, ...], folder: Path | None) -> None:
+        self.depth = patch[0]
+        self.patch = patch
+        self._spool = Spool((classes, patch[0], *lengths[1:]), np.float32, folder)
+        self._band: np.ndarray | None = None
+        self._rows = slice(0, 0)
+
+    def add(self, logits: Tensor, corner: tuple[int, ...]) -> None:
+        """Add the logits (K, *patch) of the window that starts at `corner`."""
+        rest = self._spool.shape[2:]
+        # The band is whole along the last axis, so that it lies in the file in long stretches.
+        rows = slice(corner[1], corner[1] + self.patch[1]) if len(rest) > 1 else slice(0, rest[0])
+        if self._band is None or rows != self._rows:
+            self.flush()
+            self._rows = rows
+            self._band = self._spool.read(self._box(slice(0, self.depth), rows))
+        band = torch.from_numpy(self._band)
+        columns = slice(corner[-1], corner[-1] + self.patch[-1])
+        inside = (slice(None), columns) if len(rest) > 1 else (columns,)
+        turn = corner[0] % self.depth
+        band[(slice(None), slice(turn, None), *inside)] += logits[:, : self.depth - turn]
+        if turn:
+            band[(slice(None), slice(0, turn), *inside)] += logits[:, self.depth - turn :]
+
+    def flush(self) -> None:
+        if self._band is not None:
+            self._spool.write(self._box(slice(0, self.depth), self._rows), self._band)
+            self._band = None
+
+    def take(self, start: int, stop: int, inside: Sequence[slice]) -> Iterator[Tensor]:
+        """Yield the sums of slices from start to stop, in pieces of one slice or 16 MB, cut to `inside`; copies."""
+        self.flush()
+        size = self._spool.shape[0] * prod(self._spool.shape[2:])
+        while start < stop:
+            place = start % self.depth
+            count = min(stop - start, self.depth - place, max(1, _VALUES_AT_ONCE // size))
+            piece = self._spool.read((slice(0, self._spool.shape[0]), slice(place, place + count), *inside))
+            yield torch.from_numpy(piece.copy() if self._spool.held else piece)
+            start += count
+
+    def clear(self, start: int, stop: int) -> None:
+        """Set the sums of slices from start to stop to zero, for those that come after."""
+        rest = [slice(0, size) for size in self._spool.shape[2:]]
+        zeros = np.zeros((self._spool.shape[0], 1, *self._spool.shape[2:]), np.float32)
+        for place in (n % self.depth for n in range(start, stop)):
+            self._spool.write((slice(0, self._spool.shape[0]), slice(place, place + 1), *rest), zeros)
+
+    def _box(self, depth: slice, rows: slice) -> Box:
+        rest = (rows, *(slice(0, size) for size in self._spool.shape[3:]))
+        return (slice(0, self._spool.shape[0]), depth, *rest)
+
+    def close(self) -> None:
+        self._spool.close()
+
+
+@torch.no_grad()
+def window_logits(network: nn.Module, window: Tensor, mirror_axes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the float32 logits (K, *patch) of one window on the CPU, averaged over the flips of `mirror_axes`."""
+    window = window.unsqueeze(0).to(device)
+    flips = [axes for count in range(len(mirror_axes) + 1) for axes in combinations(mirror_axes, count)]
+    total: Tensor | None = None
+    for axes in flips:
+        dims = [axis + 2 for axis in axes]
+        logits = network(window.flip(dims)) if dims else network(window)
+        if not isinstance(logits, Tensor) or logits.shape[0] != 1 or logits.shape[2:] != window.shape[2:]:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise LightMError(
+                f"the network returned {got} for a window of {tuple(window.shape)}; "
+                "expected logits (1, classes, *window)"
+            )
+        logits = logits.float().flip(dims) if dims else logits.float()
+        total = logits if total is None else total + logits
+    if total is None or not bool(torch.isfinite(total).all()):
+        raise LightMError(
+            "the network returned values that are NaN or infinite; its weights are damaged, or training diverged"
+        )
+    # A copy of its own: a network may hand its input back, and blending works in place.
+    return (total[0] / len(flips)).cpu()

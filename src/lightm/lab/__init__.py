@@ -1,0 +1,1 @@
+"""The lab: comparing methods, measuring speed and memory, counting parameters and operations."""

@@ -1,0 +1,277 @@
+"""Run benchmarks: which cases, in which order, and what becomes of the measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightm.errors import InputError, did_you_mean
+from lightm.lab.bench import cases as made
+from lightm.lab.bench import machine, peers
+from lightm.lab.bench.cases import BOTH, FORWARD, INFERENCE, LAYERS, OPERATORS, TRAINING, Case
+from lightm.lab.bench.measure import alternate, median_ratio, percentile
+from lightm.lab.bench.memory import OutOfMemoryError, peak_in_child
+from lightm.lab.bench.plot import check_plot, draw_scaling
+from lightm.lab.bench.records import Row, write_csv
+from lightm.lab.bench.work import Work, floor_seconds
+
+if TYPE_CHECKING:
+    from lightm.lab.bench.machine import Limits
+
+LEVELS = ("op", "layer", "network", "scaling")
+SCALING_SIZES = (32, 64, 96, 128, 160)
+Progress = Callable[[str, int, int], None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases that alternate in one process; `baseline` is the name or variant that the others are compared with."""
+
+    cases: tuple[Case, ...]
+    baseline: str = ""
+
+
+@dataclass
+class _Result:
+    case: Case
+    shape: str
+    parameters: int
+    steps: list[Work]
+    times: list[float]
+    baseline_times: list[float] | None
+    baseline: str
+    peak: int | None
+
+
+def run(
+    what: str = "network",
+    *,
+    size: int | None = None,
+    repeats: int = 5,
+    networks: Sequence[str] | None = None,
+    baseline: str | None = None,
+    train: bool = False,
+    sizes: Sequence[int] = SCALING_SIZES,
+    memory: bool = True,
+    out: Path | str | None = None,
+    plot: Path | str | None = None,
+    progress: Progress | None = None,
+    say: Say = lambda text: None,
+) -> list[Row]:
+    """Measure time and peak memory of operators, layers and networks beside what this machine can do at best.
+
+    Cases that are compared alternate in one process (A, B, A, B, ...), each called once before; times are of whole
+    calls on float32 CPU tensors, a call shorter than 20 ms repeated and averaged. Peak memory is that of one call in
+    a fresh process. The machine's limits are measured before and after, the faster counts; a floor is what
+    `lightm.lab.bench.work` says.
+
+    Args:
+        what: "op", "layer", "network", "scaling" (networks over `sizes`), "all", or one operator or layer by name.
+        size: edge of the cube in voxels; 64 for operators and layers, 96 for networks when None.
+        repeats: rounds, each with one measurement of every case.
+        networks: names, LightM's presets and peers; `lightm.lab.bench.peers.DEFAULT` when None, and `lightm-unet` alone
+            for scaling.
+        baseline: the network that the others are compared with; dynunet when it is among them, else the first.
+        train: networks in training steps (forward, cross-entropy, backward, SGD) instead of inference.
+        sizes: edges for "scaling".
+        memory: measure peak memory too; a fresh process a case takes seconds to start.
+        out: CSV file for the rows, replaced if it is there.
+        plot: .svg, .png or .pdf of the scaling rows.
+        progress: called with (what, done, total); say: called with lines to show.
+
+    Returns:
+        One row a case, in the order of the cases. A case that the system ended for lack of memory is left out and said.
+
+    Raises:
+        InputError: an unknown name, a size that a network cannot take, a missing module, a file that cannot be
+            written; all of it before anything is measured.
+        LightMError: a case that failed.
+
+    Cost: minutes for "all" on two cores.
+    """
+    groups = plan(what, size=size, networks=networks, baseline=baseline, train=train, sizes=sizes)
+    if repeats < 1:
+        raise InputError(f"repeats {repeats}: at least one round is needed; 5 or more give percentiles a meaning")
+    if out is not None:
+        _check_writable(Path(out))
+    if plot is not None:
+        check_plot(plot)
+        if len({case.size for group in groups for case in group.cases if case.level == "scaling"}) < 2:
+            raise InputError("a plot needs scaling cases of two sizes or more: `lightm bench scaling --plot FILE`")
+        _check_writable(Path(plot))
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    say("measuring the limits of this machine")
+    limits = machine.measure_limits()
+    say(limits.describe())
+    # a tick for every measurement, and one for every peak
+    total = sum(len(group.cases) * (repeats + memory) for group in groups)
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress("bench", done, total)
+
+    results: list[_Result] = []
+    for group in groups:
+        say(f"{', '.join(case.label for case in group.cases)}")
+        results += _measure(group, repeats, memory, tick, say)
+    limits = limits.best(machine.measure_limits())
+    rows = _rows(results, limits, started)
+    if out is not None:
+        write_csv(rows, out)
+    if plot is not None:
+        draw_scaling(rows, plot)
+    return rows
+
+
+def plan(
+    what: str,
+    *,
+    size: int | None = None,
+    networks: Sequence[str] | None = None,
+    baseline: str | None = None,
+    train: bool = False,
+    sizes: Sequence[int] = SCALING_SIZES,
+) -> list[Group]:
+    """The groups of cases that `run` measures; arguments and errors as there."""
+    known = ("all", *LEVELS, *OPERATORS, *LAYERS)
+    if what not in known:
+        raise InputError(f"unknown benchmark '{what}'{did_you_mean(what, known)} Known: {', '.join(known)}.")
+    for edge in [*([] if size is None else [size]), *sizes]:
+        if edge < 4:
+            raise InputError(f"size {edge}: an edge of 4 voxels or more is needed")
+    names = tuple(networks) if networks is not None else peers.DEFAULT
+    if baseline is not None and baseline not in names:
+        raise InputError(f"baseline '{baseline}' is not among the networks {', '.join(names)}; add it with --networks")
+    small, large = size or 64, size or 96
+    if small % 2 and what != "network" and what != "scaling":
+        raise InputError(
+            f"size {small}: operators and layers are measured on an even edge; use {small - 1} or {small + 1}"
+        )
+    groups: list[Group] = []
+    for name, variants in OPERATORS.items():
+        if what in ("op", "all", name):
+            groups += _operator_groups(name, variants, small)
+    for mode in (FORWARD, BOTH):
+        for width in made.LAYER_WIDTHS:
+            pair = [name for name in LAYERS if name.endswith(f"-{width}") and what in ("layer", "all", name)]
+            if pair:
+                groups.append(Group(tuple(Case("layer", name, small, mode) for name in pair), pair[0]))
+    mode = TRAINING if train else INFERENCE
+    if what in ("network", "all"):
+        peers.check(names, [large])
+        chosen = baseline or ("dynunet" if "dynunet" in names else names[0])
+        groups.append(Group(tuple(Case("network", name, large, mode) for name in names), chosen))
+    if what in ("scaling", "all"):
+        over = names if networks is not None else ("lightm-unet",)
+        if not sizes:
+            raise InputError("no sizes for scaling; give some, e.g. 32,64,96")
+        peers.check(over, sizes)
+        groups += [Group(tuple(Case("scaling", name, edge, mode) for name in over)) for edge in sorted(set(sizes))]
+    return groups
+
+
+def _operator_groups(name: str, variants: Iterable[str], size: int) -> list[Group]:
+    baseline = "bare" if name == "selective_scan_long" else "reference"
+    groups = []
+    for mode in (FORWARD, BOTH):
+        # the bare loop has no backward pass
+        chosen = tuple(Case("op", name, size, mode, impl) for impl in variants if impl != "bare" or mode == FORWARD)
+        groups.append(Group(chosen, baseline if len(chosen) > 1 else ""))
+    return groups
+
+
+def _measure(group: Group, repeats: int, with_memory: bool, tick: Callable[[], None], say: Say) -> list[_Result]:
+    import torch
+
+    peaks: dict[Case, int | None] = {}
+    for case in group.cases:
+        peaks[case] = None
+        if with_memory:
+            request = {"case": dataclasses.asdict(case), "threads": torch.get_num_threads()}
+            try:
+                peaks[case] = peak_in_child(request)
+            except OutOfMemoryError as error:
+                say(f"{case.label}: left out: {error}")
+                del peaks[case]
+            tick()
+    ready = {}
+    for case in peaks:
+        prepared = made.prepare(case)
+        ready[case] = (prepared, prepared.count())
+    labels = {case.label: case for case in ready}
+    times = alternate({label: ready[case][0].call for label, case in labels.items()}, repeats, tick)
+    against = next((times[label] for label, case in labels.items() if group.baseline in (case.impl, case.name)), None)
+    if not group.baseline:
+        against = None
+    results = []
+    for label, case in labels.items():
+        prepared, steps = ready[case]
+        name = group.baseline if against is not None else ""
+        results.append(
+            _Result(case, prepared.shape, prepared.parameters, steps, times[label], against, name, peaks[case])
+        )
+    return results
+
+
+def _rows(results: Sequence[_Result], limits: Limits, started: str) -> list[Row]:
+    import torch
+
+    version = machine.versions()
+    commit, cpu, threads = machine.commit(), machine.cpu_model(), torch.get_num_threads()
+    rows = []
+    for result in results:
+        middle = percentile(result.times, 50)
+        floor = floor_seconds(result.steps, limits)
+        rows.append(
+            Row(
+                date=started,
+                commit=commit,
+                **version,
+                cpu=cpu,
+                threads=threads,
+                level=result.case.level,
+                case=result.case.name,
+                impl=result.case.impl,
+                shape=result.shape,
+                mode=result.case.mode,
+                parameters=result.parameters,
+                p20_s=percentile(result.times, 20),
+                p50_s=middle,
+                p80_s=percentile(result.times, 80),
+                runs=len(result.times),
+                peak_mb=None if result.peak is None else result.peak / 1e6,
+                bytes=sum(step.bytes for step in result.steps),
+                flops=sum(step.flops for step in result.steps),
+                exps=sum(step.exps for step in result.steps),
+                floor_s=floor,
+                ratio_to_floor=middle / floor if floor else 0.0,
+                baseline=result.baseline,
+                ratio_to_baseline=median_ratio(result.times, result.baseline_times) if result.baseline_times else None,
+                limit_product_gflops=limits.product / 1e9,
+                limit_register_gflops=limits.registers / 1e9,
+                limit_copy_gbs=limits.bytes / 1e9,
+                limit_gexps=limits.exps / 1e9,
+                limit_gupdates=limits.updates / 1e9,
+            )
+        )
+    return rows
+
+
+def _check_writable(path: Path) -> None:
+    """Raise InputError unless a file can be put there: nobody measures for minutes to learn that it cannot."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the name of a file")
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: cannot be written, {folder} is no folder or is not writable; give another file")

@@ -1,0 +1,282 @@
+"""An experiment: which networks, losses, recipes and seeds are compared on which data, as one YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
+
+from lightm.config_io import load_yaml, save_yaml
+from lightm.errors import InputError, did_you_mean
+from lightm.lab.complexity import known_names
+from lightm.losses import create_loss
+from lightm.training.config import parse_duration
+from lightm.training.recipes import RECIPES
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+(), -]{0,63}")
+_PARTS = ("network", "loss", "recipe")
+
+
+class PhantomData(BaseModel):
+    """Phantoms to make as the data set; the arguments of `lightm.make_phantoms`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["liver", "vessels", "xray"]
+    cases: int = Field(24, ge=4)
+    size: int = Field(64, ge=24)
+    seed: int = Field(0, ge=0)
+
+
+class NetworkChoice(BaseModel):
+    """A network of the grid: a preset or peer with its options."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    network: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class LossChoice(BaseModel):
+    """A loss of the grid, such as `ce+arsl`, with its options."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    loss: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class RecipeChoice(BaseModel):
+    """A recipe of the grid with the settings that differ from it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class Baseline(BaseModel):
+    """The method that all others are tested against; what is left out is the first of its list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    network: str | None = None
+    loss: str | None = None
+    recipe: str | None = None
+
+
+class Experiment(BaseModel):
+    """A comparison of methods (network, loss and recipe) on one data set, one plan and one split.
+
+    Data are either `dataset` (with `labels` where images and labels are two folders), a path relative to the
+    experiment's file, or `phantom`. `networks`, `losses` and `recipes` are lists of names, or mappings from a label of
+    one's own to a choice with options. Every method is trained once with every seed: `epochs` and `max_time` are those
+    of one training, one of them at least. `total_time` limits a call of the whole comparison, `jobs` is how many
+    trainings run side by side, each on an equal share of the cores.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    dataset: str | None = None
+    labels: str | None = None
+    phantom: PhantomData | None = None
+    networks: dict[str, NetworkChoice] = Field(min_length=1)
+    losses: dict[str, LossChoice] = Field(min_length=1)
+    recipes: dict[str, RecipeChoice] = Field(min_length=1)
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    baseline: Baseline = Field(default_factory=Baseline)
+    epochs: int | None = Field(None, ge=1)
+    max_time: str | float | None = None
+    total_time: str | float | None = None
+    jobs: int = Field(1, ge=1)
+    patch_size: list[int] | None = None
+    batch_size: int | None = Field(None, ge=1)
+    spacing_mm: list[PositiveFloat] | None = None
+    plan: str | None = None
+    split: str | None = None
+    split_seed: int = Field(0, ge=0)
+    val_patches: int = Field(16, ge=1)
+    nsd_tolerance_mm: float = Field(1.0, ge=0)
+    device: str = "cpu"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        filled.setdefault("losses", ["ce+dice"])
+        filled.setdefault("recipes", ["default"])
+        for key, part in zip(("networks", "losses", "recipes"), _PARTS, strict=True):
+            filled[key] = _labelled(filled.get(key), part)
+        return filled
+
+    @field_validator("name")
+    @classmethod
+    def _short_name(cls, name: str) -> str:
+        return _checked_name(name)
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            raise ValueError(f"seeds must be different numbers of 0 or more, got {seeds}")
+        return seeds
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        if (self.dataset is None) == (self.phantom is None):
+            raise ValueError("give one of `dataset` (a folder) and `phantom` (kind, cases, size, seed)")
+        if self.epochs is None and self.max_time is None:
+            raise ValueError("give `epochs`, `max_time` or both: they end each training")
+        for key in ("max_time", "total_time"):
+            if (given := getattr(self, key)) is not None:
+                _as_value_error(lambda given=given: parse_duration(given))
+        for label, network in self.networks.items():
+            _known("network", label, network.network, known_names())
+        for label, recipe in self.recipes.items():
+            _known("recipe", label, recipe.recipe, list(RECIPES))
+        for label, loss in self.losses.items():
+            _as_value_error(
+                lambda loss=loss: create_loss(loss.loss, spatial_dims=3, num_classes=2, **loss.options),
+                f"loss '{label}': ",
+            )
+        for part, labels in self._labels().items():
+            given = getattr(self.baseline, part)
+            if given is not None and given not in labels:
+                raise ValueError(f"baseline.{part}: '{given}' is none of {', '.join(labels)}")
+        return self
+
+    def _labels(self) -> dict[str, list[str]]:
+        return {"network": list(self.networks), "loss": list(self.losses), "recipe": list(self.recipes)}
+
+    @property
+    def baseline_method(self) -> tuple[str, str, str]:
+        """Labels of the baseline's network, loss and recipe."""
+        labels = self._labels()
+        network, loss, recipe = (getattr(self.baseline, part) or labels[part][0] for part in _PARTS)
+        return network, loss, recipe
+
+    def method_name(self, method: tuple[str, str, str]) -> str:
+        """The labels of a method that differ between methods, joined; the network's where none does."""
+        labels = self._labels()
+        shown = [name for name, part in zip(method, _PARTS, strict=True) if len(labels[part]) > 1]
+        return ", ".join(shown) if shown else method[0]
+
+    def methods(self) -> list[tuple[str, str, str]]:
+        """All (network, loss, recipe) of the grid, the baseline first."""
+        labels = self._labels()
+        grid = [(n, lo, r) for n in labels["network"] for lo in labels["loss"] for r in labels["recipe"]]
+        first = self.baseline_method
+        return [first, *(method for method in grid if method != first)]
+
+    def cells(self) -> list[Cell]:
+        """Every training of the grid; all methods with the first seed before the second, so that a part is balanced."""
+        return [Cell(*method, seed) for seed in self.seeds for method in self.methods()]
+
+    def settings_of(self, cell: Cell) -> dict[str, Any]:
+        """The arguments of `lightm.train_model` for a cell, but data, folders, plan and split."""
+        network, loss, recipe = self.networks[cell.network], self.losses[cell.loss], self.recipes[cell.recipe]
+        settings = {**recipe.settings, "loss_options": loss.options}
+        return {
+            "network": network.network,
+            "network_options": network.options,
+            "recipe": recipe.recipe,
+            "settings": settings,
+            "loss": loss.loss,
+            "seed": cell.seed,
+            "epochs": self.epochs,
+            "max_time": self.max_time,
+            "val_patches": self.val_patches,
+            "device": self.device,
+        }
+
+    def fingerprint(self, cell: Cell) -> str:
+        """Sixteen hex digits that change with anything which decides a cell's result, but for data, plan and split."""
+        text = json.dumps(self.settings_of(cell), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Write the experiment, all defaults filled in, as YAML."""
+        save_yaml(path, self, "A comparison; run it (again) with `lightm compare`.")
+
+
+class Cell:
+    """One training of the grid: labels of network, loss and recipe, and the seed."""
+
+    def __init__(self, network: str, loss: str, recipe: str, seed: int) -> None:
+        self.network, self.loss, self.recipe, self.seed = network, loss, recipe, seed
+
+    @property
+    def method(self) -> tuple[str, str, str]:
+        return self.network, self.loss, self.recipe
+
+    @property
+    def id(self) -> str:
+        """Name of the cell's run folder."""
+        parts = (self.network, self.loss, self.recipe, f"seed{self.seed}")
+        return "__".join(map(file_name, parts))
+
+
+def file_name(label: str) -> str:
+    """A label as a part of a file name: spaces, commas and brackets become dashes."""
+    return re.sub(r"[ ,()]+", "-", label).strip("-")
+
+
+def load_experiment(path: Path | str) -> Experiment:
+    """Read an experiment; InputError names file and key, or says what does not go together.
+
+    Relative paths in it are taken from the file's folder.
+    """
+    path = Path(path)
+    experiment = load_yaml(path, Experiment)
+    base = path.resolve().parent
+    update = {
+        key: str(base / getattr(experiment, key))
+        for key in ("dataset", "labels", "plan", "split")
+        if getattr(experiment, key) is not None
+    }
+    ids = [cell.id for cell in experiment.cells()]
+    if len(set(ids)) != len(ids):
+        raise InputError(f"{path}: two labels differ only in spaces, commas, brackets and dashes; rename one")
+    return experiment.model_copy(update=update)
+
+
+def _labelled(given: Any, part: str) -> Any:
+    """A list of names as a mapping from name to choice; mappings may hold names too."""
+    if isinstance(given, str):
+        given = [given]
+    if isinstance(given, list) and all(isinstance(item, str) for item in given):
+        if len(set(given)) != len(given):
+            raise ValueError(f"{part}: a name occurs twice in {given}; give the two labels of their own")
+        given = {name: name for name in given}
+    if not isinstance(given, Mapping):
+        return given
+    for label in given:
+        _checked_name(str(label))
+    return {str(label): {part: value} if isinstance(value, str) else value for label, value in given.items()}
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"'{name}' is no usable name: up to 64 letters, digits, spaces and _ . + - , ( )")
+    return name
+
+
+def _known(what: str, label: str, name: str, names: list[str]) -> None:
+    if name not in names:
+        raise ValueError(f"{what} '{label}': '{name}' is not known{did_you_mean(name, names)}")
+
+
+def _as_value_error(call: Any, prefix: str = "") -> None:
+    """pydantic names the key of a ValueError; an InputError would pass it by."""
+    try:
+        call()
+    except (InputError, TypeError) as error:
+        raise ValueError(f"{prefix}{error}") from error

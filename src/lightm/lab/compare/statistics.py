@@ -1,0 +1,283 @@
+"""From the scored cells of a comparison to means, intervals, differences and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightm.errors import InputError
+from lightm.evaluation.evaluation import (
+    METRICS,
+    Evaluation,
+    Statistic,
+    as_number,
+    bootstrap_weights,
+    resampled_means,
+    row_means,
+    statistic_of,
+)
+from lightm.evaluation.metrics import STATUSES
+from lightm.lab.compare.convergence import convergence_of, level_of
+from lightm.lab.compare.notes import notes_on
+from lightm.lab.compare.results import Comparison, FinishedCell
+from lightm.lab.compare.significance import ALPHA, FEWEST_PAIRS, holm, signed_rank
+from lightm.lab.compare.summary import (
+    CaseResult,
+    Difference,
+    FailedCell,
+    MethodSummary,
+    Score,
+    Scores,
+    Summary,
+    Training,
+    Verdict,
+)
+
+Floats = NDArray[np.float64]
+
+_SMALLER_IS_BETTER = ("hd95_mm",)
+
+
+def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed: int = 0) -> Summary:
+    """Return means, intervals and tests of every method with a finished cell, per class and over classes.
+
+    A case's value is its mean over the method's seeds; the mean over cases has a percentile bootstrap interval
+    (95%, `bootstrap` resamples of the cases from `seed`, the same for all methods; 0 leaves them out). Overall values
+    are means over classes of class means, as in `lightm evaluate`. Differences to the baseline are taken case by case
+    with intervals from the same resamples, and tested by `signed_rank` over cases (overall: over each case's mean
+    difference over its classes). p is corrected by `holm` for the methods tested within one metric and class; metrics
+    and classes are not corrected for each other, so name the one that counts before looking. "better" or "worse" needs
+    p <= 0.05 so corrected, and that the mean and the rank sum point the same way.
+
+    Undefined values (HD95 of a missed or spurious class, everything of an absent one) are no zeros: a case's mean is
+    over the seeds that have the value, the case is left out where none has, and of a pair where either method lacks
+    it; `left_out` and `counts` say how often. A method that misses more is so spared its worst HD95: read HD95 with
+    the counts. A class found where there is none has DSC 0, and rightly left empty no DSC.
+
+    Intervals and tests are over cases and hold for the networks as they were trained; what another seed would do is
+    told by `seed_sd` alone. Raises InputError where no cell has finished, or cells were scored with different classes,
+    tolerances or units. Cost: reads one metrics.json and one history.csv a cell; methods x bootstrap x cases x classes
+    multiply-adds.
+    """
+    if bootstrap < 0:
+        raise InputError(f"bootstrap is {bootstrap}: expected a number of resamples, or 0 for no intervals")
+    scored = [_Scored(name, cells, _evaluations(cells)) for name, cells in comparison.methods()]
+    if not scored:
+        failed = f" ({len(comparison.failed)} failed)" if comparison.failed else ""
+        raise InputError(
+            f"{comparison.folder}: no training of the comparison has finished{failed}; run `lightm compare`"
+        )
+    first = _same_scoring(scored)
+    # Sorted, so that the resamples do not depend on the order in which cases were scored.
+    cases = sorted({case for method in scored for found in method.evaluations for case in found.cases})
+    labels = list(first.labels)
+    weights = bootstrap_weights(len(cases), bootstrap, seed)
+    baseline = next((i for i, method in enumerate(scored) if method.name == comparison.baseline), None)
+    scores = {metric: _metric_scores(scored, metric, cases, labels, weights, baseline) for metric in METRICS}
+    level = None if baseline is None else level_of([cell.history() for cell in scored[baseline].cells])
+    planned = comparison.experiment.cells()
+    records = {cell.record.id: cell.record for cell in comparison.finished} | {r.id: r for r in comparison.failed}
+    methods = []
+    for i, method in enumerate(scored):
+        network, loss, recipe = method.cells[0].cell.method
+        by_column = [Scores(**{metric: scores[metric][i][column] for metric in METRICS}) for column in [None, *labels]]
+        methods.append(
+            MethodSummary(
+                name=method.name,
+                network=network,
+                loss=loss,
+                recipe=recipe,
+                is_baseline=i == baseline,
+                seeds=[cell.cell.seed for cell in method.cells],
+                cases=len({case for found in method.evaluations for case in found.cases}),
+                counts=method.counts(labels),
+                overall=by_column[0],
+                classes=dict(zip(labels, by_column[1:], strict=True)),
+                training=_training(method.cells),
+                convergence=convergence_of([cell.history() for cell in method.cells], level),
+                cost=comparison.networks.get(network),
+            )
+        )
+    missing = [cell.id for cell in planned if cell.id not in records]
+    failed_cells = [FailedCell(id=record.id, error=record.error) for record in comparison.failed]
+    return Summary(
+        name=comparison.experiment.name,
+        baseline=comparison.baseline,
+        spatial_dims=first.spatial_dims,
+        distance_unit=first.distance_unit,
+        labels=first.labels,
+        nsd_tolerance_mm=first.nsd_tolerance_mm,
+        seeds=comparison.experiment.seeds,
+        test_cases=cases,
+        bootstrap=bootstrap,
+        bootstrap_seed=seed,
+        alpha=ALPHA,
+        planned=len(planned),
+        missing=missing,
+        failed=failed_cells,
+        notes=notes_on(comparison, missing, {c.record.id: e.cases for m in scored for c, e in m.pairs()}),
+        convergence_level=level,
+        methods=methods,
+        cells=[records[cell.id] for cell in planned if cell.id in records],
+        cases=[
+            CaseResult(method=method.name, seed=cell.cell.seed, **row.model_dump())
+            for method in scored
+            for cell, found in method.pairs()
+            for row in found.rows
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A method with its cells and their evaluations, one a seed."""
+
+    name: str
+    cells: list[FinishedCell]
+    evaluations: list[Evaluation]
+
+    def pairs(self) -> list[tuple[FinishedCell, Evaluation]]:
+        return list(zip(self.cells, self.evaluations, strict=True))
+
+    def table(self, metric: str, cases: Sequence[str], labels: Sequence[str]) -> Floats:
+        """(seeds, cases, classes), NaN where undefined or not scored."""
+        table = np.full((len(self.cells), len(cases), len(labels)), np.nan)
+        row_of, column_of = ({name: i for i, name in enumerate(names)} for names in (cases, labels))
+        for s, found in enumerate(self.evaluations):
+            for row in found.rows:
+                table[s, row_of[row.case], column_of[row.class_name]] = as_number(getattr(row, metric))
+        return table
+
+    def seen(self, cases: Sequence[str], labels: Sequence[str]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """(cases, classes) twice: whether a seed scored it, and whether it was then anything but absent."""
+        rows = [row for found in self.evaluations for row in found.rows]
+        scored = {(row.case, row.class_name) for row in rows}
+        there = {(row.case, row.class_name) for row in rows if row.status != "absent"}
+        at = [[(case, name) for name in labels] for case in cases]
+        return np.array([[x in scored for x in line] for line in at]), np.array([[x in there for x in y] for y in at])
+
+    def counts(self, labels: Sequence[str]) -> dict[str, dict[str, int]]:
+        rows = [(row.class_name, row.status) for found in self.evaluations for row in found.rows]
+        return {name: {status: rows.count((name, status)) for status in STATUSES} for name in labels}
+
+
+def _metric_scores(
+    scored: Sequence[_Scored],
+    metric: str,
+    cases: Sequence[str],
+    labels: Sequence[str],
+    weights: Floats,
+    baseline: int | None,
+) -> list[dict[str | None, Score]]:
+    """Scores of one metric: for every method by class, None for the mean over classes."""
+    tables = [method.table(metric, cases, labels) for method in scored]
+    values = [_mean(table, 0) for table in tables]
+    seen = [method.seen(cases, labels) for method in scored]
+    results: list[dict[str | None, Score]] = [{} for _ in scored]
+    for name, columns in [(None, slice(None)), *((name, slice(k, k + 1)) for k, name in enumerate(labels))]:
+        differences: dict[int, tuple[Difference, int]] = {}
+        for i in range(len(scored)):
+            if baseline is None or i == baseline:
+                continue
+            both, there = seen[i][0] & seen[baseline][0], seen[i][1] | seen[baseline][1]
+            paired = values[i] - values[baseline]
+            left_out = int((both & there & ~np.isfinite(paired))[:, columns].sum())
+            differences[i] = _difference(paired[:, columns], left_out, weights)
+        corrected = holm([found.p for found, _ in differences.values()])
+        for (found, sign), p in zip(differences.values(), corrected, strict=True):
+            found.p_holm = p
+            found.verdict = _verdict(found, sign, metric)
+        for i, table in enumerate(tables):
+            n, centre = _centre(values[i][:, columns], weights)
+            means = _mean(_mean(table[:, :, columns], 1), 1)
+            known = means[np.isfinite(means)]
+            results[i][name] = Score(
+                n=n,
+                mean=centre.mean,
+                low=centre.low,
+                high=centre.high,
+                seed_means=[float(mean) if np.isfinite(mean) else None for mean in means],
+                seed_sd=float(known.std(ddof=1)) if known.size > 1 else None,
+                difference=differences[i][0] if i in differences else None,
+            )
+    return results
+
+
+def _centre(values: Floats, weights: Floats) -> tuple[int, Statistic]:
+    """Cases with a value, and mean and interval of the mean over classes; values (cases, classes)."""
+    n = int(np.isfinite(values).any(axis=1).sum())
+    draws = resampled_means(values, weights)
+    return n, statistic_of(_mean(values, 0), row_means(draws), several=n > 1)
+
+
+def _difference(paired: Floats, left_out: int, weights: Floats) -> tuple[Difference, int]:
+    """The difference with its uncorrected p, and the sign of its rank sum; paired (cases, classes)."""
+    n, centre = _centre(paired, weights)
+    by_case = row_means(paired)
+    p, sign = signed_rank(by_case[np.isfinite(by_case)])
+    note = None
+    if not n:
+        note = "no case has a value by both methods"
+    elif p is None:
+        note = f"fewer than {FEWEST_PAIRS} cases differ, so that no test could show a difference"
+    fields = {"n": n, "left_out": left_out, "mean": centre.mean, "low": centre.low, "high": centre.high}
+    return Difference(**fields, p=p, p_holm=None, verdict="not tested", note=note), sign
+
+
+def _verdict(found: Difference, sign: int, metric: str) -> Verdict:
+    if found.p_holm is None or found.mean is None:
+        return "not tested"
+    # A few large differences against many small ones: the mean says one thing, the ranks another; so nothing is said.
+    if found.p_holm > ALPHA or found.mean * sign <= 0:
+        return "no difference shown"
+    return "better" if (found.mean < 0) == (metric in _SMALLER_IS_BETTER) else "worse"
+
+
+def _training(cells: Sequence[FinishedCell]) -> Training:
+    records = [cell.record for cell in cells]
+    epochs, steps = [record.epochs for record in records], [record.steps for record in records]
+    seconds = [record.train_seconds for record in records]
+    return Training(
+        epochs=epochs,
+        steps=steps,
+        seconds=seconds,
+        threads=[record.threads for record in records],
+        mean_epochs=_known_mean(epochs),
+        mean_steps=_known_mean(steps),
+        mean_seconds=_known_mean(seconds),
+    )
+
+
+def _evaluations(cells: Sequence[FinishedCell]) -> list[Evaluation]:
+    return [cell.evaluation() for cell in cells]
+
+
+def _same_scoring(scored: Sequence[_Scored]) -> Evaluation:
+    """The first evaluation; InputError where another one was measured differently."""
+    first = scored[0].evaluations[0]
+    for method in scored:
+        for cell, found in method.pairs():
+            for key in ("labels", "distance_unit", "nsd_tolerance_mm", "spatial_dims"):
+                got, expected = getattr(found, key), getattr(first, key)
+                if got != expected:
+                    raise InputError(
+                        f"{cell.path / 'evaluation' / 'metrics.json'}: {key} is {got}, but {expected} in "
+                        f"{scored[0].cells[0].path.name}; delete the folder of one of them and run it again"
+                    )
+    return first
+
+
+def _mean(values: Floats, axis: int) -> Floats:
+    """Mean of the finite values along an axis, NaN where there is none."""
+    finite = np.isfinite(values)
+    count = finite.sum(axis=axis)
+    total = np.where(finite, values, 0.0).sum(axis=axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _known_mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,268 @@
+"""The tables of a comparison: methods, classes, single cases and trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lightm.evaluation.evaluation import METRICS
+from lightm.evaluation.metrics import STATUSES, ClassMetrics, Status
+from lightm.files import write_text
+from lightm.lab.compare.markup import TextCell, as_csv, as_latex, as_markdown
+from lightm.lab.compare.summary import Difference, MethodSummary, Score, Scores, Summary
+from lightm.lab.complexity.text import giga, mebibytes
+
+NONE = "–"
+
+
+def write_tables(summary: Summary, folder: Path) -> list[Path]:
+    """Write methods and classes (.csv, .md, .tex), cases.csv and cells.csv to `folder`/tables; return their paths.
+
+    methods: a row a method, scores over classes; classes: a row a method and class; cases: a row for every method,
+    seed, case and class; cells: a row for every planned training. CSV has plain numbers, an empty field where there is
+    none, and units in its headings; Markdown and LaTeX round for readers and set the best of several methods in bold.
+    Raises LightMError, naming the file, when the disk refuses.
+    """
+    tables = folder / "tables"
+    texts = {
+        "methods.csv": as_csv(*_method_numbers(summary)),
+        "classes.csv": as_csv(*_class_numbers(summary)),
+        "cases.csv": as_csv(*_case_numbers(summary)),
+        "cells.csv": as_csv(*_cell_facts(summary)),
+    }
+    for name, left, (headings, rows) in (
+        ("methods", 1, method_texts(summary)),
+        ("classes", 2, class_texts(summary)),
+    ):
+        below = legend(summary)
+        texts[f"{name}.md"] = as_markdown(headings, rows, left=left, below=below)
+        texts[f"{name}.tex"] = as_latex(headings, rows, left=left, below=below)
+    paths = [tables / name for name in sorted(texts)]
+    for path in paths:
+        write_text(path, texts[path.name])
+    return paths
+
+
+def legend(summary: Summary) -> list[str]:
+    """How the tables are to be read, and the notes on this comparison, in sentences."""
+    interval = "95% bootstrap interval over cases" if summary.bootstrap else "no interval"
+    tolerances = sorted(set(summary.nsd_tolerance_mm.values()))
+    tolerance = f"{tolerances[0]:g} {summary.distance_unit}" if len(tolerances) == 1 else "each class's own tolerance"
+    sentences = [
+        f"{len(summary.test_cases)} test cases; mean over cases and seeds [{interval}]; differences are to "
+        f"{summary.baseline}.",
+        "p: two-sided Wilcoxon signed-rank test over cases, corrected by Holm for all methods within one metric and "
+        f"class; better or worse at {summary.alpha:g}. Tests hold for the networks as trained, not for other seeds.",
+        f"HD95 is taken where label and prediction both have the class: read it with the missed and spurious counts "
+        f"(cases times seeds). NSD at {tolerance}.",
+    ]
+    if summary.convergence_level is not None:
+        sentences.append(
+            f"To level: until the pseudo Dice first reached {summary.convergence_level:.3f}, 95% of the "
+            "baseline's best (median over seeds)."
+        )
+    return [*sentences, *summary.notes]
+
+
+def method_texts(summary: Summary) -> tuple[list[str], list[list[TextCell]]]:
+    unit, methods = summary.distance_unit, summary.methods
+    overall = [method.overall for method in methods]
+    columns = [
+        ("method", _plain([m.name + (" (baseline)" if m.is_baseline else "") for m in methods])),
+        ("DSC", _scores([scores.dsc for scores in overall], 3)),
+        ("difference in DSC", _plain([_signed(scores.dsc.difference) for scores in overall])),
+        ("p (Holm)", _plain([_p(scores.dsc.difference) for scores in overall])),
+        ("verdict", _plain([_verdict(m, m.overall.dsc) for m in methods])),
+        ("SD over seeds", _plain([_number(scores.dsc.seed_sd, "{:.3f}") for scores in overall])),
+        ("mIoU", _scores([scores.iou for scores in overall], 3)),
+        (f"HD95 ({unit})", _scores([scores.hd95_mm for scores in overall], 2, smallest=True)),
+        ("NSD", _scores([scores.nsd for scores in overall], 3)),
+        ("missed", _plain([str(_count(m, "missed")) for m in methods])),
+        ("spurious", _plain([str(_count(m, "spurious")) for m in methods])),
+        ("parameters (M)", _lowest(methods, "parameters", lambda v: f"{v / 1e6:.3f}")),
+        ("multiply-adds (G)", _lowest(methods, "multiply_adds", lambda v: giga(int(v)))),
+        ("latency (ms)", _lowest(methods, "latency_s", lambda v: f"{1000 * v:.1f}")),
+        ("peak memory (MiB)", _lowest(methods, "peak_memory_bytes", lambda v: mebibytes(int(v)))),
+        ("training (s)", _plain([_number(m.training.mean_seconds, "{:,.0f}") for m in methods])),
+        ("epochs", _plain([_number(m.training.mean_epochs, "{:.4g}") for m in methods])),
+        ("to level (epochs)", _plain([_number(m.convergence.median_epochs, "{:g}") for m in methods])),
+        ("to level (s)", _plain([_number(m.convergence.median_seconds, "{:,.0f}") for m in methods])),
+        ("seeds", _plain([str(len(m.seeds)) for m in methods])),
+    ]
+    return [heading for heading, _ in columns], [
+        list(row) for row in zip(*(cells for _, cells in columns), strict=True)
+    ]
+
+
+def class_texts(summary: Summary) -> tuple[list[str], list[list[TextCell]]]:
+    headings = ["class", "method", "DSC", "difference in DSC", "p (Holm)", "verdict", "IoU"]
+    headings += [f"HD95 ({summary.distance_unit})", "difference in HD95", "NSD", *STATUSES]
+    rows = []
+    for name in summary.labels:
+        scores = [method.classes[name] for method in summary.methods]
+        columns = [
+            _plain([name] * len(scores)),
+            _plain([method.name + (" (baseline)" if method.is_baseline else "") for method in summary.methods]),
+            _scores([s.dsc for s in scores], 3),
+            _plain([_signed(s.dsc.difference) for s in scores]),
+            _plain([_p(s.dsc.difference) for s in scores]),
+            _plain([_verdict(m, s.dsc) for m, s in zip(summary.methods, scores, strict=True)]),
+            _scores([s.iou for s in scores], 3),
+            _scores([s.hd95_mm for s in scores], 2, smallest=True),
+            _plain([_signed(s.hd95_mm.difference, 2) for s in scores]),
+            _scores([s.nsd for s in scores], 3),
+            *(_plain([str(method.counts[name][status]) for method in summary.methods]) for status in STATUSES),
+        ]
+        rows += [list(row) for row in zip(*columns, strict=True)]
+    return headings, rows
+
+
+def _method_numbers(summary: Summary) -> tuple[list[str], list[list[object]]]:
+    headings = ["method", "network", "loss", "recipe", "baseline", "seeds", "cases"]
+    headings += [*_score_headings(summary), *STATUSES]
+    headings += ["parameters", "multiply_adds", "latency_s", "latency_threads", "peak_memory_bytes"]
+    headings += ["train_seconds", "epochs", "steps", "level", "epochs_to_level", "seconds_to_level"]
+    rows: list[list[object]] = []
+    for m in summary.methods:
+        cost, training, convergence = m.cost, m.training, m.convergence
+        rows.append(
+            [
+                *(m.name, m.network, m.loss, m.recipe, m.is_baseline, " ".join(map(str, m.seeds)), m.cases),
+                *_score_numbers(m.overall),
+                *(_count(m, status) for status in STATUSES),
+                *(
+                    [None] * 5
+                    if cost is None
+                    else [
+                        cost.parameters,
+                        cost.multiply_adds,
+                        cost.latency_s,
+                        cost.latency_threads,
+                        cost.peak_memory_bytes,
+                    ]
+                ),
+                *(training.mean_seconds, training.mean_epochs, training.mean_steps, summary.convergence_level),
+                *(convergence.median_epochs, convergence.median_seconds),
+            ]
+        )
+    return headings, rows
+
+
+def _class_numbers(summary: Summary) -> tuple[list[str], list[list[object]]]:
+    rows: list[list[object]] = [
+        [name, m.name, *_score_numbers(m.classes[name]), *(m.counts[name][status] for status in STATUSES)]
+        for name in summary.labels
+        for m in summary.methods
+    ]
+    return ["class", "method", *_score_headings(summary), *STATUSES], rows
+
+
+def _case_numbers(summary: Summary) -> tuple[list[str], list[list[object]]]:
+    fields = list(ClassMetrics.model_fields)
+    headings = ["method", "seed", "case", "class", *(_with_unit(field, summary) for field in fields)]
+    rows: list[list[object]] = [
+        [row.method, row.seed, row.case, row.class_name, *(getattr(row, field) for field in fields)]
+        for row in summary.cases
+    ]
+    return headings, rows
+
+
+def _cell_facts(summary: Summary) -> tuple[list[str], list[list[object]]]:
+    fields = ["id", "network", "loss", "recipe", "seed", "status", "error", "started", "seconds", "train_seconds"]
+    fields += ["epochs", "steps", "stopped_because", "threads", "data_hash", "fingerprint"]
+    packages = sorted({name for record in summary.cells for name in record.versions})
+    rows: list[list[object]] = [
+        [*(getattr(record, field) for field in fields), *(record.versions.get(name) for name in packages)]
+        for record in summary.cells
+    ]
+    status = fields.index("status")
+    for name in summary.missing:
+        rows.append(
+            [name if i == 0 else "not run" if i == status else None for i in range(len(fields) + len(packages))]
+        )
+    return [*fields, *(f"version {name}" for name in packages)], rows
+
+
+_SCORE = ("n", "mean", "low", "high", "seed_sd")
+_DIFFERENCE = ("n", "left_out", "mean", "low", "high", "p", "p_holm", "verdict")
+
+
+def _score_headings(summary: Summary) -> list[str]:
+    names = [_with_unit(metric, summary) for metric in METRICS]
+    return [
+        x
+        for name in names
+        for x in [*(f"{name} {s}" for s in _SCORE), *(f"{name} difference {s}" for s in _DIFFERENCE)]
+    ]
+
+
+def _score_numbers(scores: Scores) -> list[object]:
+    numbers: list[object] = []
+    for metric in METRICS:
+        score: Score = getattr(scores, metric)
+        numbers += [getattr(score, field) for field in _SCORE]
+        numbers += [getattr(score.difference, field, None) for field in _DIFFERENCE]
+    return numbers
+
+
+def _with_unit(field: str, summary: Summary) -> str:
+    return f"hd95_{summary.distance_unit}" if field == "hd95_mm" else field
+
+
+def _plain(texts: Sequence[str]) -> list[TextCell]:
+    return [TextCell(text) for text in texts]
+
+
+def _scores(scores: Sequence[Score], digits: int, *, smallest: bool = False) -> list[TextCell]:
+    best = _best([score.mean for score in scores], digits, smallest)
+    return [TextCell(_interval(s.mean, s.low, s.high, f".{digits}f"), i in best) for i, s in enumerate(scores)]
+
+
+def _lowest(methods: Sequence[MethodSummary], cost: str, show: Callable[[float], str]) -> list[TextCell]:
+    values: list[float | None] = [getattr(method.cost, cost, None) for method in methods]
+    best = _best(values, None, True)
+    return [TextCell(NONE if value is None else show(value), i in best) for i, value in enumerate(values)]
+
+
+def _best(values: Sequence[float | None], digits: int | None, smallest: bool) -> set[int]:
+    """Where the best value stands, as far as `digits` show; nowhere if all that are known are equal, or one only."""
+    known = {
+        i: value if digits is None else round(value, digits) for i, value in enumerate(values) if value is not None
+    }
+    if len(set(known.values())) < 2:
+        return set()
+    best = (min if smallest else max)(known.values())
+    return {i for i, value in known.items() if value == best}
+
+
+def _interval(mean: float | None, low: float | None, high: float | None, form: str) -> str:
+    if mean is None:
+        return NONE
+    return f"{mean:{form}}" + ("" if low is None or high is None else f" [{low:{form}}, {high:{form}}]")
+
+
+def _signed(difference: Difference | None, digits: int = 3) -> str:
+    if difference is None:
+        return NONE
+    text = _interval(difference.mean, difference.low, difference.high, f"+.{digits}f")
+    return text.replace("-", "−")  # a minus, as long as the plus above it
+
+
+def _p(difference: Difference | None) -> str:
+    if difference is None or difference.p_holm is None:
+        return NONE
+    return "<0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.3f}"
+
+
+def _verdict(method: MethodSummary, score: Score) -> str:
+    if method.is_baseline or score.difference is None:
+        return NONE
+    return score.difference.verdict
+
+
+def _number(value: float | None, form: str) -> str:
+    return NONE if value is None else form.format(value)
+
+
+def _count(method: MethodSummary, status: Status) -> int:
+    return sum(counts[status] for counts in method.counts.values())

@@ -1,0 +1,230 @@
+"""Checkpoints of LightM-UNet's released code: read safely, measured, and made into its network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightm.errors import InputError
+from lightm.nets.released.names import convert_released, listed, original_name, released_name
+from lightm.nets.released.network import ReleasedLightMUNet
+from lightm.nets.released.plain_pickle import StoredTensor
+from lightm.nets.released.torch_file import TorchFile
+
+# What other networks' checkpoints can be told by; the first that fits is named.
+_OTHERS = [
+    (r"encoder\.stages\.\d+\..*mamba|mamba_layer", "U-Mamba"),
+    (r"encoder\.stages\.\d+\.blocks\.", "nnU-Net's residual encoder U-Net"),
+    (r"encoder\.stages\.\d+\.\d+\.convs\.", "nnU-Net's plain U-Net"),
+    (r"conv_blocks_context\.", "the U-Net of nnU-Net's first version"),
+    (r"input_block\.conv1\.conv\.", "MONAI's DynUNet"),
+    (r"swinViT\.", "MONAI's SwinUNETR"),
+    (r"vit\.", "MONAI's UNETR"),
+    (
+        r"convInit\.conv\.|down_layers\.\d+\.\d+\.conv1\.conv\.",
+        "MONAI's SegResNet, which LightM-UNet's code started from",
+    ),
+    (r"(.+\.)?(vss|A_log)\b.*", "a network of LightM's own; give its model folder to `lightm predict`"),
+    (r"model\.\d+\.", "a U-Net of MONAI"),
+    (r"backbone\.|layer[1-4]\.\d+\.", "a residual network"),
+]
+_WRAPPERS = ("module.", "_orig_mod.", "network.", "net.", "model.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state dict under the released code's names, and what nnU-Net wrote beside it (None without it)."""
+
+    path: Path
+    state: dict[str, Tensor]
+    plans: dict[str, Any] | None = None
+    dataset_json: dict[str, Any] | None = None
+    configuration: str | None = None
+    trainer: str | None = None
+    epoch: int | None = None
+
+
+def read_checkpoint(path: Path | str) -> Checkpoint:
+    """Read a plain state dict, or an nnU-Net checkpoint that holds one, without executing anything in the file.
+
+    `.safetensors`, or what `torch.save` wrote, in both of its formats: names to tensors, or a dictionary with those
+    under `network_weights` (nnU-Net v2) or `state_dict` (nnU-Net v1 and others). Prefixes that wrappers put before
+    every name (`module.`, `_orig_mod.`) are taken off. Only the network's tensors are read, not the optimizer's.
+
+    Raises InputError, naming the file: missing, damaged, with anything executable, without a state dict, or of
+    another network, whose kind is named where it is known. Memory: the network's weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: a folder; give the file of the weights, such as checkpoint_final.pth in it")
+    if path.suffix == ".safetensors":
+        return Checkpoint(path, _of_released(path, _unwrapped(_read_safetensors(path))))
+    file = TorchFile(path)
+    content = file.content
+    for key in ("network_weights", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
+        raise InputError(f"{path}: holds no state dict; names and tensors are expected")
+    others = [name for name, value in content.items() if not isinstance(value, StoredTensor)]
+    if others:
+        raise InputError(
+            f"{path}: holds no state dict: '{others[0]}' is no tensor; tensors by their names are expected, or under "
+            "network_weights or state_dict"
+        )
+    state = _of_released(path, _unwrapped(content))
+    size = sum(stored.nbytes for stored in state.values())
+    if size > path.stat().st_size:
+        raise InputError(f"{path}: its tensors would fill {size} bytes, more than the file has; refused")
+    beside = file.content.get("init_args")
+    beside = beside if isinstance(beside, dict) else {}
+    return Checkpoint(
+        path,
+        file.read(state),
+        plans=_kind(beside.get("plans"), dict),
+        dataset_json=_kind(beside.get("dataset_json"), dict),
+        configuration=_kind(beside.get("configuration"), str),
+        trainer=_kind(file.content.get("trainer_name"), str),
+        epoch=_kind(file.content.get("current_epoch", file.content.get("epoch")), int),
+    )
+
+
+def _kind(value: Any, kind: type) -> Any:
+    return value if isinstance(value, kind) else None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        content: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+    return content
+
+
+def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Take off every prefix that all names share."""
+    found = True
+    while found and state:
+        found = False
+        for prefix in _WRAPPERS:
+            if all(name.startswith(prefix) for name in state):
+                state, found = {name.removeprefix(prefix): value for name, value in state.items()}, True
+    return dict(state)
+
+
+def _of_released(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state when most of its names are the released code's; else InputError that says what it looks like."""
+    unknown = [name for name in state if released_name(name) is None]
+    likely = [what for pattern, what in _OTHERS if any(re.match(pattern, name) for name in unknown)]
+    if state and not likely and 2 * len(unknown) < len(state):
+        return state
+    raise InputError(
+        f"{path}: {len(unknown)} of {len(state)} names are not those of a released LightM-UNet: "
+        f"{listed(unknown)}" + (f"; this looks like {likely[0]}" if likely else "")
+    )
+
+
+def released_settings(state: Mapping[str, Tensor], *, groups: int = 8) -> dict[str, Any]:
+    """Read the arguments of `ReleasedLightMUNet` off the shapes of a released state dict, under its own names.
+
+    Dimensions, channels, classes, filters, blocks of every stage, state size and expansion; the number of groups of
+    GroupNorm leaves no trace in the weights and is taken as given. Raises InputError for tensors without which this
+    cannot be told, and for stages or blocks that are left out.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    needed = {
+        "convInit.0.conv.weight": (4, 5),
+        "convInit.1.conv.weight": (4, 5),
+        "conv_final.2.1.conv.weight": (4, 5),
+        "down_layers.0.1.conv1.mamba.A_log": (2,),
+    }
+    missing = [name for name in needed if name not in shapes]
+    if missing:
+        raise InputError(f"not the weights of a whole released LightM-UNet: {len(missing)} missing: {listed(missing)}")
+    for name, axes in needed.items():
+        if len(shapes[name]) not in axes or 0 in shapes[name]:
+            raise InputError(f"{name} has the shape {shapes[name]}, not one of a released LightM-UNet")
+    blocks: dict[int, set[int]] = {}
+    for name in shapes:
+        if match := re.match(r"down_layers\.(\d+)\.([1-9]\d*)\.", name):
+            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+    counts = [len(blocks.get(stage, ())) for stage in range(max(blocks) + 1)]
+    for stage, count in enumerate(counts):
+        if count == 0 or max(blocks[stage]) != count:
+            raise InputError(f"not the weights of a whole released LightM-UNet: stage {stage} lacks residual blocks")
+    filters, image = shapes["convInit.1.conv.weight"][:2]
+    inner, state_size = shapes["down_layers.0.1.conv1.mamba.A_log"]
+    return {
+        "spatial_dims": len(shapes["convInit.0.conv.weight"]) - 2,
+        "in_channels": image,
+        "out_channels": shapes["conv_final.2.1.conv.weight"][0],
+        "filters": filters,
+        "blocks_down": counts,
+        "blocks_up": [1] * (len(counts) - 1),
+        "state_size": state_size,
+        "expand": max(1, inner // filters),
+        "groups": groups,
+    }
+
+
+def build_released(state: Mapping[str, Tensor], *, groups: int = 8) -> tuple[ReleasedLightMUNet, dict[str, Any]]:
+    """Build the network that a released state dict belongs to; return it with the arguments that were read off.
+
+    Raises InputError that lists the names which are missing, unknown or of another shape, and for weights that are
+    not finite. Half precision becomes float32.
+    """
+    settings = released_settings(state, groups=groups)
+    known = {name: tensor for name, tensor in state.items() if released_name(name) is not None}
+    unknown = [name for name in state if name not in known]
+    try:
+        with torch.device("meta"):  # shapes only: what the file claims is compared before memory is taken for it
+            expected = ReleasedLightMUNet(**settings).state_dict()
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise InputError(f"no released LightM-UNet has these shapes ({error})") from None
+    converted = convert_released(known)
+    missing = [original_name(name) for name in expected if name not in converted]
+    unknown += [name for name in known if str(released_name(name)) not in expected]
+    wrong = [
+        f"{original_name(name)} {tuple(converted[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in converted and converted[name].shape != tensor.shape
+    ]
+    faults = [
+        f"{len(names)} {what}: {listed(names)}"
+        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
+        if names
+    ]
+    if faults:
+        raise InputError(f"not the weights of a whole released LightM-UNet: {'; '.join(faults)}")
+    weights = {name: tensor.to(torch.float32) for name, tensor in converted.items()}
+    infinite = [original_name(name) for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if infinite:
+        raise InputError(f"{len(infinite)} tensors hold values that are NaN or infinite: {listed(infinite)}")
+    with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's generator is left alone
+        network = ReleasedLightMUNet(**settings)
+    network.load_state_dict(weights)
+    return network.eval(), settings
+
+
+def load_released(path: Path | str, *, groups: int = 8) -> ReleasedLightMUNet:
+    """Build the released network from its own weights: a plain state dict, or an nnU-Net checkpoint that holds one.
+
+    Filters, stages, channels, classes, state size and expansion are read off the shapes. The file is read by
+    `read_checkpoint`, which executes nothing in it; for its errors see there and `build_released`.
+    """
+    state = read_checkpoint(path).state
+    try:
+        return build_released(state, groups=groups)[0]
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

@@ -1,0 +1,1 @@
+"""Preparation: fingerprint -> plan -> preprocessed cases (preprocess, cache) -> patches (patches, augment)."""

@@ -1,0 +1,180 @@
+"""What the data look like: sizes, spacings, intensities and classes, from one pass over all training cases."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from lightm.datasets.cases import Case, Dataset
+from lightm.errors import InputError
+from lightm.images.io import read_volume
+from lightm.images.volume import geometry_difference
+
+Progress = Callable[[str, int, int], None]
+
+_SAMPLES = 10_000  # foreground voxels of a case that the intensities are taken from
+_CHUNK = 1 << 20
+
+
+class ChannelIntensities(BaseModel):
+    """Intensities of one channel inside the foreground (everywhere, where no case has any)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mean: float
+    std: float
+    median: float
+    low: float  # percentile 0.5
+    high: float  # percentile 99.5
+    min: float
+    max: float
+
+
+class Fingerprint(BaseModel):
+    """Facts of a dataset, in canonical orientation: axis order (z, y, x) or (y, x)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    cases: int
+    data_hash: str
+    shape_min: list[int]
+    shape_median: list[int]
+    shape_max: list[int]
+    spacing_mm_min: list[float]
+    spacing_mm_median: list[float]
+    spacing_mm_max: list[float]
+    intensities: list[ChannelIntensities]
+    class_fractions: dict[str, float]
+    class_cases: dict[str, int]
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What one case adds to the fingerprint; `samples` is (channels, up to 10000)."""
+
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    voxels: dict[int, int]
+    samples: np.ndarray
+    from_foreground: bool
+
+
+def take_fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> tuple[Fingerprint, list[CaseFacts]]:
+    """Read every training case once; return the summary and the facts of each case.
+
+    Deterministic: the sampled voxels depend on the case's id alone. Raises InputError, naming file and case, for
+    unreadable files, geometries that disagree and unknown label values. Memory: one case a core.
+    """
+    if not dataset.cases:
+        raise InputError(f"{dataset.root}: no training cases; add images and labels")
+    facts: list[CaseFacts] = []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for found in pool.map(lambda case: _case_facts(case, dataset), dataset.cases):
+            facts.append(found)
+            if progress is not None:
+                progress("fingerprint", len(facts), len(dataset.cases))
+    dims = len(facts[0].shape)
+    for case, found in zip(dataset.cases, facts, strict=True):
+        if len(found.shape) != dims:
+            raise InputError(
+                f"{case.images[0]}: case {case.id} is {len(found.shape)}D, case {dataset.cases[0].id} {dims}D; "
+                "keep them in datasets of their own"
+            )
+    shapes = np.array([found.shape for found in facts])
+    spacings = np.array([found.spacing_mm for found in facts])
+    total = max(1, sum(sum(found.voxels.values()) for found in facts))
+    return Fingerprint(
+        cases=len(facts),
+        data_hash=data_hash(dataset),
+        shape_min=shapes.min(0).tolist(),
+        shape_median=np.median(shapes, axis=0).round().astype(int).tolist(),
+        shape_max=shapes.max(0).tolist(),
+        spacing_mm_min=rounded(spacings.min(0)),
+        spacing_mm_median=rounded(np.median(spacings, axis=0)),
+        spacing_mm_max=rounded(spacings.max(0)),
+        intensities=_intensities(facts, len(dataset.channels)),
+        class_fractions={
+            name: rounded([sum(found.voxels.get(value, 0) for found in facts) / total], 4)[0]
+            for name, value in dataset.labels.items()
+        },
+        class_cases={name: sum(value in found.voxels for found in facts) for name, value in dataset.labels.items()},
+    ), facts
+
+
+def data_hash(dataset: Dataset) -> str:
+    """Return the SHA-256 over names, sizes and contents of all training files, in the order of their names."""
+    files = sorted({file for case in dataset.cases for file in (*case.images, case.label) if file is not None})
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        contents = list(pool.map(file_hash, files))
+    whole = hashlib.sha256()
+    for file, content in sorted(zip((f"{file.parent.name}/{file.name}" for file in files), contents, strict=True)):
+        whole.update(f"{file}\0{content}\n".encode())
+    return whole.hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """Return size and SHA-256 of a file's content; raises InputError where it cannot be read."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(file, "rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or error}); check the file") from None
+    return f"{size}:{digest.hexdigest()}"
+
+
+def rounded(values: np.ndarray | list[float], digits: int = 6) -> list[float]:
+    """Return floats with so many significant digits, for a file that people read."""
+    return [float(f"{float(value):.{digits}g}") for value in values]
+
+
+def _case_facts(case: Case, dataset: Dataset) -> CaseFacts:
+    images = [read_volume(file) for file in case.images]
+    label = read_volume(case.label, kind="label") if case.label is not None else None
+    for file, volume in zip((*case.images[1:], case.label), [*images[1:], label], strict=True):
+        if volume is not None and (difference := geometry_difference(volume, images[0])):
+            raise InputError(
+                f"{file}: case {case.id}: does not lie where {case.images[0].name} does: {difference}; "
+                "resample one onto the other (`lightm check` lists all such files)"
+            )
+    voxels: dict[int, int] = {}
+    inside = np.zeros(0, dtype=np.int64)
+    if label is not None:
+        values, counts = np.unique(label.data, return_counts=True)
+        voxels = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+        unknown = sorted(set(voxels) - {*dataset.values, dataset.ignore_label})
+        if unknown:
+            raise InputError(
+                f"{case.label}: case {case.id}: label value {unknown[0]} is not in dataset.json, which names "
+                f"{list(dataset.values)}; correct the label map, or add the value"
+            )
+        ignored = -1 if dataset.ignore_label is None else dataset.ignore_label
+        inside = np.flatnonzero((label.data != 0) & (label.data != ignored))
+    voxels.pop(dataset.ignore_label if dataset.ignore_label is not None else -1, None)
+    rng = np.random.default_rng(zlib.crc32(case.id.encode()))
+    found = inside.size > 0
+    chosen = rng.choice(inside, _SAMPLES) if found else rng.integers(images[0].data.size, size=_SAMPLES)
+    samples = np.stack([volume.data.ravel()[chosen].astype(np.float64) for volume in images])
+    canonical = images[0].to_canonical()
+    return CaseFacts(canonical.shape, canonical.spacing_mm, voxels, samples, found)
+
+
+def _intensities(facts: list[CaseFacts], channels: int) -> list[ChannelIntensities]:
+    used = [found for found in facts if found.from_foreground] or facts
+    result = []
+    for channel in range(channels):
+        values = np.concatenate([found.samples[channel] for found in used])
+        low, median, high = np.percentile(values, [0.5, 50, 99.5])
+        numbers = rounded([values.mean(), values.std(), median, low, high, values.min(), values.max()])
+        result.append(ChannelIntensities(**dict(zip(ChannelIntensities.model_fields, numbers, strict=True))))
+    return result

@@ -1,0 +1,215 @@
+"""The plan: how a dataset is resampled, normalised and cut into patches; one YAML that people read and edit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lightm.config_io import load_yaml, save_yaml, validated
+from lightm.datasets.cases import Dataset
+from lightm.errors import InputError
+from lightm.preparation.fingerprint import Fingerprint, Progress, rounded, take_fingerprint
+
+# Three poolings by 2 halve a patch to whole voxels only where 8 divides it.
+MULTIPLE = 8
+_CAP_VOXELS = {2: 512**2, 3: 128**3}
+_BATCH = {2: (8, 12), 3: (2, 2)}
+# What training a LightM-UNet of 32 channels keeps for each voxel of a batch (an estimate, on the safe side),
+# and the part of the machine's memory that is meant for it.
+_BYTES_PER_VOXEL = 12_000
+_MEMORY_PART = 0.6
+_ANISOTROPY = 3.0
+
+_HEADING = """\
+How LightM prepares this dataset. Edit freely; unknown keys are refused.
+Axis order is (z, y, x) in 3D and (y, x) in 2D, in the orientation nearest to right-anterior-superior.
+spacing_mm     images are resampled to it        patch_size     voxels of a training patch, multiples of 8
+normalization  per channel; "ct": clip to clip_low..clip_high, minus mean, over std; "zscore": per case
+fingerprint    what was measured; a record, changing it changes nothing"""
+
+
+class ChannelNormalization(BaseModel):
+    """How one channel's intensities become numbers of about mean 0 and deviation 1."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scheme: Literal["ct", "zscore"]
+    clip_low: float | None = None
+    clip_high: float | None = None
+    mean: float | None = None
+    std: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _complete(self) -> ChannelNormalization:
+        if self.scheme == "ct":
+            missing = [key for key in ("clip_low", "clip_high", "mean", "std") if getattr(self, key) is None]
+            if missing:
+                raise ValueError(f"scheme 'ct' needs {', '.join(missing)}")
+            if self.clip_low is not None and self.clip_high is not None and self.clip_low >= self.clip_high:
+                raise ValueError("clip_low must be below clip_high")
+        return self
+
+
+class Plan(BaseModel):
+    """How a dataset is prepared; see the fields' order in the YAML, and `make_plan` for how they are chosen."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    dataset: str
+    spatial_dims: Literal[2, 3]
+    channels: list[str] = Field(min_length=1)
+    labels: dict[str, int]
+    ignore_label: int | None = None
+    file_ending: str
+    spacing_mm: list[float]
+    patch_size: list[int]
+    batch_size: int = Field(ge=1)
+    normalization: list[ChannelNormalization]
+    fingerprint: Fingerprint
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        for key, length in (("spacing_mm", self.spatial_dims), ("patch_size", self.spatial_dims)):
+            if len(getattr(self, key)) != length:
+                raise ValueError(f"{key} needs {length} numbers in {length}D, got {getattr(self, key)}")
+        if len(self.normalization) != len(self.channels):
+            raise ValueError(f"normalization needs one entry a channel, {len(self.channels)}")
+        if not all(np.isfinite(self.spacing_mm)) or min(self.spacing_mm) <= 0:
+            raise ValueError(f"spacing_mm must be positive, got {self.spacing_mm}")
+        _check_patch(self.patch_size)
+        values = list(self.labels.values())
+        if values != sorted(set(values)) or len(values) < 2 or values[0] != 0:
+            raise ValueError(f"labels need the background, 0, first and then rising values, got {self.labels}")
+        return self
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names in the order of class indices, background first."""
+        return tuple(self.labels)
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """The label value of each class index."""
+        return tuple(self.labels.values())
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan as YAML with a heading that explains it; atomic."""
+        save_yaml(path, self, _HEADING)
+
+
+def load_plan(path: Path | str) -> Plan:
+    """Read a plan; raises InputError with the file's name, the faulty key and, for an unknown key, the nearest."""
+    return load_yaml(path, Plan)
+
+
+def make_plan(
+    dataset: Dataset,
+    *,
+    patch_size: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    spacing_mm: Sequence[float] | None = None,
+    memory_gb: float | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Look at all training cases and choose spacing, patch, batch and normalisation.
+
+    Spacing: the median; along an axis three times coarser than the others its 10th percentile, so that the few
+    finer scans are not thrown away. Patch: the median shape at that spacing, rounded up to multiples of 8 and
+    shortened along its longest axes to at most 128^3 voxels in 3D and 512^2 in 2D, or what the memory holds.
+    Batch: 2 in 3D, 8 to 12 in 2D. Normalisation: channels named CT are clipped to the foreground's percentiles
+    0.5 and 99.5 and scaled by its mean and deviation; all others are z-scored, each case by itself.
+
+    memory_gb: for training; by default 0.6 of the machine's. Arguments that are given are taken as they are.
+    Raises InputError for unusable arguments and for the faults that `take_fingerprint` finds.
+    Cost: every file read twice (voxels, hash); memory of one case a core.
+    """
+    fingerprint, facts = take_fingerprint(dataset, progress=progress)
+    dims = len(fingerprint.shape_median)
+    for name, given in (("spacing_mm", spacing_mm), ("patch_size", patch_size)):
+        if given is not None and len(given) != dims:
+            raise InputError(f"{name} {tuple(given)}: {dataset.name} is {dims}D, so {dims} numbers are needed")
+    spacings = np.array([found.spacing_mm for found in facts])
+    spacing = rounded(_choose_spacing(spacings) if spacing_mm is None else list(spacing_mm))
+    if min(spacing) <= 0:
+        raise InputError(f"spacing_mm {tuple(spacing)}: positive millimetres are needed")
+    shapes = np.array([found.shape for found in facts]) * spacings / np.array(spacing)
+    median = np.maximum(np.median(shapes, axis=0).round(), 1).astype(int).tolist()
+    budget = _voxel_budget(dims, memory_gb)
+    patch = [int(size) for size in patch_size] if patch_size is not None else _choose_patch(median, budget)
+    fewest, most = _BATCH[dims]
+    batch = int(np.clip(most * _CAP_VOXELS[dims] // max(1, int(np.prod(patch))), fewest, most))
+    content = {
+        "dataset": dataset.name,
+        "spatial_dims": dims,
+        "channels": list(dataset.channels),
+        "labels": dict(dataset.labels),
+        "ignore_label": dataset.ignore_label,
+        "file_ending": dataset.file_ending,
+        "spacing_mm": spacing,
+        "patch_size": patch,
+        "batch_size": batch if batch_size is None else batch_size,
+        "normalization": [
+            _choose_normalization(name, stats.low, stats.high, stats.mean, stats.std)
+            for name, stats in zip(dataset.channels, fingerprint.intensities, strict=True)
+        ],
+        "fingerprint": fingerprint,
+    }
+    return validated(Plan, content, f"plan of {dataset.name}")
+
+
+def _choose_spacing(spacings: np.ndarray) -> list[float]:
+    target = np.median(spacings, axis=0)
+    coarsest = int(target.argmax())
+    others = np.delete(target, coarsest)
+    if len(target) == 3 and target[coarsest] > _ANISOTROPY * others.max():
+        finer = float(np.percentile(spacings[:, coarsest], 10))
+        target[coarsest] = max(finer, float(others.max()))
+    return [float(step) for step in target]
+
+
+def _choose_patch(median_shape: Sequence[int], budget: int) -> list[int]:
+    patch = [-(-size // MULTIPLE) * MULTIPLE for size in median_shape]
+    while np.prod(patch) > budget and max(patch) > MULTIPLE:
+        longest = int(np.argmax(patch))
+        patch[longest] -= MULTIPLE
+    return patch
+
+
+def _voxel_budget(dims: int, memory_gb: float | None) -> int:
+    """Voxels of one patch such that the smallest batch of them fits the memory."""
+    if memory_gb is not None and memory_gb <= 0:
+        raise InputError(f"memory_gb {memory_gb}: a positive number of gigabytes is needed")
+    memory = memory_gb if memory_gb is not None else _machine_memory_gb() * _MEMORY_PART
+    return min(_CAP_VOXELS[dims], int(memory * 1e9 / (_BYTES_PER_VOXEL * _BATCH[dims][0])))
+
+
+def _machine_memory_gb() -> float:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    except (AttributeError, OSError, ValueError):  # not told by this system (Windows)
+        return 8.0
+
+
+def _choose_normalization(name: str, low: float, high: float, mean: float, std: float) -> ChannelNormalization:
+    if name.strip().lower() != "ct":
+        return ChannelNormalization(scheme="zscore")
+    if low >= high or std <= 0:
+        raise InputError(f"channel '{name}': the foreground has one intensity only, {low}; check the images")
+    return ChannelNormalization(scheme="ct", clip_low=low, clip_high=high, mean=mean, std=std)
+
+
+def _check_patch(patch: Sequence[int]) -> None:
+    for axis, size in zip("ZYX"[-len(patch) :], patch, strict=True):
+        if size < MULTIPLE or size % MULTIPLE:
+            below = max(MULTIPLE, size // MULTIPLE * MULTIPLE)
+            advice = f"{below} or {below + MULTIPLE}" if size > MULTIPLE else str(MULTIPLE)
+            raise ValueError(
+                f"patch size {tuple(patch)}: {axis}={size} is not a multiple of {MULTIPLE} "
+                f"(three poolings); use {advice}"
+            )

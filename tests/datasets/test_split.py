@@ -1,0 +1,66 @@
+"""Splits: exact parts, no overlap, the same every time, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightm.errors import InputError
+from lightm.training import load_split, make_split
+
+IDS = [f"case_{i:02d}" for i in range(20)]
+
+
+def test_seven_one_two_has_every_case_once_and_ignores_the_order() -> None:
+    split = make_split(IDS, seed=3)
+    assert (len(split.train), len(split.val), len(split.test)) == (14, 2, 4)
+    assert sorted([*split.train, *split.val, *split.test]) == IDS
+    assert make_split(IDS[::-1], seed=3) == split
+    assert make_split(IDS, seed=4) != split
+
+
+def test_three_cases_are_the_least() -> None:
+    split = make_split(["a", "b", "c"])
+    assert [len(split.train), len(split.val), len(split.test)] == [1, 1, 1]
+    with pytest.raises(InputError, match=r"2 case\(s\)"):
+        make_split(["a", "b"])
+
+
+def test_folds_test_every_case_once_and_never_watch_or_train_on_it() -> None:
+    tested: list[str] = []
+    for fold in range(5):
+        split = make_split(IDS, folds=5, fold=fold)
+        assert not set(split.test) & {*split.train, *split.val}
+        assert sorted([*split.train, *split.val, *split.test]) == IDS
+        tested += split.test
+    assert sorted(tested) == IDS
+
+
+@pytest.mark.parametrize(
+    ("folds", "fold", "message"), [(1, 0, "at least 2"), (21, 0, "at most one fold"), (5, 5, "numbered from 0 to 4")]
+)
+def test_impossible_folds_are_refused(folds: int, fold: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_split(IDS, folds=folds, fold=fold)
+
+
+def test_a_written_split_is_read_back_and_checked(tmp_path: Path) -> None:
+    path = tmp_path / "split.json"
+    split = make_split(IDS)
+    split.save(path)
+    assert load_split(path, IDS) == split
+    with pytest.raises(InputError, match="has not"):
+        load_split(path, IDS[1:])
+    path.write_text(json.dumps({**split.model_dump(), "val": split.train[:1]}), encoding="utf-8")
+    with pytest.raises(InputError, match="more than once"):
+        load_split(path, IDS)
+    path.write_text(json.dumps({"train": []}), encoding="utf-8")
+    with pytest.raises(InputError, match="not a split"):
+        load_split(path, IDS)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match="JSON"):
+        load_split(path, IDS)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_split(tmp_path / "none.json", IDS)

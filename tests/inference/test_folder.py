@@ -1,0 +1,149 @@
+"""Prediction of folders: which cases are taken, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lightm.errors import InputError, LightMError
+from lightm.images.io import read_volume, write_volume
+from lightm.images.volume import Volume
+from lightm.inference import predict_folder
+from lightm.inference.inputs import find_cases
+
+from .made import MODEL, PlanMaker, add
+
+
+def ids(folder: Path, *, channels: int = 1, cases: list[str] | None = None) -> list[str]:
+    return [case.id for case in find_cases(folder, [f"c{i}" for i in range(channels)], cases=cases)]
+
+
+def test_folder_of_images(model: dict[str, Any], tmp_path: Path) -> None:
+    images = {name: add(tmp_path / "in" / f"{name}_0000.nii.gz", seed=i) for i, name in enumerate(("b", "a"))}
+    (tmp_path / "in" / "notes.txt").write_text("not an image")
+    steps: list[tuple[str, int, int]] = []
+    out = tmp_path / "deep" / "out"
+    written = predict_folder(
+        MODEL, tmp_path / "in", out, progress=lambda what, done, total: steps.append((what, done, total))
+    )
+    assert written == [out / "a.nii.gz", out / "b.nii.gz"]
+    assert sorted(path.name for path in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "prediction.json"]
+    for name, image in images.items():
+        result = read_volume(out / f"{name}.nii.gz", kind="label")
+        assert np.array_equal(result.data, image.data > 0)
+        assert np.array_equal(result.affine, image.affine)
+        assert result.data.dtype == np.uint8
+    assert steps == [("predict", 0, 2), ("predict", 1, 2), ("predict", 2, 2)]
+    record = json.loads((out / "prediction.json").read_text())
+    assert record["model"]["path"] == "model"
+    assert [entry["case"] for entry in record["cases"]] == ["a", "b"]
+    assert all(entry["seconds"] >= 0 and entry["shape"] == [5, 12, 9] for entry in record["cases"])
+    assert set(record["versions"]) == {"lightm", "numpy", "python", "torch"}
+    assert record["failed"] == []
+
+
+def test_single_file_and_png(model: dict[str, Any], make_plan: PlanMaker, tmp_path: Path) -> None:
+    image = add(tmp_path / "scan.nii")
+    assert predict_folder(MODEL, tmp_path / "scan.nii", tmp_path / "out") == [tmp_path / "out" / "scan.nii"]
+    assert np.array_equal(read_volume(tmp_path / "out" / "scan.nii", kind="label").data, image.data > 0)
+    model["plan"] = make_plan((1.0, 1.0), (8, 8)).model_dump(mode="json")
+    grey = np.arange(0, 200, dtype=np.uint8).reshape(10, 20)
+    write_volume(tmp_path / "x_0000.png", Volume.from_spacing(grey, (1.0, 1.0)))
+    assert predict_folder(MODEL, tmp_path / "x_0000.png", tmp_path / "png") == [tmp_path / "png" / "x.png"]
+    assert np.array_equal(read_volume(tmp_path / "png" / "x.png", kind="label").data, grey > 0)
+
+
+def test_which_cases_are_taken(tmp_path: Path) -> None:
+    for name in ("imagesTr/t1_0000", "imagesTr/t2_0000", "imagesTs/s1_0000", "labelsTr/t1"):
+        add(tmp_path / "raw" / f"{name}.nii.gz")
+    assert ids(tmp_path / "raw") == ["s1"]
+    assert ids(tmp_path / "raw", cases=["t2", "s1"]) == ["s1", "t2"]
+    assert ids(tmp_path / "raw" / "imagesTr") == ["t1", "t2"]
+    # Names as the Medical Segmentation Decathlon has them; a number at the end is part of the name.
+    for name in ("liver_0001", "liver_0002", ".hidden_0000"):
+        add(tmp_path / "msd" / f"{name}.nii")
+    assert ids(tmp_path / "msd") == ["liver_0001", "liver_0002"]
+    for channel in range(2):
+        add(tmp_path / "two" / f"p_{channel:04d}.nii")
+    assert ids(tmp_path / "two", channels=2) == ["p"]
+    assert [path.name for path in find_cases(tmp_path / "two" / "p_0001.nii", ["a", "b"])[0].images] == [
+        "p_0000.nii",
+        "p_0001.nii",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "channels", "cases", "message"),
+    [
+        ([], 1, None, "no image"),
+        (["a_0000", "b_0001"], 2, None, r"a_0001\.nii: channel 1 \('c1'\) of case 'a' is missing"),
+        (["a_0000", "a_0001", "a_0002"], 2, None, r"a_0002\.nii: channel 2 of case 'a', but the model takes 2"),
+        (["a_0000", "a_0001"], 1, None, r"a_0001\.nii: channel 1 of case 'a', but the model takes 1"),
+        (["plain"], 2, None, r"plain\.nii: the name has no channel number"),
+        (["a_0000", "a"], 1, None, "case 'a' is there twice"),
+        (["liver_0000"], 1, ["livre"], "no case 'livre' among 1 cases; did you mean 'liver'"),
+    ],
+)
+def test_faulty_inputs(names: list[str], channels: int, cases: list[str] | None, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in names:
+        (folder / f"{name}.nii").touch()
+    with pytest.raises(InputError, match=message):
+        ids(folder, channels=channels, cases=cases)
+
+
+def test_inputs_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file or folder"):
+        ids(tmp_path / "none")
+    (tmp_path / "imagesTr").mkdir()
+    with pytest.raises(InputError, match="without imagesTs"):
+        ids(tmp_path)
+
+
+def test_a_faulty_case_is_named_and_the_others_go_on(model: dict[str, Any], tmp_path: Path) -> None:
+    add(tmp_path / "in" / "good_0000.nii")
+    (tmp_path / "in" / "torn_0000.nii").write_bytes(b"\0" * 100)
+    add(tmp_path / "in" / "flat_0000.nii", shape=(6, 6))
+    with pytest.raises(LightMError, match=r"2 of 3 cases could not") as caught:
+        predict_folder(MODEL, tmp_path / "in", tmp_path / "out")
+    assert caught.value.exit_code == 1
+    assert "flat_0000.nii: a 2D image" in str(caught.value)
+    assert "torn_0000.nii: " in str(caught.value)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.nii", "prediction.json"]
+    record = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    assert [fault["case"] for fault in record["failed"]] == ["flat", "torn"]
+
+
+def test_nothing_is_written_when_nothing_can_be_read(model: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "torn.nii.gz").write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"torn\.nii\.gz"):
+        predict_folder(MODEL, tmp_path / "torn.nii.gz", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_of_another_run(model: dict[str, Any], tmp_path: Path) -> None:
+    add(tmp_path / "in" / "a.nii")
+    add(tmp_path / "in" / "b.nii")
+    out = tmp_path / "out"
+    predict_folder(MODEL, tmp_path / "in", out)
+    (out / "mine.txt").write_text("kept")
+    with pytest.raises(InputError, match="already holds files"):
+        predict_folder(MODEL, tmp_path / "in", out)
+    assert predict_folder(MODEL, tmp_path / "in", out, cases=["b"], overwrite=True) == [out / "b.nii"]
+    assert sorted(path.name for path in out.iterdir()) == ["b.nii", "mine.txt", "prediction.json"]
+    with pytest.raises(InputError, match="a file; give a folder"):
+        predict_folder(MODEL, tmp_path / "in", out / "mine.txt")
+    with pytest.raises(InputError, match="replace its own image"):
+        predict_folder(MODEL, tmp_path / "in", tmp_path / "in", overwrite=True)
+    assert (tmp_path / "in" / "a.nii").exists()
+
+
+def test_a_plan_that_is_not_valid(model: dict[str, Any], tmp_path: Path) -> None:
+    model["plan"] = {"spatial_dims": 4}
+    with pytest.raises(InputError, match=r"model\.json: its plan is not valid"):
+        predict_folder(MODEL, tmp_path, tmp_path / "out")

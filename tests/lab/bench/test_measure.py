@@ -1,0 +1,120 @@
+"""Times, percentiles and memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightm import memory
+from lightm.errors import LightMError
+from lightm.lab.bench import measure
+from lightm.lab.bench.kernels import STATES, BareScan
+from lightm.lab.bench.machine import Limits, commit, cpu_model, measure_limits, versions
+from lightm.lab.bench.memory import OutOfMemoryError, peak_in_child
+from lightm.ops import selective_scan
+
+MEASURABLE = memory.resident() is not None
+
+
+@pytest.mark.parametrize("percent", [0, 20, 50, 80, 100])
+def test_percentiles_are_numpys(percent: float) -> None:
+    for count in (1, 2, 5, 8):
+        values = np.random.default_rng(count).random(count).tolist()
+        assert measure.percentile(values, percent) == pytest.approx(np.percentile(values, percent), rel=1e-12)
+
+
+def test_percentile_refuses_what_has_none() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        measure.percentile([], 50)
+    with pytest.raises(ValueError, match=r"outside 0\.\.100"):
+        measure.percentile([1.0], 101)
+
+
+def test_cases_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SHORTEST", 0.0)
+    seen: list[str] = []
+    times = measure.alternate({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 3)
+    assert [len(times[name]) for name in "ab"] == [3, 3]
+    assert "".join(seen[-6:]) == "ababab"
+
+
+def test_short_calls_are_repeated() -> None:
+    assert measure.calls_needed(1.0) == 1
+    assert measure.calls_needed(0.005) == 4
+    assert measure.calls_needed(0.0) == 1000
+    assert measure.seconds(lambda: time.sleep(0.002), 3) >= 0.002
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    # the machine is slow in the second round: the ratio of the medians would be 0.75
+    assert measure.median_ratio([1.0, 30.0, 1.5], [2.0, 60.0, 2.0]) == 0.5
+
+
+@pytest.mark.skipif(not MEASURABLE, reason="the system does not say how much memory a process has")
+@pytest.mark.parametrize("fresh", [True, False])
+def test_memory_sees_an_allocation(fresh: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.ones(150_000_000)  # an earlier, larger peak of the process must not hide the call's
+    if not fresh:  # as on systems that cannot reset the mark: samples must do
+        monkeypatch.setattr(memory, "reset_high_water", lambda: False)
+
+    def call() -> None:
+        held = torch.ones(50_000_000)
+        time.sleep(0.05)
+        assert held[-1] == 1
+
+    peak = memory.peak_of(call)
+    assert peak is not None
+    assert peak == pytest.approx(200e6, rel=0.1)
+
+
+def test_memory_is_not_measured_where_nothing_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "resident", lambda: None)
+    monkeypatch.setattr(memory, "high_water", lambda: None)
+    assert memory.peak_of(lambda: torch.ones(10)) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "words"),
+    [(-9, OutOfMemoryError, "out of memory"), (1, LightMError, "unetr: RuntimeError: broken")],
+)
+def test_failures_of_that_process_are_told(
+    code: int, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(*args: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(args, code, "", "Traceback\nRuntimeError: broken\n")
+
+    monkeypatch.setattr(subprocess, "run", failed)
+    with pytest.raises(error, match=words):
+        peak_in_child({"case": {"name": "unetr"}, "threads": 1})
+
+
+def test_limits_are_positive_and_the_best_of_two_counts() -> None:
+    limits = measure_limits(1, small=True)
+    assert min(limits.product, limits.registers, limits.bytes, limits.exps, limits.updates) > 0
+    assert limits.flops == max(limits.product, limits.registers)
+    assert Limits(1, 5, 3, 4, 1).best(Limits(2, 4, 3, 1, 6)) == Limits(2, 5, 3, 4, 6)
+    assert "GB/s" in limits.describe()
+
+
+def test_the_bare_scan_computes_the_scan() -> None:
+    scan = BareScan(100, 32)
+    rates = -torch.arange(1, STATES + 1, dtype=torch.float32).repeat(32, 1)
+    u, dt, b, c = (x.unsqueeze(0) for x in (scan.u, scan.dt, scan.b, scan.c))
+    expected = selective_scan(u, dt, rates, b, c, impl="reference")[0]
+    torch.testing.assert_close(scan.run(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="multiple of"):
+        BareScan(4, 3)
+
+
+def test_what_a_number_depends_on_is_recorded() -> None:
+    assert {"lightm", "torch", "numba", "monai", "python"} == set(versions())
+    assert versions()["torch"] == torch.__version__.split("+")[0] or versions()["torch"] == torch.__version__
+    assert commit()
+    assert cpu_model()
+    assert versions()["python"] == ".".join(map(str, sys.version_info[:3]))

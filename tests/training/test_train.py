@@ -1,0 +1,285 @@
+"""Training on a small data set: the run folder, equal seeds, resuming, stopping, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from lightm import make_plan, open_dataset
+from lightm.errors import InputError, LightMError
+from lightm.nets import load_model
+from lightm.training import resume_training, train_model
+from lightm.training.checkpoint_io import SafeCheckpointIO
+from lightm.training.config import parse_duration, read_user_config
+from lightm.training.module import SegmentationModule
+from tests.helpers import make_balls
+
+SMALL: dict[str, Any] = {
+    "network": "lightm-unet-small",
+    "network_options": {"filters": 8, "bottleneck_layers": 1},
+    "settings": {"steps_per_epoch": 3},
+    "val_patches": 2,
+    "say": lambda text: None,
+}
+
+
+@pytest.fixture(scope="module")
+def balls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_balls(tmp_path_factory.mktemp("data") / "Dataset001_Balls")
+
+
+def history(run: Path) -> list[dict[str, str]]:
+    with (run / "history.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row.pop("epoch_seconds")
+    return rows
+
+
+def weights(run: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = SafeCheckpointIO().load_checkpoint(run / "checkpoints" / name)["state_dict"]
+    return state
+
+
+def test_a_run_leaves_everything_a_reader_needs(balls: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said: list[str] = []
+    result = train_model(balls, run, epochs=2, seed=5, **{**SMALL, "say": said.append})
+    assert result.epochs == 2
+    rows = history(run)
+    assert [int(row["epoch"]) for row in rows] == [0, 1]
+    assert [int(row["step"]) for row in rows] == [3, 6]
+    assert all(np.isfinite(float(row[k])) for row in rows for k in ("train_loss", "val_loss", "pseudo_dice", "lr"))
+    moving = 0.9 * float(rows[0]["pseudo_dice"]) + 0.1 * float(rows[1]["pseudo_dice"])
+    assert float(rows[1]["pseudo_dice_ema"]) == pytest.approx(moving)
+    classes = [float(rows[0][f"pseudo_dice/{name}"]) for name in ("shell", "core")]
+    assert float(rows[0]["pseudo_dice"]) == pytest.approx(np.mean(classes))
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "finished"
+    assert record["seed"] == 5
+    assert record["parameters"] == sum(p.numel() for p in load_model(run / "model")[0].parameters())
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    assert config["settings"]["epochs"] == 2
+    assert set(json.loads((run / "split.json").read_text(encoding="utf-8"))["test"]) == set(result.split.test)
+    assert list((run / "tensorboard").glob("events.*"))
+    assert said[0].startswith("Epoch 0: train_loss")
+
+
+def test_the_same_seed_gives_the_same_curve_and_weights_and_another_seed_does_not(balls: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train_model(balls, tmp_path / name, epochs=2, seed=seed, **SMALL)
+    assert history(tmp_path / "a") == history(tmp_path / "b")
+    assert history(tmp_path / "a") != history(tmp_path / "c")
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class _Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(
+    balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_model(balls, tmp_path / "whole", epochs=3, **SMALL)
+    step = SegmentationModule.training_step
+
+    def killing(self: SegmentationModule, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        if self.global_step == 7:  # in the third epoch
+            raise _Killed
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SegmentationModule, "training_step", killing)
+        with pytest.raises(_Killed):
+            train_model(balls, tmp_path / "killed", epochs=3, **SMALL)
+    assert len(history(tmp_path / "killed")) == 2
+    assert json.loads((tmp_path / "killed" / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
+    result = resume_training(tmp_path / "killed", say=lambda text: None)
+    assert result.epochs == 3
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_ctrl_c_ends_with_one_message_and_the_run_can_go_on(
+    balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = SegmentationModule.training_step
+
+    def interrupted(self: SegmentationModule, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        if self.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SegmentationModule, "training_step", interrupted)
+        with pytest.raises(LightMError, match="--resume"):
+            train_model(balls, tmp_path / "run", epochs=2, **SMALL)
+    assert resume_training(tmp_path / "run", say=lambda text: None).epochs == 2
+
+
+def test_a_finished_run_can_be_made_longer(balls: Path, tmp_path: Path) -> None:
+    train_model(balls, tmp_path / "run", epochs=1, **SMALL)
+    assert resume_training(tmp_path / "run", epochs=2, say=lambda text: None).epochs == 2
+    assert [row["epoch"] for row in history(tmp_path / "run")] == ["0", "1"]
+
+
+def test_a_time_budget_ends_the_training_and_lets_the_learning_rate_fall(balls: Path, tmp_path: Path) -> None:
+    result = train_model(balls, tmp_path / "run", max_time="2s", **SMALL)
+    assert "time budget" in result.reason
+    assert result.train_seconds < 20
+    assert float(history(tmp_path / "run")[-1]["lr"]) < 1e-3
+
+
+def test_patience_ends_the_training(balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightm.training.module.MOVING", 1.0)  # the moving average never moves
+    result = train_model(balls, tmp_path / "run", epochs=9, patience=2, **SMALL)
+    assert result.epochs == 3
+    assert "2 epochs" in result.reason
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_cases(balls: Path, tmp_path: Path) -> None:
+    with pytest.raises(LightMError, match=r"the loss is nan at step \d+, on the cases ball_"):
+        train_model(balls, tmp_path / "run", epochs=3, lr=1e30, **SMALL)
+
+
+def test_a_network_learns_the_balls_in_2d_and_the_best_weights_are_kept(tmp_path: Path) -> None:
+    data = make_balls(tmp_path / "Dataset002_Discs", dims=2, size=32, classes=1, cases=8)
+    options = {**SMALL, "settings": {"steps_per_epoch": 20, "lr": 1e-2, "warmup_steps": 0}, "val_patches": 4}
+    result = train_model(data, tmp_path / "run", epochs=2, batch_size=4, **options)
+    rows = history(tmp_path / "run")
+    assert float(rows[-1]["pseudo_dice"]) > 0.9
+    assert result.best_pseudo_dice == pytest.approx(max(float(row["pseudo_dice_ema"]) for row in rows))
+    model, best = load_model(tmp_path / "run" / "model")[0].state_dict(), weights(tmp_path / "run", "best.ckpt")
+    assert all(torch.equal(model[name], best[f"network.{name}"]) for name in model)
+
+
+# ---- bad input ----------------------------------------------------------------------------------------------
+
+
+def refuse(balls: Path, run: Path, match: str, **options: Any) -> None:
+    with pytest.raises(InputError, match=match):
+        train_model(balls, run, **{**SMALL, "epochs": 1, **options})
+    assert not run.exists(), "bad input must leave nothing behind"
+
+
+def test_wrong_options_are_refused_before_anything_is_written(balls: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    refuse(balls, run, "unknown network 'lightn'", network="lightn", network_options={})
+    refuse(balls, run, "unknown recipe 'sed'; did you mean 'seed'", recipe="sed")
+    refuse(balls, run, "ce\\+dise", loss="ce+dise")
+    refuse(balls, run, "unknown key 'settings.epoch'; did you mean 'epochs'", settings={"epoch": 3})
+    refuse(balls, run, "patch size", patch_size=[12, 16, 16])
+    refuse(balls, run, "batch size 0", batch_size=0)
+    refuse(balls, run, "lr", lr=-1.0)
+    refuse(balls, run, "duration", max_time="soon")
+    refuse(tmp_path / "nowhere", run, "nowhere")
+
+
+def _rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray], affine: np.ndarray | None = None) -> None:
+    """Write a changed copy past `write_volume`, which would refuse some of these."""
+    old = nib.load(path)
+    nib.save(nib.Nifti1Image(change(old.get_fdata(dtype=np.float32)), old.affine if affine is None else affine), path)
+
+
+def _nan(array: np.ndarray) -> np.ndarray:
+    array[0, 0, 0] = np.nan
+    return array
+
+
+def _infinite(array: np.ndarray) -> np.ndarray:
+    array[1, 1, 1] = np.inf
+    return array
+
+
+def _labels(data: Path, **labels: int) -> None:
+    description = json.loads((data / "dataset.json").read_text(encoding="utf-8"))
+    (data / "dataset.json").write_text(json.dumps({**description, "labels": labels}), encoding="utf-8")
+
+
+IMAGE, LABEL = "imagesTr/ball_01_0000.nii.gz", "labelsTr/ball_01.nii.gz"
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "label without its image": (lambda data: (data / IMAGE).unlink(), "ball_01"),
+    "image without its label": (lambda data: (data / LABEL).unlink(), "ball_01"),
+    "shapes that disagree": (lambda data: _rewrite(data / LABEL, lambda a: a[:-1]), "ball_01.*shape"),
+    "affines that disagree": (lambda data: _rewrite(data / LABEL, lambda a: a, np.diag([3.0, 1, 1, 1])), "ball_01"),
+    "value not in dataset.json": (lambda data: _labels(data, background=0, shell=1), r"ball_\d\d.*2"),
+    "class that never occurs": (lambda data: _labels(data, background=0, shell=1, core=2, ghost=3), "class 'ghost'"),
+    "NaN": (lambda data: _rewrite(data / IMAGE, _nan), "ball_01_0000.*NaN"),
+    "infinite": (lambda data: _rewrite(data / IMAGE, _infinite), "ball_01_0000.*inf"),
+    "truncated": (lambda data: (data / IMAGE).write_bytes((data / IMAGE).read_bytes()[:300]), "ball_01_0000"),
+    "no image at all": (lambda data: (data / IMAGE).write_bytes(b"hello" * 99), "ball_01_0000"),
+    "empty folder": (lambda data: [path.unlink() for path in data.rglob("*.*")], "data"),
+    "broken dataset.json": (lambda data: (data / "dataset.json").write_text("{", encoding="utf-8"), "dataset.json"),
+    "unknown key in plan.yaml": (
+        lambda data: (make_plan(open_dataset(data)).save(data / "plan.yaml"), _append(data / "plan.yaml", "ptch: 3\n")),
+        r"plan\.yaml.*ptch",
+    ),
+}
+
+
+def _append(path: Path, text: str) -> None:
+    path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_data_is_refused_with_the_file_named(fault: str, tmp_path: Path) -> None:
+    data = make_balls(tmp_path / "data", cases=3)
+    spoil, words = FAULTS[fault]
+    spoil(data)
+    refuse(data, tmp_path / "run", f"(?s){words}")
+
+
+def test_too_few_cases_are_refused(tmp_path: Path) -> None:
+    for cases in (1, 2):
+        data = make_balls(tmp_path / f"data{cases}", cases=cases)
+        refuse(data, tmp_path / "run", f"{cases} case")
+
+
+def test_a_used_folder_is_refused_and_left_as_it_is(balls: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_model(balls, run, epochs=1, **SMALL)
+    before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
+    with pytest.raises(InputError, match="already holds a run"):
+        train_model(balls, run, epochs=1, **SMALL)
+    assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="not empty"):
+        train_model(balls, other, epochs=1, **SMALL)
+    with pytest.raises(InputError, match="no run to resume"):
+        resume_training(other)
+
+
+def test_user_config_names_the_unknown_key(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("network: lightm-unet\nlearning_rate: 1\nepoch: 3\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"mine\.yaml: unknown key 'learning_rate'"):
+        read_user_config(path)
+    path.write_text("- a\n- b\n", encoding="utf-8")
+    with pytest.raises(InputError, match="mapping"):
+        read_user_config(path)
+    path.write_text("seed: 3\nsettings:\n  lr: 0.01\n", encoding="utf-8")
+    assert read_user_config(path) == {"seed": 3, "settings": {"lr": 0.01}}
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("15m", 900), ("1h30m", 5400), (12, 12), ("7", 7)])
+def test_durations(text: str | int, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-5m", "0", "5 apples"])
+def test_wrong_durations(text: str) -> None:
+    with pytest.raises(InputError, match="duration"):
+        parse_duration(text)
