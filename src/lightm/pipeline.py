@@ -17,10 +17,9 @@ from lightm.inference import Predictor, predict_folder
 from lightm.inference.postprocess import Postprocess, describe
 from lightm.inference.postprocess_choice import CaseLabels, choose_rules
 from lightm.nets.folder import set_postprocess
+from lightm.progress import Progress
 from lightm.training import TrainResult, load_split, train_model
 from lightm.training.config import load_config
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

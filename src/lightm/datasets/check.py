@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,7 @@ from lightm.errors import LightMError
 from lightm.images.io import Kind, place_remarks, read_volume, voxel_bytes
 from lightm.images.limits import MemoryGate
 from lightm.images.volume import Volume, geometry_difference
-
-Progress = Callable[[str, int, int], None]
+from lightm.progress import Progress
 
 # Volumes of a case that are in memory at the same time: its label or the newest channel, and the first channel.
 _HELD = 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,7 @@ from lightm.evaluation.evaluation import CaseRow, Evaluation, summarize
 from lightm.evaluation.metrics import case_metrics, resolve_tolerances
 from lightm.images.io import SUFFIXES, file_suffix, read_volume
 from lightm.images.volume import Volume, geometry_difference
-
-Progress = Callable[[str, int, int], None]
+from lightm.progress import Progress
 
 
 def evaluate_folder(

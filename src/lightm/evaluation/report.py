@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from lightm.evaluation.overlays import overlay
 from lightm.evaluation.run_folder import CaseImages, RunFolder, case_loader, read_run
 from lightm.evaluation.surfaces import surface_figure
 from lightm.files import write_text
-
-Progress = Callable[[str, int, int], None]
+from lightm.progress import Progress
 
 _DIGITS = {"dsc": 3, "iou": 3, "hd95_mm": 2, "nsd": 3}
 

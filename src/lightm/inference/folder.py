@@ -30,10 +30,9 @@ from lightm.inference.record import (
 )
 from lightm.inference.sliding import WindowProgress
 from lightm.inference.statistics import write_statistics
+from lightm.progress import Progress
 
 __all__ = ["RECORD", "CaseWriter", "Progress", "predict_folder"]
-
-Progress = Callable[[str, int, int], None]
 
 
 def predict_folder(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,7 @@ from lightm.datasets.cases import Case, Dataset
 from lightm.errors import InputError
 from lightm.images.io import read_volume
 from lightm.images.volume import geometry_difference
-
-Progress = Callable[[str, int, int], None]
+from lightm.progress import Progress
 
 _SAMPLES = 10_000  # foreground voxels of a case that the intensities are taken from
 _CHUNK = 1 << 20

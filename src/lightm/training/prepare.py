@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightm.datasets.dataset import Dataset
@@ -11,9 +11,8 @@ from lightm.errors import InputError
 from lightm.files import LOCK, is_temporary
 from lightm.preparation.plan import Plan, load_plan, make_plan
 from lightm.preparation.preprocess import PreprocessedCase
+from lightm.progress import Progress
 from lightm.training.config import TrainConfig
-
-Progress = Callable[[str, int, int], None]
 
 
 def choose_plan(data: Dataset, given: Path | None, progress: Progress | None) -> Plan:

@@ -17,13 +17,12 @@ from lightm.files import locked_folder, remove_temporaries
 from lightm.nets import DEFAULT
 from lightm.preparation.plan import Plan, load_plan
 from lightm.preparation.preprocess import PreprocessedCase, default_cache_dir, preprocess_dataset
+from lightm.progress import Progress
 from lightm.training.config import TrainConfig, load_config, parse_duration, resolve_config
 from lightm.training.datamodule import PatchDataModule
 from lightm.training.fit import TrainResult, build, fit
 from lightm.training.prepare import check_classes, choose_plan, choose_split, refuse_used_folder, with_sizes
 from lightm.training.record import run_record, write_json
-
-Progress = Callable[[str, int, int], None]
 
 
 def train_model(

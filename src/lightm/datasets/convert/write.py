@@ -8,7 +8,6 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from lightm.errors import InputError, LightMError
 from lightm.files import atomic_file
 from lightm.images.io import file_suffix, read_volume, write_volume
 from lightm.images.volume import Volume, geometry_difference
+from lightm.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 SHOWN = 20  # problems of a message
 
 

@@ -19,13 +19,13 @@ from lightm.lab.bench.memory import OutOfMemoryError, peak_in_child
 from lightm.lab.bench.plot import check_plot, draw_scaling
 from lightm.lab.bench.records import Row, write_csv
 from lightm.lab.bench.work import Work, floor_seconds
+from lightm.progress import Progress
 
 if TYPE_CHECKING:
     from lightm.lab.bench.machine import Limits
 
 LEVELS = ("op", "layer", "network", "scaling")
 SCALING_SIZES = (32, 64, 96, 128, 160)
-Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,7 @@ from lightm.lab.compare.detail import Part, RadiusCounts, is_tubular, part_score
 from lightm.lab.compare.images import TestImages
 from lightm.lab.compare.results import Comparison
 from lightm.lab.compare.summary import Summary
-
-Progress = Callable[[str, int, int], None]
+from lightm.progress import Progress
 
 _JUDGED = 5  # cases that decide whether a class is tubular
 

@@ -19,8 +19,7 @@ from lightm.lab.compare.images import TestImages
 from lightm.lab.compare.results import Comparison, FinishedCell
 from lightm.lab.compare.style import save
 from lightm.lab.compare.summary import Summary
-
-Progress = Callable[[str, int, int], None]
+from lightm.progress import Progress
 
 
 @dataclass

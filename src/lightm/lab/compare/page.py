@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightm import __version__
@@ -15,8 +15,7 @@ from lightm.lab.compare.style import looks
 from lightm.lab.compare.summary import Summary
 from lightm.lab.compare.tables import class_texts, legend, method_texts
 from lightm.lab.compare.words import answer, detail_words, unshown
-
-Progress = Callable[[str, int, int], None]
+from lightm.progress import Progress
 
 
 def write_page(comparison: Comparison, summary: Summary, *, progress: Progress | None = None) -> Path:

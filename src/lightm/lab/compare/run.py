@@ -27,10 +27,10 @@ from lightm.lab.complexity import build_network
 from lightm.losses import create_loss
 from lightm.preparation.plan import Plan, load_plan
 from lightm.preparation.preprocess import default_cache_dir, preprocess_dataset
+from lightm.progress import Progress
 from lightm.training.config import TrainConfig, parse_duration, resolve_config
 from lightm.training.prepare import choose_plan, choose_split, with_sizes
 
-Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 
 _COMMON = (
