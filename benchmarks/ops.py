@@ -1,5 +1,8 @@
 """Time the operators against plain PyTorch, alternating in one process.
 
+The scan has two baselines: a Python loop over tokens, as Mamba's reference does it, and a chunked scan whose steps
+work on many tokens at once, as PyTorch does it best.
+
     python benchmarks/ops.py > benchmarks/results/ops.md
 
 Prints a Markdown table: medians of both, and the median of the ratios pair by pair. Ratios are what to quote.
@@ -13,6 +16,7 @@ from collections.abc import Callable
 
 import lightm
 from lightm import ops
+from lightm.lab.bench.cases import chunked_scan
 
 import torch  # isort: skip  (after lightm, which sets how PyTorch's threads wait)
 from torch import Tensor  # isort: skip
@@ -50,15 +54,21 @@ def leaf(*shape: int) -> Tensor:
 
 
 def scan(tokens: int) -> None:
-    """The selective scan against its PyTorch reference."""
+    """The selective scan against PyTorch: a loop over tokens, and in chunks."""
     u, delta, A = leaf(1, tokens, 64), leaf(1, tokens, 64), (-torch.rand(64, 16) - 0.5).requires_grad_()
     B, C = leaf(1, tokens, 16), leaf(1, tokens, 16)
 
-    def call(impl: str) -> Call:
-        return lambda: ops.selective_scan(u, delta, A, B, C, delta_softplus=True, impl=impl)
+    skip, bias = leaf(64), leaf(64)
+    leaves = [u, delta, A, B, C, skip, bias]
 
-    leaves = [u, delta, A, B, C]
-    compare(f"selective scan, L={tokens}, E=64, N=16", call("cpu"), call("reference"), (leaves, leaves))
+    def call(impl: str) -> Call:
+        return lambda: ops.selective_scan(
+            u, delta, A, B, C, d_skip=skip, delta_bias=bias, delta_softplus=True, impl=impl
+        )  # fmt: skip
+
+    name = f"selective scan, L={tokens}, E=64, N=16"
+    compare(f"{name}: loop over tokens", call("cpu"), call("reference"), (leaves, leaves))
+    compare(f"{name}: in chunks of 64", call("cpu"), lambda: chunked_scan(*leaves), (leaves, leaves))
 
 
 def images() -> None:
@@ -86,4 +96,5 @@ if __name__ == "__main__":
     print(f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}, float32, milliseconds.\n")
     print("| operator | pass | LightM | PyTorch | times faster |\n| --- | --- | --- | --- | --- |")
     scan(4096)
+    scan(32768)
     images()

@@ -9,11 +9,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+from errata import errata_lines  # isort: skip
+
 from lightm.lab.complexity import Account, account, compare
 from lightm.lab.complexity.diagram import draw_network
-from lightm.lab.complexity.families import settings_of
-from lightm.lab.complexity.table import source_of
-from lightm.lab.complexity.text import SYMBOLS, errata_lines, giga, grouped_rows, layer_rows, markdown, source_rows
+from lightm.lab.complexity.formulas import settings_of
+from lightm.lab.complexity.report import (
+    SYMBOLS,
+    giga,
+    grouped_rows,
+    layer_rows,
+    markdown,
+    source_of,
+    source_rows,
+)
 from lightm.nets.presets import PRESETS
 
 FOLDER = Path(__file__).with_name("presets")
@@ -41,7 +51,7 @@ _SPM = (
     "Pooling Add (max pooling plus average pooling) replaces max pooling, and the bottleneck has three layers: the "
     "report's Figure 6.",
     "s is a vector over channels and the LayerNorm after the recurrence is there, as in the paper's RVM.",
-    "The four parts run as one scan, and each of their matrix products in one pass with one matrix a part.",
+    "The four parts run as one scan, and each of their matmuls in one pass with one matrix a part.",
 )
 _RELEASED = (
     "Residual blocks of two layers each, with GroupNorm and ReLU before each layer; the paper describes single layers.",
@@ -194,7 +204,7 @@ def index() -> str:
             "# Presets",
             "",
             "In 3D with 1 image channel and 3 classes; operations for one image of 128 x 128 x 128, the scan included. "
-            "`lightm info PRESET` gives the same for other sizes and settings, `lightm info --all` shows the peers.",
+            "`lightm info PRESET` gives the same for other sizes and settings, `lightm info --all` adds the baselines.",
             "",
             *markdown(rows, left=2),
             "",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -62,3 +65,15 @@ def describe(root: Path, **changes: object) -> None:
     root.mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in content.items() if value is not None}
     (root / "dataset.json").write_text(json.dumps(kept), encoding="utf-8")
+
+
+def docs_script(name: str) -> ModuleType:
+    """A script of docs/ as a module."""
+    path = Path(__file__).resolve().parents[1] / "docs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from lightm.errors import InputError
 from lightm.evaluation.evaluation import CaseRow, summarize
 from lightm.lab.bubbles import comparison_figure, read_dice, write_comparison
-from lightm.lab.complexity.table import Dice, Row
+from lightm.lab.complexity.report import Dice, Row
 
 ROWS = [
     Row("lightm-small", "own", parameters=265_811, multiply_adds=int(19.6e9)),

@@ -16,13 +16,15 @@ from torch import nn
 from lightm import read_volume
 from lightm.errors import InputError
 from lightm.inference import Predictor
-from lightm.lab.complexity.references import COUNTED, FACTS, parameters, peer_facts, table
 from lightm.nets import PRESETS, create, load_model, save_model
 from lightm.nets.baselines import PEERS
 from lightm.nets.baselines.umamba import MambaBlock
 from lightm.nets.presets import names
 from lightm.training import train_model
-from tests.helpers import make_balls
+from tests.helpers import docs_script, make_balls
+
+DOCUMENT = docs_script("baselines_table")
+COUNTED, FACTS, parameters, table = DOCUMENT.COUNTED, DOCUMENT.FACTS, DOCUMENT.parameters, DOCUMENT.table
 
 # Small versions, and sizes of two unequal sides in the plane; what a size is in 3D follows from them.
 TINY: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
@@ -63,9 +65,7 @@ def test_every_peer_has_facts_and_a_small_version_here() -> None:
 
 
 def test_naming_the_peers_imports_no_monai() -> None:
-    code = (
-        "import sys, lightm.lab.complexity.references as known; known.peer_facts('unet'); print('monai' in sys.modules)"
-    )
+    code = "import sys, lightm.lab.complexity.report as known; known.source_of('unet'); print('monai' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -227,7 +227,7 @@ def test_counts_that_were_printed_come_out_or_their_difference_is_explained() ->
         assert counted_by_module(bodies[3]) == pytest.approx(in_3d, rel=2e-4)
         assert counted_by_module(bodies[2]) == pytest.approx(in_2d, rel=1e-2)
     for name, close in (("unetr", 0.003), ("swinunetr", 0.004), ("attention-unet", 0.08), ("ultralight-vm-unet", 0.01)):
-        known = peer_facts(name)
+        known = FACTS[name]
         assert known.printed is not None
         assert parameters(name, **known.printed_for) == pytest.approx(float(known.printed[:-2]) * 1e6, rel=close)
 
@@ -240,8 +240,8 @@ def test_counting_without_weights_is_counting() -> None:
 
 
 def test_the_document_holds_the_generated_table() -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "peers.md").read_text(encoding="utf-8")
-    assert table() in text, "docs/peers.md differs from lightm.lab.complexity.references.table()"
+    text = (Path(__file__).resolve().parents[2] / "docs" / "baselines.md").read_text(encoding="utf-8")
+    assert table() in text, "docs/baselines.md differs from what docs/baselines_table.py prints"
 
 
 # ---- the whole way -------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Rounds; every case is measured once in each.")] = 5,
     networks: Annotated[
         str | None,
-        typer.Option(help="Names with commas: presets; peers such as unetr; dynunet-6: six stages at any size."),
+        typer.Option(help="Names with commas: presets; baselines such as unetr; dynunet-6: six stages at any size."),
     ] = None,
     baseline: Annotated[str | None, typer.Option(help="Network to compare with; default dynunet.")] = None,
     train: Annotated[bool, typer.Option("--train", help="Measure training steps instead of inference.")] = False,
@@ -35,7 +35,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure time, peak memory and the machine's floor of operators, layers and networks, against what else there is.
+    """Measure time and peak memory of operators, layers and networks against baselines and the machine's roofline.
 
     Example: lightm bench network --size 64 --networks lightm-unet,dynunet --out bench.csv
     """

@@ -44,7 +44,7 @@ def info(
     Example: lightm info lightm-unet --spatial 128 128 128
     """
     from lightm.lab.complexity import account, compare, describe
-    from lightm.lab.complexity.table import as_text
+    from lightm.lab.complexity.report import as_text
 
     names, shape = _name_and_sizes(words or [], spatial)
     options = dict(_option(text) for text in setting or [])

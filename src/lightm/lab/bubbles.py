@@ -17,7 +17,7 @@ from lightm.errors import InputError
 from lightm.evaluation.figures import BLUE, GRID, INK, MUTED, VERMILION, new_figure, plain, to_png
 from lightm.evaluation.run_folder import read_run
 from lightm.files import atomic_file, write_text
-from lightm.lab.complexity.table import Dice, Row, as_csv, as_markdown
+from lightm.lab.complexity.report import Dice, Row, as_csv, as_markdown
 from lightm.nets.presets import PRESETS
 
 _SMALLEST = 5.0  # points: the diameter below which a bubble is not seen
@@ -76,7 +76,7 @@ def comparison_figure(
 ) -> Figure:
     """Draw networks: with scores Dice over operations, a panel for each data set; without them operations alone.
 
-    `colours` by name replace those that tell presets from peers; `counted` is what the operations are of. Raises
+    `colours` by name replace those that tell presets from baselines; `counted` is what the operations are of. Raises
     InputError when no network has operations to draw.
     """
     drawn = [row for row in rows if not row.refused]
@@ -181,7 +181,7 @@ def _legend(figure: Figure, rows: Sequence[Row], most: int, *, origins: bool = T
     for number in _round_numbers(most):
         look = {"ms": _diameter(number, most), "mfc": "none", "mec": MUTED}
         handles.append(Line2D([], [], marker="o", linestyle="", label=_millions(number), **look))  # type: ignore[arg-type]
-    for own, text in ((True, "LightM's presets"), (False, "peers")):
+    for own, text in ((True, "LightM's presets"), (False, "baselines")):
         if origins and any((row.name in PRESETS) == own for row in rows):
             colour = BLUE if own else VERMILION
             handles.append(Line2D([], [], marker="o", linestyle="", color=colour, alpha=0.6, label=text))

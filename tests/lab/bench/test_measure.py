@@ -16,7 +16,7 @@ from lightm.errors import LightMError
 from lightm.lab.bench import measure
 from lightm.lab.bench.kernels import STATES, BareScan
 from lightm.lab.bench.machine import Limits, commit, cpu_model, measure_limits, versions
-from lightm.lab.bench.memory import OutOfMemoryError, peak_in_child
+from lightm.lab.bench.peak import OutOfMemoryError, peak_in_child
 from lightm.ops import selective_scan
 
 MEASURABLE = memory.resident() is not None
@@ -96,8 +96,8 @@ def test_failures_of_that_process_are_told(
 
 def test_limits_are_positive_and_the_best_of_two_counts() -> None:
     limits = measure_limits(1, small=True)
-    assert min(limits.product, limits.registers, limits.bytes, limits.exps, limits.updates) > 0
-    assert limits.flops == max(limits.product, limits.registers)
+    assert min(limits.matmul, limits.registers, limits.bytes, limits.exps, limits.updates) > 0
+    assert limits.flops == max(limits.matmul, limits.registers)
     assert Limits(1, 5, 3, 4, 1).best(Limits(2, 4, 3, 1, 6)) == Limits(2, 5, 3, 4, 6)
     assert "GB/s" in limits.describe()
 

@@ -14,27 +14,27 @@ from typer.testing import CliRunner
 from lightm.cli import app
 from lightm.errors import InputError
 from lightm.lab.bench import (
+    baselines,
     cases,
     draw_scaling,
     format_markdown,
     machine,
     measure,
-    peers,
     read_csv,
     run,
     suite,
     write_csv,
 )
-from lightm.lab.bench.memory import OutOfMemoryError, peak_in_child
+from lightm.lab.bench.peak import OutOfMemoryError, peak_in_child
 from lightm.lab.bench.records import Row
 from lightm.memory import resident
 
-LIMITS = {"limit_product_gflops": 1.0, "limit_register_gflops": 1.0, "limit_copy_gbs": 1.0}
+LIMITS = {"limit_matmul_gflops": 1.0, "limit_register_gflops": 1.0, "limit_copy_gbs": 1.0}
 ROW = Row(
     date="2026-01-02T03:04:05+00:00", commit="abc", lightm="0.1", torch="2", numba="0.6", monai="1.5", python="3.11",
     cpu='a "CPU", fast', threads=2, level="scaling", case="lightm-unet", impl="", shape="1x1x32x32x32",
     mode="inference", parameters=5, p20_s=0.1, p50_s=1 / 3, p80_s=0.5, runs=5, peak_mb=None, bytes=1e9, flops=2.0,
-    exps=0.0, floor_s=0.1, ratio_to_floor=10 / 3, baseline="", ratio_to_baseline=None, limit_gexps=1.0,
+    exps=0.0, roofline_s=0.1, ratio_to_roofline=10 / 3, baseline="", ratio_to_baseline=None, limit_gexps=1.0,
     limit_gupdates=1.0, **LIMITS,
 )  # fmt: skip
 
@@ -62,6 +62,15 @@ def test_csv_comes_back_as_it_was(tmp_path: Path) -> None:
     assert read_csv(tmp_path / "rows.csv") == rows
 
 
+@pytest.mark.parametrize("name", ["network-128.csv", "scaling.csv"])
+def test_csv_of_earlier_versions_is_read(name: str) -> None:
+    path = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / name
+    row = read_csv(path)[0]
+    assert "floor_s" in path.read_text(encoding="utf-8").splitlines()[0]
+    assert row.ratio_to_roofline == pytest.approx(row.p50_s / row.roofline_s)
+    assert row.limit_matmul_gflops > 100
+
+
 def test_csv_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     with pytest.raises(InputError, match="cannot be read"):
@@ -87,7 +96,7 @@ def test_every_operator_and_layer_runs_in_every_variant() -> None:
         assert 0 < row.p20_s <= row.p50_s <= row.p80_s
         assert row.runs == 2
         assert row.peak_mb is None
-        assert row.ratio_to_floor == pytest.approx(row.p50_s / row.floor_s)
+        assert row.ratio_to_roofline == pytest.approx(row.p50_s / row.roofline_s)
         if row.impl == row.baseline:
             assert row.ratio_to_baseline == 1
     layers = run("layer", size=4, repeats=1, memory=False)
@@ -226,7 +235,7 @@ def test_a_file_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("never")
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"'unetr' needs einops.*pip install einops"):
         run("network", networks=["lightm-unet", "unetr"], size=32)
 

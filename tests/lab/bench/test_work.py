@@ -1,30 +1,49 @@
-"""Floors against numbers computed by hand."""
+"""Rooflines against numbers computed by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lightm.lab.bench.cases import operator_work
+from lightm import ops
+from lightm.lab.bench.cases import chunked_scan, operator_work
 from lightm.lab.bench.machine import Limits
-from lightm.lab.bench.work import Work, count_steps, floor_seconds, layer_work, state_space_work
+from lightm.lab.bench.roofline import Work, count_steps, layer_work, roofline_seconds, state_space_work
 from lightm.nets import create
 from lightm.nets.blocks import RVM
 from lightm.nets.mamba2 import VSS2
 from lightm.nets.spm import SPM
 
 
-def test_the_floor_of_a_step_is_the_slower_of_memory_and_arithmetic_and_steps_add_up() -> None:
-    limits = Limits(product=50.0, registers=100.0, bytes=10.0, exps=20.0, updates=1.0)
+def test_the_roofline_of_a_step_is_the_slower_of_memory_and_arithmetic_and_steps_add_up() -> None:
+    limits = Limits(matmul=50.0, registers=100.0, bytes=10.0, exps=20.0, updates=1.0)
     by_memory = Work(read=30, written=10, flops=100, exps=20)  # 4 s against 1 s + 1 s
     by_arithmetic = Work(read=5, written=5, flops=300, exps=40)  # 1 s against 3 s + 2 s
-    assert floor_seconds([by_memory], limits) == pytest.approx(4)
-    assert floor_seconds([by_memory, by_arithmetic], limits) == pytest.approx(9)
-    assert floor_seconds([], limits) == 0
+    assert roofline_seconds([by_memory], limits) == pytest.approx(4)
+    assert roofline_seconds([by_memory, by_arithmetic], limits) == pytest.approx(9)
+    assert roofline_seconds([], limits) == 0
 
 
 def test_a_backward_pass_reads_and_writes_what_it_must() -> None:
     assert Work(read=3, written=2, flops=5, exps=7).with_backward() == Work(read=8, written=5, flops=15, exps=14)
+
+
+@pytest.mark.parametrize("tokens", [64, 96, 256])
+def test_the_chunked_baseline_is_the_selective_scan(tokens: int) -> None:
+    torch.manual_seed(0)
+    shapes = ((2, tokens, 8), (2, tokens, 8), (8, 4), (2, tokens, 4), (2, tokens, 4), (8,), (8,))
+    u, delta, A, B, C, skip, bias = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+    leaves = [x.requires_grad_() for x in (u, 3 * delta, -3 * A.abs(), B, C, skip, bias)]
+    u, delta, A, B, C, skip, bias = leaves
+    expected = ops.selective_scan(
+        u, delta, A, B, C, d_skip=skip, delta_bias=bias, delta_softplus=True, impl="reference"
+    )  # fmt: skip
+    found = chunked_scan(*leaves)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(y, leaves, weight) for y in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_work_of_the_scan() -> None:
@@ -59,7 +78,7 @@ def test_bytes_of_the_operators(name: str, forward: int, both: int) -> None:
 
 def test_work_of_the_layers() -> None:
     x = torch.zeros(1, 2, 2, 2, 32)
-    # linear maps: in 32 x 128, x 64 x 34, dt 2 x 64, out 64 x 32, projection 32 x 32; scan 6 E N; 4 taps
+    # linear maps: in 32 x 128, x 64 x 34, dt 2 x 64, out 64 x 32, projection 32 x 32; scan 6 E N; 4 kernel
     rvm = layer_work(RVM(32, 32), x, x)
     assert rvm.flops == 8 * (2 * (4096 + 2176 + 128 + 2048 + 1024) + 6 * 64 * 16 + 2 * 4 * 64)
     assert rvm.exps == 8 * (64 * 16 + 3 * 64)
@@ -89,7 +108,7 @@ def test_a_layer_counts_as_one_step() -> None:
     assert step == layer_work(layer, x, layer(x))
 
 
-def test_steps_of_a_convolution_and_a_product() -> None:
+def test_steps_of_a_convolution_and_a_matmul() -> None:
     net = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(2))
     x = torch.zeros(1, 2, 8, 8, 8)
     (conv,) = count_steps(net, lambda: net(x))

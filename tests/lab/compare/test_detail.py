@@ -10,12 +10,18 @@ import pytest
 
 from lightm import Volume, write_volume
 from lightm.errors import InputError
-from lightm.lab.compare.bins import Entry, bin_of, quantile_edges, summarize_bins
-from lightm.lab.compare.detail import is_tubular, part_scores, radius_counts
-from lightm.lab.compare.detail_table import measure_detail
 from lightm.lab.compare.figures import detail_figure
-from lightm.lab.compare.images import TestImages
-from lightm.lab.compare.results import read_comparison
+from lightm.lab.compare.lesions import (
+    Entry,
+    bin_of,
+    is_tubular,
+    measure_detail,
+    part_scores,
+    quantile_edges,
+    radius_counts,
+    summarize_bins,
+)
+from lightm.lab.compare.results import TestImages, read_comparison
 from lightm.lab.compare.statistics import summarize_comparison
 from tests.lab.compare.made import make_comparison
 

@@ -11,12 +11,20 @@ from matplotlib.figure import Figure
 
 from lightm.evaluation.figures import BLUE, VERMILION, new_figure
 from lightm.lab.compare.cases import case_slices, case_surfaces, choose_cases
-from lightm.lab.compare.curves import coefficient_curves, read_histories, training_curves
-from lightm.lab.compare.figures import bubbles, case_slopes, dice_over_time, forest
-from lightm.lab.compare.results import Comparison, read_comparison
+from lightm.lab.compare.figures import (
+    bubbles,
+    case_slopes,
+    coefficient_curves,
+    dice_over_time,
+    forest,
+    looks,
+    read_histories,
+    save,
+    short,
+    training_curves,
+)
+from lightm.lab.compare.results import Comparison, Summary, read_comparison
 from lightm.lab.compare.statistics import summarize_comparison
-from lightm.lab.compare.style import looks, save, short
-from lightm.lab.compare.summary import Summary
 from tests.lab.compare.made import make_comparison
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightm.lab.compare.page import write_page
+from lightm.lab.compare.report import write_page
 from lightm.lab.compare.results import read_comparison
 from lightm.lab.compare.statistics import summarize_comparison
 from tests.lab.compare.made import make_comparison

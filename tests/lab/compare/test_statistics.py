@@ -13,11 +13,9 @@ from scipy.stats import wilcoxon
 
 from lightm.errors import InputError
 from lightm.lab.compare import read_comparison
-from lightm.lab.compare.convergence import convergence_of, level_of
 from lightm.lab.compare.experiment import Cell
-from lightm.lab.compare.significance import holm, signed_rank
-from lightm.lab.compare.statistics import summarize_comparison
-from lightm.lab.compare.summary import Summary, load_summary
+from lightm.lab.compare.results import Summary, load_summary
+from lightm.lab.compare.statistics import convergence_of, holm, level_of, signed_rank, summarize_comparison
 from tests.lab.compare.made import make_comparison
 
 BASE = (0.80, 0.75, 0.82, 0.70, 0.91, 0.66, 0.78, 0.85)

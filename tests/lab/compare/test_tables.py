@@ -9,10 +9,17 @@ from pathlib import Path
 import pytest
 
 from lightm.lab.compare import read_comparison
-from lightm.lab.compare.markup import TextCell, as_csv, as_latex, as_markdown, escape_latex, escape_markdown
+from lightm.lab.compare.results import Summary
 from lightm.lab.compare.statistics import summarize_comparison
-from lightm.lab.compare.summary import Summary
-from lightm.lab.compare.tables import write_tables
+from lightm.lab.compare.tables import (
+    TextCell,
+    as_csv,
+    as_latex,
+    as_markdown,
+    escape_latex,
+    escape_markdown,
+    write_tables,
+)
 from tests.lab.compare.made import make_comparison
 
 NASTY = r"50% a&b_c #1 {x} $y$ ~^ \z <w> | *q* [r]"

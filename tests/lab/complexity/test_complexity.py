@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 from lightm import ops
 from lightm.cli import app
 from lightm.errors import InputError, LightMError
-from lightm.lab.complexity import account, build_network, compare, count_operations, count_parts, describe, known_names
-from lightm.lab.complexity.errata import first_upload
-from lightm.lab.complexity.memory import activation_memory
-from lightm.lab.complexity.operations import Tally
-from lightm.lab.complexity.table import Dice, as_csv, as_markdown, as_text
+from lightm.lab.complexity import account, build_network, compare, count_operations, count_parts, known_names
+from lightm.lab.complexity.meta import activation_memory
+from lightm.lab.complexity.operations import OperationCount
+from lightm.lab.complexity.report import Dice, as_csv, as_markdown, as_text
 from lightm.nets import PRESETS, count_parameters, create
+from tests.helpers import docs_script
 
 NAMES = sorted(PRESETS)
 OVERRIDES: list[tuple[str, dict[str, Any]]] = [
@@ -153,7 +153,7 @@ class Seen(nn.Module):
 def test_the_papers_sizes_are_those_of_the_modules_called_in_the_first_upload(
     dims: int, image: int, classes: int, printed: float
 ) -> None:
-    seen, total, _ = first_upload((16,) * dims, image, classes, 1)
+    seen, total, _ = docs_script("errata").first_upload((16,) * dims, image, classes, 1)
     assert seen == count_parameters(Seen(dims, image, classes))
     assert round(seen / 1e6, 2) == printed
     released = count_parameters(create("lightm-unet-released", dims, image, classes))
@@ -166,7 +166,8 @@ def test_the_papers_sizes_are_those_of_the_modules_called_in_the_first_upload(
 
 def test_errata_are_said_and_hold_for_the_network_at_hand() -> None:
     cost = account("lightm-unet", spatial=(16, 16, 16))
-    wrong, seen = cost.convolution_erratum, cost.counter_erratum
+    errata = docs_script("errata")
+    wrong, seen = errata.full_convolution(cost), errata.called_modules(cost)
     assert wrong is not None
     assert wrong.total_as_printed - wrong.total == wrong.printed - wrong.true
     assert seen is not None
@@ -179,17 +180,21 @@ def test_errata_are_said_and_hold_for_the_network_at_hand() -> None:
     )
     group_norms = sum(p.numel() for m in network.modules() if isinstance(m, nn.GroupNorm) for p in m.parameters())
     assert seen.seen == called - group_norms
-    text = describe(cost)
+    text = "\n".join(errata.errata_lines(cost))
     assert "printed number to its last digit" in text
     assert "E E K + E" in text
-    assert account("segresnet", spatial=(32, 32, 32)).counter_erratum is None
+    inner = [64] + [128] * 2 + [256] * 2 + [512] * 4  # E of every layer
+    assert wrong.printed == sum(4 * e * e + e for e in inner)
+    assert errata.called_modules(account("segresnet", spatial=(32, 32, 32))) is None
+    parted = account("spm-lightm-unet", spatial=(16, 16, 16))  # four parts of a quarter of the width in each layer
+    assert errata.full_convolution(parted).printed == sum(4 * (e * e // 4 + e // 4) for e in inner[:-1])
     other = account("lightm-unet-mamba2", spatial=(16, 16))  # neither the paper's network nor the report's formula
-    assert other.counter_erratum is None
-    assert other.convolution_erratum is None
+    assert errata.called_modules(other) is None
+    assert errata.full_convolution(other) is None
 
 
 def vss(tokens: int, c: int, n: int = 16, k: int = 4, parts: int = 1) -> tuple[int, int, int]:
-    """(matrix products, scan, exponentials) of the state-space module of width c; the causal convolution apart."""
+    """(matmuls, scan, exponentials) of the state-space module of width c; the causal convolution apart."""
     w = c // parts
     e, r = 2 * w, math.ceil(w / 16)
     products = parts * tokens * (2 * e * w + e * w + e * (r + 2 * n) + r * e)
@@ -271,10 +276,10 @@ def test_the_scan_is_counted_by_its_sizes(states: int) -> None:
             weights = torch.empty(8, states), torch.empty(1, 6, states), torch.empty(1, 6, states)
             return ops.selective_scan(u, u, *weights, delta_softplus=False)
 
-    tally = count_operations(Scan(), 8, (2, 3)).total
-    assert tally.multiply_adds["scan"] == 3 * 6 * 8 * states
-    assert tally.exponentials["scan"] == 6 * 8 * states
-    assert tally.without_scan == 0
+    count = count_operations(Scan(), 8, (2, 3)).total
+    assert count.multiply_adds["scan"] == 3 * 6 * 8 * states
+    assert count.exponentials["scan"] == 6 * 8 * states
+    assert count.without_scan == 0
 
 
 @pytest.mark.parametrize("states", [12, 40])
@@ -291,13 +296,13 @@ def test_the_scan_of_mamba2_is_counted_by_its_sizes(states: int, extras: bool) -
                 return ops.ssd_scan(u, delta, rates, *to_states)
             return ops.ssd_scan(u, delta, rates, *to_states, d_skip=rates, z=u, delta_bias=rates, delta_softplus=True)
 
-    tally = count_operations(Scan(), heads * width, (2, 3)).total
+    count = count_operations(Scan(), heads * width, (2, 3)).total
     blocks, inner = math.ceil(states / 16), heads * width  # more than 16 states run in blocks
     skip = tokens * inner * (extras and blocks == 1)  # beside the blocks the skip is an element-wise product
-    assert tally.multiply_adds["scan"] == tokens * (5 * inner * states + blocks * heads) // 2 + skip
-    assert tally.exponentials["scan"] == blocks * tokens * heads
-    assert tally.exponentials["activation"] == extras * tokens * (blocks * heads + inner)
-    assert tally.without_scan == 0
+    assert count.multiply_adds["scan"] == tokens * (5 * inner * states + blocks * heads) // 2 + skip
+    assert count.exponentials["scan"] == blocks * tokens * heads
+    assert count.exponentials["activation"] == extras * tokens * (blocks * heads + inner)
+    assert count.without_scan == 0
 
 
 @pytest.mark.parametrize("name", ["segresnet", "unet", "unetr", "swinunetr"])
@@ -315,16 +320,16 @@ def test_attention_has_its_products_and_one_exponential_for_each_pair() -> None:
             q = image.reshape(2, 3, 10, 4)  # batch, heads, tokens, width
             return nn.functional.scaled_dot_product_attention(q, q, q)
 
-    tally = count_operations(Attend(), 24, (2, 5)).total
-    assert tally.multiply_adds.total() == 2 * 3 * 10 * 10 * (4 + 4)
-    assert tally.exponentials.total() == 2 * 3 * 10 * 10
+    count = count_operations(Attend(), 24, (2, 5)).total
+    assert count.multiply_adds.total() == 2 * 3 * 10 * 10 * (4 + 4)
+    assert count.exponentials.total() == 2 * 3 * 10 * 10
 
 
 def test_transposed_and_grouped_convolutions() -> None:
     network = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, 2), nn.Conv2d(6, 6, 3, padding=1, groups=6)).to("meta")
-    tally = count_operations(network, 4, (5, 7)).total
-    assert tally.multiply_adds["convolution"] == 35 * 4 * 6 * 4
-    assert tally.multiply_adds["depthwise convolution"] == 10 * 14 * 6 * 9
+    count = count_operations(network, 4, (5, 7)).total
+    assert count.multiply_adds["convolution"] == 35 * 4 * 6 * 4
+    assert count.multiply_adds["depthwise convolution"] == 10 * 14 * 6 * 9
 
 
 def test_an_operator_without_a_rule_is_an_error_not_a_zero() -> None:
@@ -343,9 +348,9 @@ def test_an_operator_without_a_rule_is_an_error_not_a_zero() -> None:
         count_operations(New(), 1, (4, 4))
 
 
-def test_tallies_of_modules_add_up_to_the_whole() -> None:
+def test_counts_of_modules_add_up_to_the_whole() -> None:
     operations = account("lightm", spatial=(16, 16, 16)).operations
-    parts = Tally()
+    parts = OperationCount()
     for path in ("stem", "encoder", "bottleneck", "decoder", "head", "head_norm"):
         parts.add(operations.below(path))
     total = operations.total
@@ -421,7 +426,6 @@ def test_the_verb_prints_complete_json_and_takes_sizes_apart_or_together() -> No
     assert found["operations"]["multiply_adds"] == sum(layer["multiply_adds"] for layer in found["layers"])
     assert found["operations"]["multiply_adds_without_scan"] < found["operations"]["multiply_adds"]
     assert found["latency"]["seconds"] > 0
-    assert found["errata"]["called_modules"]["first_upload_seen"] == 1_865_987
     second = json.loads(run("--spatial", "16,24,8", "lightm-unet-small", "--json").stdout)
     assert second == {**found, "latency": None}
 
@@ -432,7 +436,7 @@ def test_the_verb_prints_tables_of_one_network_with_settings_and_of_several(monk
         assert expected in text
     names = ["lightm-small", "spm-lightm-unet", "unet", "nnformer"]  # all of them take seconds
     assert set(names) <= set(known_names())
-    monkeypatch.setattr("lightm.lab.complexity.table.known_names", lambda: names)
+    monkeypatch.setattr("lightm.lab.complexity.report.known_names", lambda: names)
     listed = json.loads(run("--all", "--spatial", "32", "32", "--json").stdout)
     assert sorted(row["name"] for row in listed) == sorted(names)
     assert [row["name"] for row in listed if row["refused"]] == ["nnformer"]
@@ -455,7 +459,7 @@ def test_the_verb_prints_tables_of_one_network_with_settings_and_of_several(monk
         ((), "one network is needed, got none"),
         (("lightm", "--out", "here"), "belong to --all"),
         (("--all", "lightm"), "PRESET cannot be given with it"),
-        (("unetr", "--spatial", "32", "32", "--diagram", "x.svg"), "not of peers"),
+        (("unetr", "--spatial", "32", "32", "--diagram", "x.svg"), "not of baselines"),
     ],
 )
 def test_the_verb_refuses_with_a_reason(words: tuple[str, ...], message: str) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
@@ -18,6 +15,7 @@ from lightm.errors import InputError
 from lightm.lab.complexity import build_network
 from lightm.lab.complexity.diagram import draw_network, trace
 from lightm.nets import PRESETS, count_parameters, create
+from tests.helpers import docs_script
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -119,25 +117,15 @@ def test_skips_are_read_off_the_tensors() -> None:
 
 
 def test_peers_and_impossible_sizes_are_refused() -> None:
-    with pytest.raises(InputError, match="not of peers"):
+    with pytest.raises(InputError, match="not of baselines"):
         draw_network("unet", spatial=(32, 32))
     with pytest.raises(InputError, match="Y=20 is not divisible by 8"):
         draw_network("lightm", spatial=(20, 32))
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("draw_presets", DOCS / "draw_presets.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ["lightm-unet", "spm-lightm-unet-small"])
 def test_the_committed_pages_are_the_generated_ones(name: str) -> None:
-    for file, text in script().pages(name).items():
+    for file, text in docs_script("draw_presets").pages(name).items():
         committed = (DOCS / "presets" / file).read_text(encoding="utf-8")
         assert committed == text, f"docs/presets/{file} is not what docs/draw_presets.py writes; run it"
 

@@ -1,14 +1,13 @@
 """How fast is LightM on this machine, against what else there is: operators, layers, networks, growth with size.
 
 `run` measures and returns rows; `write_csv`, `read_csv`, `format_markdown` and `draw_scaling` are what can be done
-with them. What the columns mean and how a floor is counted: docs of `lightm.lab.bench.work` and
+with them. What the columns mean and how a roofline is counted: docs of `lightm.lab.bench.roofline` and
 `lightm.lab.bench.records`.
 """
 
 from __future__ import annotations
 
-from lightm.lab.bench.plot import draw_scaling
-from lightm.lab.bench.records import Row, format_markdown, read_csv, write_csv
+from lightm.lab.bench.records import Row, draw_scaling, format_markdown, read_csv, write_csv
 from lightm.lab.bench.suite import run
 
 __all__ = ["Row", "draw_scaling", "format_markdown", "read_csv", "run", "write_csv"]

@@ -2,28 +2,30 @@
 
 A case is data (`Case`), so that another process can build the same one; `prepare` makes the tensors and the call.
 Operators take tensors as the networks have them: channels last, E = 64 channels and N = 16 states in a scan, 32
-channels in an image. Variants of an operator: `cpu`, the kernel of this project; `reference`, plain PyTorch; `conv3d`,
-PyTorch's own depthwise convolution in its channels-last layout; `bare`, a scan loop without softplus, bias and skip
-that writes into memory it already has: about as fast as a scan could be.
+channels in an image. Variants of an operator: `cpu`, the kernel of this project; `reference`, plain PyTorch, for the
+scan a Python loop over tokens; `chunked`, the scan as PyTorch does it best, see `chunked_scan`; `conv3d`, PyTorch's own
+depthwise convolution in its channels-last layout; `bare`, a scan loop without softplus, bias and skip that writes into
+memory it already has: about as fast as a scan could be.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lightm.errors import InputError
-from lightm.lab.bench.work import FLOAT, Work, count_steps
+from lightm.lab.bench.roofline import FLOAT, Work, count_steps
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-INNER, STATES, TAPS, CHANNELS = 64, 16, 4, 32
+INNER, STATES, KERNEL_SIZE, CHANNELS = 64, 16, 4, 32
 REFERENCE_TOKENS = 4096  # the reference scan's backward pass takes time that grows faster than its length
 LAYER_WIDTHS = (32, 64)
 OPERATORS = {
-    "selective_scan": ("cpu", "reference"),
+    "selective_scan": ("cpu", "reference", "chunked"),
     "selective_scan_long": ("cpu", "bare"),
     "causal_conv1d": ("cpu", "reference"),
     "gated_norm": ("cpu", "reference"),
@@ -83,7 +85,7 @@ def warm_up(case: Case) -> None:
     conv = torch.nn.Conv3d(4, 4, 3, padding=1)
     conv(x).square().mean().backward()
     (torch.randn(64, 64) @ torch.randn(64, 64)).sum().item()
-    if case.level in ("op", "layer") or case.name in PRESETS:  # peers may not take a small size
+    if case.level in ("op", "layer") or case.name in PRESETS:  # baselines may not take a small size
         prepare(replace(case, size=min(case.size, 16))).call()
 
 
@@ -108,7 +110,7 @@ def operator_work(name: str, size: int) -> tuple[Work, Work]:
         return _times(forward, tokens), _times(backward, tokens)
     c, e, s = CHANNELS, INNER, FLOAT
     each = {
-        "causal_conv1d": (Work(s * e, s * e, 2 * TAPS * e, e), Work(s * 2 * e, s * e, 6 * TAPS * e, e)),
+        "causal_conv1d": (Work(s * e, s * e, 2 * KERNEL_SIZE * e, e), Work(s * 2 * e, s * e, 6 * KERNEL_SIZE * e, e)),
         "gated_norm": (Work(s * 2 * e, s * e, 0, e), Work(s * 3 * e, s * 2 * e, 0, e)),
         "depthwise_conv": (Work(s * c, s * c, 54 * c), Work(s * 2 * c, s * c, 108 * c)),
         "group_norm_relu": (Work(s * 2 * c, s * c), Work(s * 4 * c, s * c)),
@@ -154,6 +156,43 @@ def _operator(case: Case) -> Prepared:
     return Prepared(lambda: torch.autograd.grad(make(), leaves, weight), shape, lambda: steps)
 
 
+def chunked_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, d_skip: Tensor, delta_bias: Tensor, chunk: int = 64
+) -> Tensor:
+    """The selective scan in plain PyTorch without a loop over tokens: the baseline that its kernels are held against.
+
+    Chunks of `chunk` tokens run side by side, each from a zero state: a loop over the places in a chunk. A second loop,
+    over chunks, carries the states, whose effect is then added: `chunk` + L / `chunk` steps of Python in place of L,
+    and decays as exp(A sum dt), which stays finite. Gradients by autograd.
+
+    u, delta (B, L, E); `chunk` shrinks to a divisor of L; A (E, N); B, C (B, L, N); d_skip, delta_bias (E,); returns
+    (B, L, E). Memory: about 5 L E N numbers.
+    """
+    import torch
+
+    batch, tokens, inner = u.shape
+    chunk = math.gcd(chunk, tokens)
+    dt = torch.nn.functional.softplus(delta + delta_bias).view(batch, -1, chunk, inner)
+    x, b, c = (t.view(batch, -1, chunk, t.shape[-1]) for t in (u, B, C))
+    decay = torch.exp(dt[..., None] * A)  # (B, L / chunk, chunk, E, N), as all below
+    update = (dt * x)[..., None] * b[..., None, :]
+    state = torch.zeros_like(update[:, :, 0])
+    states = []
+    for a, new in zip(decay.unbind(2), update.unbind(2), strict=True):
+        state = a * state + new
+        states.append(state)
+    inside = torch.stack(states, 2)
+    since_start = torch.exp(dt.cumsum(2)[..., None] * A)
+    state = torch.zeros_like(state[:, 0])
+    starts = []
+    for a, end in zip(since_start[:, :, -1].unbind(1), inside[:, :, -1].unbind(1), strict=True):
+        starts.append(state)
+        state = a * state + end
+    h = inside + since_start * torch.stack(starts, 1)[:, :, None]
+    y = (h * c[..., None, :]).sum(-1)
+    return (y + d_skip * x).view(batch, tokens, inner)
+
+
 _Made = tuple[Callable[[], "Tensor"], list["Tensor"], str]
 
 
@@ -168,6 +207,8 @@ def _scan_call(name: str, size: int, impl: str) -> _Made:
     A = -torch.arange(1, STATES + 1, dtype=torch.float32).repeat(INNER, 1)
     skip, bias = torch.ones(INNER), torch.zeros(INNER)
     shape = f"1x{tokens}x{INNER}, N={STATES}"
+    if impl == "chunked":
+        return lambda: chunked_scan(u, delta, A, B, C, skip, bias), [u, delta, A, B, C, skip, bias], shape
     if name == "selective_scan_long":  # the same task as the bare loop's: steps already positive
         step = torch.rand(1, tokens, INNER) * 0.1
         return lambda: ops.selective_scan(u, step, A, B, C, impl=impl), [u, step, A, B, C], shape
@@ -185,9 +226,13 @@ def _conv1d_call(name: str, size: int, impl: str) -> _Made:
 
     from lightm import ops
 
-    x, weight, bias = torch.randn(1, size**3, INNER), torch.randn(INNER, TAPS), torch.randn(INNER)
+    x, weight, bias = torch.randn(1, size**3, INNER), torch.randn(INNER, KERNEL_SIZE), torch.randn(INNER)
     leaves = [x, weight, bias]
-    return lambda: ops.causal_conv1d(x, weight, bias, "silu", impl=impl), leaves, f"1x{size**3}x{INNER}, K={TAPS}"
+    return (
+        lambda: ops.causal_conv1d(x, weight, bias, "silu", impl=impl),
+        leaves,
+        f"1x{size**3}x{INNER}, K={KERNEL_SIZE}",
+    )
 
 
 def _gated_call(name: str, size: int, impl: str) -> _Made:
@@ -208,13 +253,13 @@ def _image_call(name: str, size: int, impl: str) -> _Made:
     x = torch.randn(1, size, size, size, CHANNELS)
     shape = f"1x{size}x{size}x{size}x{CHANNELS}"
     scale, shift = torch.ones(CHANNELS), torch.zeros(CHANNELS)
-    taps = torch.randn(3, 3, 3, CHANNELS)
+    weight = torch.randn(3, 3, 3, CHANNELS)
     if impl == "conv3d":
         first = x.movedim(-1, 1)
-        kernel = taps.movedim(-1, 0).unsqueeze(1).contiguous()
+        kernel = weight.movedim(-1, 0).unsqueeze(1).contiguous()
         return lambda: torch.nn.functional.conv3d(first, kernel, padding=1, groups=CHANNELS), [first, kernel], shape
     if name == "depthwise_conv":
-        return lambda: ops.depthwise_conv(x, taps, impl=impl), [x, taps], shape
+        return lambda: ops.depthwise_conv(x, weight, impl=impl), [x, weight], shape
     if name == "group_norm_relu":
         return lambda: ops.group_norm_relu(x, 8, scale, shift, impl=impl), [x, scale, shift], shape
     function = ops.max_pool2 if name == "max_pool2" else ops.upsample_linear2
@@ -271,11 +316,11 @@ def _network(case: Case) -> Prepared:
     import torch
     from torch.nn import functional
 
-    from lightm.lab.bench import peers
+    from lightm.lab.bench import baselines
     from lightm.nets import count_parameters
 
     size = case.size
-    network: nn.Module = peers.create(case.name, size)
+    network: nn.Module = baselines.create(case.name, size)
     image = torch.randn(1, 1, size, size, size)
     shape = f"1x1x{size}x{size}x{size}"
     if case.mode == INFERENCE:
@@ -290,7 +335,7 @@ def _network(case: Case) -> Prepared:
     if case.mode != TRAINING:
         raise InputError(f"mode '{case.mode}': a network is measured in {INFERENCE} or {TRAINING}")
     network.train()
-    labels = torch.randint(0, peers.CLASSES, (1, size, size, size))
+    labels = torch.randint(0, baselines.CLASSES, (1, size, size, size))
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4)
 
     def step() -> float:

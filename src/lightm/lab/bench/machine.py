@@ -15,11 +15,11 @@ from lightm import __version__
 
 @dataclass(frozen=True)
 class Limits:
-    """The fastest rates seen, a second: FLOPs of a large float32 matrix product and of multiply-adds in registers (a
+    """The fastest rates seen, a second: FLOPs of a large float32 matmul and of multiply-adds in registers (a
     multiply-add is 2), bytes of a large copy (reads and writes counted), exponentials from and to the first-level
     cache, and state updates (tokens x channels x states) of a bare scan loop."""
 
-    product: float
+    matmul: float
     registers: float
     bytes: float
     exps: float
@@ -27,8 +27,8 @@ class Limits:
 
     @property
     def flops(self) -> float:
-        """The rate that floors are counted with: libraries do not reach the registers' on every processor."""
-        return max(self.product, self.registers)
+        """The rate that rooflines are counted with: libraries do not reach the registers' on every processor."""
+        return max(self.matmul, self.registers)
 
     def best(self, other: Limits) -> Limits:
         """The larger of each rate."""
@@ -36,7 +36,7 @@ class Limits:
 
     def describe(self) -> str:
         return (
-            f"matrix product {self.product / 1e9:.0f} GFLOP/s, multiply-adds in registers {self.registers / 1e9:.0f} "
+            f"matmul {self.matmul / 1e9:.0f} GFLOP/s, multiply-adds in registers {self.registers / 1e9:.0f} "
             f"GFLOP/s, copy {self.bytes / 1e9:.1f} GB/s, {self.exps / 1e9:.2f} G exponentials/s, "
             f"bare scan {self.updates / 1e9:.2f} G state updates/s"
         )
@@ -53,7 +53,7 @@ def measure_limits(runs: int = 5, *, small: bool = False) -> Limits:
     from lightm.lab.bench.kernels import STATES, BareScan, exponential_batch, multiply_add_batch
     from lightm.lab.bench.measure import best_seconds
 
-    def product_rate(edge: int) -> float:
+    def matmul_rate(edge: int) -> float:
         a, b, out = torch.randn(edge, edge), torch.randn(edge, edge), torch.empty(edge, edge)
         return 2 * edge**3 / best_seconds(lambda: torch.mm(a, b, out=out), runs)
 
@@ -64,13 +64,13 @@ def measure_limits(runs: int = 5, *, small: bool = False) -> Limits:
 
     with torch.no_grad():
         threads = torch.get_num_threads()
-        product = product_rate(256 if small else 2048)
+        matmul = matmul_rate(256 if small else 2048)
         moved = copy_rate(1 << (20 if small else 26))
         chains, flops = multiply_add_batch(threads, rounds=20_000 if small else 2_000_000)
         call, count = exponential_batch(threads, rounds=100 if small else 4000)
         scan = BareScan(1024 if small else 65536, 64)
         return Limits(
-            product,
+            matmul,
             flops / best_seconds(chains, runs),
             moved,
             count / best_seconds(call, runs),

@@ -2,7 +2,7 @@
 
 Columns of the CSV: `date` (UTC), `commit`, versions, `cpu`, `threads`; the case (`level`, `case`, `impl`, `shape`,
 `mode`, `parameters`); seconds `p20_s`, `p50_s`, `p80_s` of `runs` measurements; `peak_mb` (10^6 bytes; empty: not
-measured); what the case needs at least (`bytes`, `flops`, `exps`), the time for that on this machine (`floor_s`) and
+measured); what the case needs at least (`bytes`, `flops`, `exps`), the time for that on this machine (`roofline_s`) and
 p50 as a multiple of it; `baseline` and the median ratio of the times to the baseline's, round by round (below 1 is
 faster); the machine's limits in the same run.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightm.errors import InputError
-from lightm.files import write_text
+from lightm.files import replacing, write_text
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Row:
     bytes: float
     flops: float
     exps: float
-    floor_s: float
-    ratio_to_floor: float
+    roofline_s: float
+    ratio_to_roofline: float
     baseline: str
     ratio_to_baseline: float | None
-    limit_product_gflops: float
+    limit_matmul_gflops: float
     limit_register_gflops: float
     limit_copy_gbs: float
     limit_gexps: float
@@ -65,6 +65,11 @@ class Row:
 
 
 _COLUMNS = [field.name for field in dataclasses.fields(Row)]
+_OLD_COLUMNS = {  # names in files of earlier versions
+    "floor_s": "roofline_s",
+    "ratio_to_floor": "ratio_to_roofline",
+    "limit_product_gflops": "limit_matmul_gflops",
+}
 _KINDS = {field.name: str(field.type) for field in dataclasses.fields(Row)}
 
 
@@ -97,8 +102,9 @@ def read_csv(path: Path | str) -> list[Row]:
             f"{path}: cannot be read ({error.strerror}); give a file that `lightm bench --out` wrote"
         ) from error
     reader = csv.DictReader(io.StringIO(text))
+    reader.fieldnames = [_OLD_COLUMNS.get(name, name) for name in reader.fieldnames or []]
     if reader.fieldnames != _COLUMNS:
-        missing = [name for name in _COLUMNS if name not in (reader.fieldnames or [])]
+        missing = [name for name in _COLUMNS if name not in reader.fieldnames]
         what = f"lacks {', '.join(missing)}" if missing else "has other columns"
         raise InputError(f"{path}: {what}; expected a file that this version of `lightm bench --out` wrote")
     rows = []
@@ -127,7 +133,17 @@ def format_json(rows: Sequence[Row]) -> str:
 
 # Tables -------------------------------------------------------------------------------------------------------
 
-HEADINGS = ("case", "parameters", "shape", "mode", "seconds (p20–p80)", "peak MB", "floor s", "x floor", "x baseline")
+HEADINGS = (
+    "case",
+    "parameters",
+    "shape",
+    "mode",
+    "seconds (p20–p80)",
+    "peak MB",
+    "roofline s",
+    "x roofline",
+    "x baseline",
+)
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -143,8 +159,17 @@ def cells(row: Row) -> tuple[str, ...]:
         against = "1 (baseline)"
     else:
         against = _number(row.ratio_to_baseline)
-    floor = (_number(row.floor_s), _number(row.ratio_to_floor)) if row.floor_s else ("", "")
-    return (name, f"{row.parameters:,}" if row.parameters else "", row.shape, row.mode, spread, peak, *floor, against)
+    roofline = (_number(row.roofline_s), _number(row.ratio_to_roofline)) if row.roofline_s else ("", "")
+    return (
+        name,
+        f"{row.parameters:,}" if row.parameters else "",
+        row.shape,
+        row.mode,
+        spread,
+        peak,
+        *roofline,
+        against,
+    )
 
 
 def format_markdown(rows: Sequence[Row]) -> str:
@@ -154,8 +179,8 @@ def format_markdown(rows: Sequence[Row]) -> str:
     first = rows[0]
     lines = [
         f"LightM {first.lightm} ({first.commit}), torch {first.torch}, numba {first.numba}, Python {first.python}; "
-        f"{first.cpu}, {first.threads} threads; {first.date}. Limits in this run: matrix product "
-        f"{first.limit_product_gflops:.0f} GFLOP/s, multiply-adds in registers {first.limit_register_gflops:.0f} "
+        f"{first.cpu}, {first.threads} threads; {first.date}. Limits in this run: matmul "
+        f"{first.limit_matmul_gflops:.0f} GFLOP/s, multiply-adds in registers {first.limit_register_gflops:.0f} "
         f"GFLOP/s, copy {first.limit_copy_gbs:.1f} GB/s, {first.limit_gexps:.2f} G exponentials/s, bare scan "
         f"{first.limit_gupdates:.2f} G state updates/s.",
         "",
@@ -173,3 +198,65 @@ def _number(value: float) -> str:
         return f"{value:.0f}"
     text = f"{value:.3g}"
     return f"{value:.7f}".rstrip("0") if "e" in text else text
+
+
+# Plot of scaling ------------------------------------------------------------------------------------------------------
+
+
+FORMATS = (".svg", ".png", ".pdf")
+
+
+def check_plot(path: Path | str) -> None:
+    """Raise InputError unless the name ends in .svg, .png or .pdf."""
+    if Path(path).suffix.lower() not in FORMATS:
+        raise InputError(f"{path}: a plot is written as {', '.join(FORMATS)}; name the file so")
+
+
+def draw_scaling(rows: Sequence[Row], path: Path | str) -> None:
+    """Draw time and peak memory of the `scaling` rows over the number of voxels; the file's ending is its format.
+
+    Both axes are logarithmic; the dashed line through each network's largest size grows linearly with the voxels, so
+    a curve above it at the left is fixed cost, one that is steeper is worse than linear. Raises InputError without
+    scaling rows of two sizes or for an unknown ending, LightMError when the file cannot be written.
+    """
+    check_plot(path)
+    chosen = [row for row in rows if row.level == "scaling"]
+    if len({row.edge for row in chosen}) < 2:
+        raise InputError("scaling plot: rows of two sizes or more are needed; run `lightm bench scaling`")
+    from matplotlib.figure import Figure  # a figure of its own: no window system, no global state
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    names = list(dict.fromkeys((row.case, row.mode) for row in chosen))
+    modes = {mode for _, mode in names}
+    for axes, column, label in zip(figure.subplots(1, 2), ("p50_s", "peak_mb"), ("seconds", "peak MB"), strict=True):
+        ticks: dict[int, str] = {}
+        for index, (name, mode) in enumerate(names):
+            points = sorted(
+                (row.edge**3, value)
+                for row in chosen
+                if (row.case, row.mode) == (name, mode) and (value := getattr(row, column)) is not None
+            )
+            if not points:
+                continue
+            voxels, values = zip(*points, strict=True)
+            color = f"C{index}"
+            shown = name if len(modes) == 1 else f"{name}, {mode}"
+            axes.plot(voxels, values, "o-", color=color, label=shown)
+            axes.plot(voxels, [values[-1] * v / voxels[-1] for v in voxels], "--", color=color, alpha=0.5, linewidth=1)
+            ticks.update({v: f"{round(v ** (1 / 3))}³" for v in voxels})
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(sorted(ticks), [ticks[v] for v in sorted(ticks)], minor=False)
+        axes.minorticks_off()
+        axes.set_xlabel("voxels")
+        axes.set_ylabel(f"{label}{'' if len(modes) > 1 else ', ' + next(iter(modes))}")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(title="dashed: linear in the voxels", title_fontsize="small", fontsize="small")
+    first = chosen[0]
+    figure.suptitle(
+        f"{first.cpu}, {first.threads} threads, LightM {first.lightm}, torch {first.torch}", fontsize="small"
+    )
+    kind = Path(path).suffix.lower().lstrip(".")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=150)

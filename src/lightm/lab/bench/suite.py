@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightm.errors import InputError, did_you_mean
+from lightm.lab.bench import baselines, machine
 from lightm.lab.bench import cases as made
-from lightm.lab.bench import machine, peers
 from lightm.lab.bench.cases import BOTH, FORWARD, INFERENCE, LAYERS, OPERATORS, TRAINING, Case
 from lightm.lab.bench.measure import alternate, median_ratio, percentile
-from lightm.lab.bench.memory import OutOfMemoryError, peak_in_child
-from lightm.lab.bench.plot import check_plot, draw_scaling
-from lightm.lab.bench.records import Row, write_csv
-from lightm.lab.bench.work import Work, floor_seconds
+from lightm.lab.bench.peak import OutOfMemoryError, peak_in_child
+from lightm.lab.bench.records import Row, check_plot, draw_scaling, write_csv
+from lightm.lab.bench.roofline import Work, roofline_seconds
 from lightm.progress import Progress
 
 if TYPE_CHECKING:
@@ -68,15 +67,15 @@ def run(
 
     Cases that are compared alternate in one process (A, B, A, B, ...), each called once before; times are of whole
     calls on float32 CPU tensors, a call shorter than 20 ms repeated and averaged. Peak memory is that of one call in
-    a fresh process. The machine's limits are measured before and after, the faster counts; a floor is what
-    `lightm.lab.bench.work` says.
+    a fresh process. The machine's limits are measured before and after, the faster counts; a roofline is what
+    `lightm.lab.bench.roofline` says.
 
     Args:
         what: "op", "layer", "network", "scaling" (networks over `sizes`), "all", or one operator or layer by name.
         size: edge of the cube in voxels; 64 for operators and layers, 96 for networks when None.
         repeats: rounds, each with one measurement of every case.
-        networks: names, LightM's presets and peers; `lightm.lab.bench.peers.DEFAULT` when None, and `lightm-unet` alone
-            for scaling.
+        networks: names of presets and baselines; `lightm.lab.bench.baselines.DEFAULT` when None, and `lightm-unet`
+            alone for scaling.
         baseline: the network that the others are compared with; dynunet when it is among them, else the first.
         train: networks in training steps (forward, cross-entropy, backward, SGD) instead of inference.
         sizes: edges for "scaling".
@@ -148,7 +147,7 @@ def plan(
     for edge in [*([] if size is None else [size]), *sizes]:
         if edge < 4:
             raise InputError(f"size {edge}: an edge of 4 voxels or more is needed")
-    names = tuple(networks) if networks is not None else peers.DEFAULT
+    names = tuple(networks) if networks is not None else baselines.DEFAULT
     if baseline is not None and baseline not in names:
         raise InputError(f"baseline '{baseline}' is not among the networks {', '.join(names)}; add it with --networks")
     small, large = size or 64, size or 96
@@ -167,20 +166,20 @@ def plan(
                 groups.append(Group(tuple(Case("layer", name, small, mode) for name in pair), pair[0]))
     mode = TRAINING if train else INFERENCE
     if what in ("network", "all"):
-        peers.check(names, [large])
+        baselines.check(names, [large])
         chosen = baseline or ("dynunet" if "dynunet" in names else names[0])
         groups.append(Group(tuple(Case("network", name, large, mode) for name in names), chosen))
     if what in ("scaling", "all"):
         over = names if networks is not None else ("lightm-unet",)
         if not sizes:
             raise InputError("no sizes for scaling; give some, e.g. 32,64,96")
-        peers.check(over, sizes)
+        baselines.check(over, sizes)
         groups += [Group(tuple(Case("scaling", name, edge, mode) for name in over)) for edge in sorted(set(sizes))]
     return groups
 
 
 def _operator_groups(name: str, variants: Iterable[str], size: int) -> list[Group]:
-    baseline = "bare" if name == "selective_scan_long" else "reference"
+    baseline = {"selective_scan_long": "bare", "selective_scan": "chunked"}.get(name, "reference")
     groups = []
     for mode in (FORWARD, BOTH):
         # the bare loop has no backward pass
@@ -230,7 +229,7 @@ def _rows(results: Sequence[_Result], limits: Limits, started: str) -> list[Row]
     rows = []
     for result in results:
         middle = percentile(result.times, 50)
-        floor = floor_seconds(result.steps, limits)
+        roofline = roofline_seconds(result.steps, limits)
         rows.append(
             Row(
                 date=started,
@@ -252,11 +251,11 @@ def _rows(results: Sequence[_Result], limits: Limits, started: str) -> list[Row]
                 bytes=sum(step.bytes for step in result.steps),
                 flops=sum(step.flops for step in result.steps),
                 exps=sum(step.exps for step in result.steps),
-                floor_s=floor,
-                ratio_to_floor=middle / floor if floor else 0.0,
+                roofline_s=roofline,
+                ratio_to_roofline=middle / roofline if roofline else 0.0,
                 baseline=result.baseline,
                 ratio_to_baseline=median_ratio(result.times, result.baseline_times) if result.baseline_times else None,
-                limit_product_gflops=limits.product / 1e9,
+                limit_matmul_gflops=limits.matmul / 1e9,
                 limit_register_gflops=limits.registers / 1e9,
                 limit_copy_gbs=limits.bytes / 1e9,
                 limit_gexps=limits.exps / 1e9,

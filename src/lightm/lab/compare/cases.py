@@ -1,4 +1,4 @@
-"""The same test case by every method: slices with contours and errors, and surfaces."""
+"""The same test case by every configuration: read, chosen, and drawn as slices and surfaces."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ from lightm.evaluation.overlays import (
     best_slice,
 )
 from lightm.evaluation.surfaces import surfaces_figure
-from lightm.lab.compare.figures import case_table
-from lightm.lab.compare.style import short
-from lightm.lab.compare.summary import Summary
+from lightm.lab.compare.figures import case_table, short
+from lightm.lab.compare.results import Summary
 
 _SURFACES = 5  # methods drawn as surfaces beside the label: each takes about half a second
 

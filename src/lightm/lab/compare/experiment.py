@@ -34,7 +34,7 @@ class PhantomData(BaseModel):
 
 
 class NetworkChoice(BaseModel):
-    """A network of the grid: a preset or peer with its options."""
+    """A network of the grid: a preset or baseline with its options."""
 
     model_config = ConfigDict(extra="forbid")
 

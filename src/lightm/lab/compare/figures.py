@@ -1,19 +1,114 @@
-"""Figures of a comparison's scores: differences, single cases, cost, and fine detail."""
+"""Figures of a comparison: differences, single cases, cost, lesions, and training curves."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
-from lightm.evaluation.figures import BLUE, INK, MUTED, VERMILION, new_figure
+from lightm.errors import LightMError
+from lightm.evaluation.figures import (
+    BLUE,
+    GREEN,
+    GRID,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    History,
+    new_figure,
+    plain,
+    to_png,
+)
+from lightm.files import atomic_file
 from lightm.lab.bubbles import comparison_figure
-from lightm.lab.compare.bins import BinRow
-from lightm.lab.compare.style import looks, method_legend, short, tidy
-from lightm.lab.compare.summary import Score, Summary
-from lightm.lab.complexity.table import Dice, Row
+from lightm.lab.compare.lesions import BinRow
+from lightm.lab.compare.results import Comparison, Score, Summary
+from lightm.lab.complexity.report import Dice, Row
+
+# Okabe and Ito's, then four of Paul Tol's muted ones; the marker tells apart what a reader cannot.
+_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#882255", "#332288", "#999933", "#661100", "#44AA99")
+_MARKERS = "osD^vP*X<>hp"
+_FULL, _SHORT = 60, 22
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour and marker of one method."""
+
+    colour: str
+    marker: str
+
+
+def looks(methods: Sequence[str], baseline: str | None) -> dict[str, Look]:
+    """The look of every method: the baseline in black, the others in the order given."""
+    others = [name for name in methods if name != baseline]
+    found = {
+        name: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[(i + 1) % len(_MARKERS)]) for i, name in enumerate(others)
+    }
+    return {name: found.get(name, Look(INK, "o")) for name in methods}
+
+
+def short(name: str, most: int = _SHORT) -> str:
+    """A name that fits a title: its middle is left out where it is long; dollar signs are no formulas."""
+    if len(name) > most:
+        half = (most - 1) // 2
+        name = f"{name[: most - 1 - half]}…{name[-half:]}"
+    return plain(name)
+
+
+def method_legend(figure: Figure, found: dict[str, Look], extra: Sequence[Line2D] = ()) -> None:
+    """One legend of all methods below the panels."""
+    handles = [
+        Line2D([], [], color=look.colour, marker=look.marker, markersize=5, label=short(name, _FULL))
+        for name, look in found.items()
+    ]
+    longest = max(len(name) for name in found)
+    columns = max(1, min(6, len(handles) + len(extra), 120 // (longest + 8)))
+    figure.legend(
+        handles=[*handles, *extra], loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handlelength=2
+    )
+
+
+def tidy(axes: Axes, title: str = "", *, grid: str = "both") -> None:
+    """The report's look: no frame, a pale grid, a bold title on the left."""
+    if title:
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=INK, labelsize=8.5)
+    axes.xaxis.label.set(color=MUTED, fontsize=9)
+    axes.yaxis.label.set(color=MUTED, fontsize=9)
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)  # type: ignore[arg-type]
+
+
+def save(figure: Figure, path: Path, *, vector: bool = True) -> bytes:
+    """Write `path`.png, with `vector` also `path`.svg, and return the PNG's bytes; equal figures give equal files."""
+    picture = to_png(figure)
+    with atomic_file(path.with_name(path.name + ".png")) as file:
+        file.write(picture)
+    if vector:
+        with (
+            matplotlib.rc_context({"svg.hashsalt": "lightm"}),
+            atomic_file(path.with_name(path.name + ".svg")) as file,
+        ):
+            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return picture
+
+
+# Scores and cost ------------------------------------------------------------------------------------------------------
+
 
 _COLUMNS = 4  # panels side by side: the mean over classes and classes, as many as can be read
 _BETTER = {"better": BLUE, "worse": VERMILION}
@@ -229,3 +324,139 @@ def _short(value: float) -> str:
 
 def _over(summary: Summary) -> str:
     return "mean over classes" if len(summary.labels) > 1 else next(iter(summary.labels))
+
+
+# Training curves ------------------------------------------------------------------------------------------------------
+
+
+Histories = dict[str, list[History]]
+Style = str | tuple[int, tuple[float, float]]
+
+_CLASSES = 4  # of alpha and beta: more do not fit a page
+
+
+def read_histories(comparison: Comparison) -> tuple[Histories, list[str]]:
+    """The histories of every method, one a seed, and what could not be read."""
+    histories: Histories = {}
+    problems = []
+    for name, cells in comparison.methods():
+        for cell in cells:
+            try:
+                history = cell.history()
+            except LightMError as error:
+                problems.append(str(error))
+                continue
+            if history:
+                histories.setdefault(name, []).append(history)
+    return histories, problems
+
+
+def training_curves(comparison: Comparison, histories: Histories) -> Figure:
+    """Loss (a row for each loss, as heights of different losses cannot be compared), pseudo Dice and its average.
+
+    The left column is over epochs, the right one over seconds of training. A method is the mean over its seeds, as far
+    as all of them went, at the mean of their times; each seed is a thin line.
+    """
+    loss_of = {name: cells[0].cell.loss for name, cells in comparison.methods()}
+    losses = [loss for loss in comparison.experiment.losses if any(loss_of[name] == loss for name in histories)]
+    shown = looks(list(loss_of), comparison.baseline)
+    rows = len(losses) + 2
+    figure = new_figure(9.6, 1.0 + 2.1 * rows)
+    grid = figure.subplots(rows, 2, sharex="col", sharey="row", squeeze=False)
+    for column, seconds in enumerate((False, True)):
+        for row, loss in enumerate(losses):
+            axes = grid[row, column]
+            chosen = {name: found for name, found in histories.items() if loss_of[name] == loss}
+            for name, found in chosen.items():
+                _draw(axes, found, "train_loss", shown[name], seconds, "-")
+                _draw(axes, found, "val_loss", shown[name], seconds, (0, (3, 1.5)))
+            tidy(axes, f"Loss {short(loss, 40)}" if not column else "")
+        for row, key, title in (
+            (rows - 2, "pseudo_dice", "Pseudo Dice on validation patches"),
+            (rows - 1, "pseudo_dice_ema", "Its moving average"),
+        ):
+            axes = grid[row, column]
+            for name, found in histories.items():
+                _draw(axes, found, key, shown[name], seconds, "-")
+            axes.set_ylim(0, 1)
+            tidy(axes, title if not column else "")
+        grid[-1, column].set_xlabel("seconds of training" if seconds else "epoch")
+    grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    styles = [("-", "training loss"), ((0, (3, 1.5)), "validation loss")]
+    method_legend(
+        figure,
+        {name: look for name, look in shown.items() if name in histories},
+        [Line2D([], [], color=MUTED, linestyle=style, label=text) for style, text in styles],
+    )
+    return figure
+
+
+def coefficient_curves(comparison: Comparison, histories: Histories) -> Figure | None:
+    """Alpha and beta of the adaptive region-specific loss by class over epochs; None where no run has them."""
+    having = {
+        name: [history for history in found if any(key.startswith("arsl_alpha/") for key in history)]
+        for name, found in histories.items()
+    }
+    having = {name: found for name, found in having.items() if found}
+    if not having:
+        return None
+    columns = dict.fromkeys(key.split("/", 1)[1] for found in having.values() for h in found for key in h if
+                            key.startswith("arsl_alpha/"))  # fmt: skip
+    classes = list(columns)[:_CLASSES]
+    shown = looks([name for name, _ in comparison.methods()], comparison.baseline)
+    figure = new_figure(9.6, 1.0 + 2.0 * len(classes))
+    grid = figure.subplots(len(classes), 2, sharex=True, sharey=True, squeeze=False)
+    for row, name in enumerate(classes):
+        for column, which in enumerate(("alpha", "beta")):
+            axes = grid[row, column]
+            for method, found in having.items():
+                _draw(axes, found, f"arsl_{which}/{name}", shown[method], False, "-")
+            weighs = "false voxels" if which == "alpha" else "missed voxels"
+            tidy(axes, f"{short(name)}: {which} ({weighs})")
+            axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
+    for axes in grid[-1]:
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    method_legend(figure, {name: shown[name] for name in having})
+    return figure
+
+
+def _draw(
+    axes: Axes,
+    found: Sequence[History],
+    key: str,
+    look: Look,
+    seconds: bool,
+    style: str | tuple[int, tuple[float, ...]],
+) -> None:
+    lines = [_line(history, key, seconds) for history in found]
+    lines = [(x, y) for x, y in lines if np.isfinite(y).any()]
+    if not lines:
+        return
+    if len(lines) > 1:
+        for x, y in lines:
+            known = np.isfinite(y)
+            axes.plot(x[known], y[known], linestyle=style, color=look.colour, linewidth=0.6, alpha=0.4)
+    common = min(len(x) for x, _ in lines)
+    x = np.mean([x[:common] for x, _ in lines], axis=0)
+    y = np.mean([y[:common] for _, y in lines], axis=0)  # an epoch that one seed lacks has no mean
+    known = np.isfinite(x) & np.isfinite(y)
+    axes.plot(
+        x[known],
+        y[known],
+        linestyle=style,
+        color=look.colour,
+        linewidth=1.6,
+        marker=look.marker,
+        markersize=4,
+        markevery=max(1, int(known.sum()) // 6),
+        label=plain(key),
+    )
+
+
+def _line(history: History, key: str, seconds: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    values = np.array(history.get(key, []), dtype=np.float64)
+    if not seconds:
+        return np.array(history["epoch"], dtype=np.float64)[: values.size] + 1, values
+    spent = np.array(history.get("epoch_seconds", []), dtype=np.float64)
+    return (np.cumsum(spent), values) if spent.size == values.size else (np.zeros(0), np.zeros(0))

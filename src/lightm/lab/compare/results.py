@@ -1,26 +1,38 @@
-"""What a comparison's folder holds, read back: the experiment, its finished cells, and what the networks cost.
+"""What a comparison's folder holds: the trials read back, and the statistics as models (results.json).
 
-experiment.yaml   the grid, all defaults filled in          plan.yaml, split.json   one plan and split for all cells
-cells/ID/         a run folder (`lightm train`) a cell, with cell.json once the cell has ended
-networks.json     parameters, operations, latency and peak memory of every network on one training patch
+experiment.yaml   the grid, all defaults filled in          plan.yaml, split.json   one plan and split for all trials
+cells/ID/         the run folder (`lightm train`) of a trial, with cell.json once it has ended
+networks.json     parameters, MACs, latency and peak memory of every network on one training patch
 results.json, tables/, figures/, comparison.html            what `write_results` makes of them
+
+A configuration (network, loss and recipe) is called a method in the files, and a trial, its training with one seed, a
+cell: the format's names since its first version.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lightm.config_io import load_yaml
+from lightm.datasets.cases import Dataset
+from lightm.datasets.dataset import open_dataset
 from lightm.datasets.split import Split
 from lightm.errors import InputError
-from lightm.evaluation.evaluation import Evaluation, load_evaluation
+from lightm.evaluation.evaluation import CaseRow, Evaluation, load_evaluation
 from lightm.evaluation.figures import History, read_history
+from lightm.evaluation.folder import case_files
+from lightm.evaluation.metrics import Status
+from lightm.evaluation.run_folder import RunFolder, read_run
+from lightm.files import write_text
+from lightm.images.io import read_volume
 from lightm.lab.compare.experiment import Cell, Experiment
 from lightm.preparation.plan import Plan, load_plan
 
@@ -165,3 +177,246 @@ def _parsed(path: Path, model: type[Model]) -> Model:
         return model.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); delete it and run again") from error
+
+
+# Images and predictions of the test cases -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CaseLabels:
+    """Label of one case and its predictions by cell id; (Z, Y, X) nearest to right-anterior-superior, or (Y, X).
+
+    Where the label has the value to ignore, label and predictions are 0.
+    """
+
+    label: NDArray[Any]
+    predictions: dict[str, NDArray[Any]]
+    spacing_mm: tuple[float, ...]
+
+
+class TestImages:
+    """Opens the data set that the cells were trained on; InputError where it is gone, or no cell is left."""
+
+    __test__ = False  # for pytest: no test in spite of its name
+
+    def __init__(self, comparison: Comparison) -> None:
+        if not comparison.finished:
+            raise InputError("no training has finished, so there is no prediction")
+        self.run: RunFolder = read_run(comparison.finished[0].path)
+        given = self.run.config.get("dataset")
+        if not given:
+            raise InputError(f"{self.run.path / 'config.yaml'}: names no data set")
+        labels = self.run.config.get("labels")
+        self.dataset: Dataset = open_dataset(Path(given), labels=Path(labels) if isinstance(labels, str) else None)
+        self.ignore_label = comparison.plan.ignore_label
+        self.predictions: Mapping[str, Mapping[str, Path]] = {
+            cell.record.id: case_files(cell.path / "predictions") if (cell.path / "predictions").is_dir() else {}
+            for cell in comparison.finished
+        }
+        if not any(self.predictions.values()):
+            raise InputError(f"{comparison.folder / 'cells'}: the trainings hold no predictions")
+
+    def image(self, case_id: str) -> NDArray[Any]:
+        """The first channel of a case, oriented as its label."""
+        return np.ascontiguousarray(read_volume(self.dataset.case(case_id).images[0]).to_canonical().data)
+
+    def labels(self, case_id: str, cells: list[FinishedCell]) -> CaseLabels:
+        """Label and predictions of a case; a cell without a prediction of it is left out.
+
+        Raises InputError for a case that is gone and for a prediction that is not of the label's shape.
+        """
+        path = self.dataset.case(case_id).label
+        if path is None:
+            raise InputError(f"case {case_id}: has no label")
+        native = read_volume(path, kind="label").to_canonical()
+        label = np.array(native.data)
+        ignored = label == self.ignore_label if self.ignore_label is not None else None
+        if ignored is not None:
+            label[ignored] = 0
+        predictions = {}
+        for cell in cells:
+            source = self.predictions[cell.record.id].get(case_id)
+            if source is None:
+                continue
+            pred = np.array(read_volume(source, kind="label").to_canonical().data)
+            if pred.shape != label.shape:
+                raise InputError(
+                    f"case {case_id}: its label has shape {label.shape}, the prediction {source} {pred.shape}; the "
+                    "data set has changed since, or that prediction is of something else"
+                )
+            if ignored is not None:
+                pred[ignored] = 0
+            predictions[cell.record.id] = pred
+        return CaseLabels(label, predictions, tuple(native.spacing_mm))
+
+
+# Statistics: the content of results.json ------------------------------------------------------------------------------
+
+
+Verdict = Literal["better", "worse", "no difference shown", "not tested"]
+
+
+class Difference(BaseModel):
+    """A method against the baseline in one metric: method minus baseline, over the cases that both have.
+
+    `n` pairs of cases; `left_out`: those in which the metric is undefined for one of the two (or for both, though the
+    class was there), over all classes in an overall value. `low` and `high` bound the 95% bootstrap interval. `p` is
+    that of one signed-rank test, `p_holm` corrected for the number of methods tested; both None with the reason in
+    `note` where there was no test.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    n: int
+    left_out: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None
+    verdict: Verdict
+    note: str | None = None
+
+
+class Score(BaseModel):
+    """One metric of one method: its mean over `n` cases (each the mean over seeds) with the 95% interval over cases.
+
+    `seed_means` has a value for every seed of the method, None where undefined in all cases; `seed_sd` is their
+    standard deviation (n - 1 in the denominator), None for fewer than two. `difference` is None for the baseline, and
+    where the baseline has no result.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    n: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    seed_means: list[float | None]
+    seed_sd: float | None
+    difference: Difference | None = None
+
+
+class Scores(BaseModel):
+    """The four metrics; overlaps and NSD between 0 and 1, HD95 in the summary's `distance_unit`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dsc: Score
+    iou: Score
+    hd95_mm: Score
+    nsd: Score
+
+
+class Training(BaseModel):
+    """Length of the trainings, one entry a seed in the order of `seeds`, and the means of those known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    epochs: list[int | None]
+    steps: list[int | None]
+    seconds: list[float | None]
+    threads: list[int]
+    mean_epochs: float | None
+    mean_steps: float | None
+    mean_seconds: float | None
+
+
+class Convergence(BaseModel):
+    """When the pseudo Dice first reached the summary's `convergence_level`, one entry a seed.
+
+    `epochs` counts finished epochs (1: at the end of the first), `seconds` is their summed time in history.csv; None:
+    not reached. The medians count "not reached" as later than all, so they are None unless half of the seeds did.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    epochs: list[int | None]
+    seconds: list[float | None]
+    median_epochs: float | None
+    median_seconds: float | None
+
+
+class MethodSummary(BaseModel):
+    """Everything about one method. `counts` are cases times seeds, by class and status."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    network: str
+    loss: str
+    recipe: str
+    is_baseline: bool
+    seeds: list[int]
+    cases: int
+    counts: dict[str, dict[Status, int]]
+    overall: Scores
+    classes: dict[str, Scores]
+    training: Training
+    convergence: Convergence
+    cost: NetworkRecord | None
+
+
+class CaseResult(CaseRow):
+    """The metrics of one class in one case by the training of one method and seed."""
+
+    method: str
+    seed: int
+
+
+class FailedCell(BaseModel):
+    """A training that ended with an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    error: str | None
+
+
+class Summary(BaseModel):
+    """Statistics of a whole comparison; `methods` has the baseline first.
+
+    `missing` names the cells that have not run, `notes` says in sentences what a reader must know of an incomplete or
+    uneven comparison. `convergence_level` is 95% of the baseline's best pseudo Dice (median over its seeds).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    name: str
+    baseline: str
+    spatial_dims: Literal[2, 3]
+    distance_unit: Literal["mm", "px"]
+    labels: dict[str, int]
+    nsd_tolerance_mm: dict[str, float]
+    seeds: list[int]
+    test_cases: list[str]
+    bootstrap: int
+    bootstrap_seed: int
+    alpha: float
+    planned: int
+    missing: list[str]
+    failed: list[FailedCell]
+    notes: list[str]
+    convergence_level: float | None
+    methods: list[MethodSummary]
+    cells: list[CellRecord]
+    cases: list[CaseResult]
+
+    def to_json(self, path: Path) -> None:
+        """Write everything as JSON, whole or not at all."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+
+def load_summary(path: Path | str) -> Summary:
+    """Read a results.json; InputError naming the file when it is missing or is something else."""
+    try:
+        return Summary.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); write it with `lightm compare`") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InputError(
+            f"{path}: is no summary of a comparison ({where}: {first['msg']}); write it again with `lightm compare`"
+        ) from error

@@ -1,7 +1,8 @@
-"""Running a comparison: data, plan and split once, then cell by cell, each in a process of its own."""
+"""Running a comparison: data, plan and split once, trial by trial in processes, then what the networks cost."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -19,12 +20,12 @@ from lightm.datasets.phantoms import make_phantoms
 from lightm.datasets.split import Split, load_split
 from lightm.errors import InputError
 from lightm.files import locked_folder, write_text
-from lightm.lab.compare.experiment import Cell, Experiment, load_experiment
-from lightm.lab.compare.networks import measure_networks
-from lightm.lab.compare.processes import Job, pool, start, wait_for_one
-from lightm.lab.compare.results import CELL, CellRecord, Comparison, read_cell, read_comparison
-from lightm.lab.complexity import build_network
+from lightm.lab.compare.experiment import Cell, Experiment, file_name, load_experiment
+from lightm.lab.compare.jobs import Job, pool, start, wait_for_one
+from lightm.lab.compare.results import CELL, NETWORKS, CellRecord, Comparison, NetworkRecord, read_cell, read_comparison
+from lightm.lab.complexity import build_network, count_operations
 from lightm.losses import create_loss
+from lightm.nets import count_parameters
 from lightm.preparation.plan import Plan, load_plan
 from lightm.preparation.preprocess import default_cache_dir, preprocess_dataset
 from lightm.progress import Progress
@@ -115,7 +116,7 @@ def write_results(out: Path | str, *, progress: Progress | None = None) -> Path:
 
     Raises InputError for a folder without a comparison or without a finished cell.
     """
-    from lightm.lab.compare.page import write_page
+    from lightm.lab.compare.report import write_page
     from lightm.lab.compare.statistics import summarize_comparison
     from lightm.lab.compare.tables import write_tables
 
@@ -331,3 +332,57 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
         return os.cpu_count() or 1
+
+
+# What the networks cost -----------------------------------------------------------------------------------------------
+
+
+def measure_networks(
+    comparison: Comparison, out: Path, *, threads: int, say: Callable[[str], None] = print
+) -> list[NetworkRecord]:
+    """Count and measure every network of finished cells that has no entry yet, and write `networks.json`.
+
+    Parameters are summed over tensors and multiply-adds include the scan. Latency is the median of five forward
+    passes of one patch on `threads` threads, peak memory that of one pass, each network in a fresh process, on the
+    CPU whatever the device of the training was. A network whose process ends early has None for both.
+    """
+    plan = comparison.plan
+    records = dict(comparison.networks)
+    for label in dict.fromkeys(found.cell.network for found in comparison.finished):
+        if label in records:
+            continue
+        choice = comparison.experiment.networks[label]
+        described: dict[str, Any] = {
+            "name": choice.network,
+            "spatial_dims": plan.spatial_dims,
+            "in_channels": len(plan.channels),
+            "out_channels": len(plan.labels),
+            "image_size": plan.patch_size,
+        }
+        say(f"measuring {label} on one patch of {' x '.join(map(str, plan.patch_size))}")
+        request = {"work": "measure", "network": described, "options": choice.options, "threads": threads}
+        measured = _measured(label, request, out / "logs" / f"network-{file_name(label)}.log")
+        meta = build_network(choice.network, len(plan.channels), len(plan.labels), plan.patch_size, choice.options)
+        records[label] = NetworkRecord(
+            label=label,
+            network=choice.network,
+            parameters=count_parameters(meta),
+            multiply_adds=count_operations(meta, len(plan.channels), plan.patch_size).total.multiply_adds.total(),
+            patch_size=plan.patch_size,
+            latency_s=measured.get("latency_s"),
+            latency_threads=threads if measured else None,
+            peak_memory_bytes=measured.get("peak_memory_bytes"),
+        )
+        entries = [record.model_dump(mode="json") for record in records.values()]
+        write_text(out / NETWORKS, json.dumps(entries, indent=1) + "\n")
+    return list(records.values())
+
+
+def _measured(label: str, request: dict[str, Any], log: Path) -> dict[str, Any]:
+    with pool() as jobs:
+        jobs.append(start(label, request, log))
+        job = wait_for_one(jobs)
+    if job.process.returncode != 0:
+        return {}
+    found: dict[str, Any] = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+    return found

@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightm.lab.complexity.errata import THE_PAPERS, CalledModules, FullConvolution, called_modules, full_convolution
-from lightm.lab.complexity.families import has_closed_form
-from lightm.lab.complexity.memory import Memory, activation_memory
-from lightm.lab.complexity.operations import Operations, Tally, count_operations
+from lightm.lab.complexity.formulas import has_closed_form
+from lightm.lab.complexity.meta import Memory, activation_memory, build_network, check_spatial
+from lightm.lab.complexity.operations import OperationCount, Operations, count_operations
 from lightm.lab.complexity.parameters import BETWEEN, ParameterTable, count_parts, place
-from lightm.lab.complexity.shapes import build_network, check_spatial
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Layer:
     stage: str
     layer: str
     parameters: int
-    operations: Tally
+    operations: OperationCount
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,6 @@ class Account:
     parameters: ParameterTable
     operations: Operations
     memory: Memory
-    convolution_erratum: FullConvolution | None
-    counter_erratum: CalledModules | None
     latency: Latency | None
 
     @property
@@ -60,13 +56,13 @@ class Account:
         for part in self.parameters.parts:
             key = _shown(self.name, part.stage, part.layer)
             counts[key] = counts.get(key, 0) + part.counted
-        tallies = {key: Tally() for key in counts}
-        for path, tally in self.operations.layers.items():
+        counts_of = {key: OperationCount() for key in counts}
+        for path, count in self.operations.layers.items():
             key = _layer_of(self.name, path)
-            tallies.setdefault(key, Tally()).add(tally)
-        if (rest := tallies.pop((BETWEEN, ""), None)) is not None:
-            tallies[BETWEEN, ""] = rest
-        return [Layer(*key, counts.get(key, 0), tally) for key, tally in tallies.items()]
+            counts_of.setdefault(key, OperationCount()).add(count)
+        if (rest := counts_of.pop((BETWEEN, ""), None)) is not None:
+            counts_of[BETWEEN, ""] = rest
+        return [Layer(*key, counts.get(key, 0), count) for key, count in counts_of.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
@@ -85,16 +81,12 @@ class Account:
                 "by_kind": table.by("kind"),
                 "parts": [asdict(part) for part in table.parts],
             },
-            "operations": _tally(total),
+            "operations": _numbers(total),
             "layers": [
-                {"stage": x.stage, "layer": x.layer, "parameters": x.parameters, **_tally(x.operations)}
+                {"stage": x.stage, "layer": x.layer, "parameters": x.parameters, **_numbers(x.operations)}
                 for x in self.layers
             ],
             "memory": asdict(self.memory),
-            "errata": {
-                "full_convolution": self.convolution_erratum and asdict(self.convolution_erratum),
-                "called_modules": self.counter_erratum and asdict(self.counter_erratum),
-            },
             "latency": self.latency and asdict(self.latency),
         }
 
@@ -129,12 +121,6 @@ def account(
         parameters=table,
         operations=count_operations(network, in_channels, spatial),
         memory=activation_memory(network, in_channels, spatial),
-        convolution_erratum=full_convolution(table),
-        counter_erratum=(
-            called_modules(table, len(spatial), in_channels, out_channels)
-            if name in THE_PAPERS and given.get("ssm") != "mamba2"
-            else None
-        ),
         latency=measure_latency(name, spatial, in_channels, out_channels, given) if latency else None,
     )
 
@@ -184,12 +170,12 @@ def _sources(table: ParameterTable) -> dict[str, Any]:
     }
 
 
-def _tally(tally: Tally) -> dict[str, Any]:
+def _numbers(count: OperationCount) -> dict[str, Any]:
     return {
-        "multiply_adds": tally.multiply_adds.total(),
-        "multiply_adds_by_kind": dict(tally.multiply_adds),
-        "multiply_adds_without_scan": tally.without_scan,
-        "exponentials": tally.exponentials.total(),
-        "exponentials_by_kind": dict(tally.exponentials),
-        "other_elements": tally.other_elements,
+        "multiply_adds": count.multiply_adds.total(),
+        "multiply_adds_by_kind": dict(count.multiply_adds),
+        "multiply_adds_without_scan": count.without_scan,
+        "exponentials": count.exponentials.total(),
+        "exponentials_by_kind": dict(count.exponentials),
+        "other_elements": count.other_elements,
     }

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightm.errors import InputError
+from lightm.lab.complexity.meta import build_network, meta_forward
 from lightm.lab.complexity.operations import count_operations
 from lightm.lab.complexity.parameters import place
-from lightm.lab.complexity.shapes import build_network, meta_forward
-from lightm.lab.complexity.text import giga
+from lightm.lab.complexity.report import giga
 from lightm.nets.blocks import RVM, ConvStem, DecoderStage, DWConv, PositionConv
 from lightm.nets.released import ResidualRVM
 from lightm.nets.spm import SPM
@@ -74,11 +74,11 @@ def draw_network(
 
     Arguments as in `lightm.lab.complexity.account`. Everything in it is read off the modules and the tensors of one
     pass on the `meta` device. Raises InputError as `create` does, for sizes that the network refuses, and for
-    networks of another shape (peers).
+    networks of another shape (baselines).
     """
     network = build_network(name, in_channels, out_channels, spatial, options)
     if not hasattr(network, "decoder") or not hasattr(network, "stem"):
-        raise InputError(f"network '{name}': diagrams are drawn of LightM's own presets, not of peers")
+        raise InputError(f"network '{name}': diagrams are drawn of LightM's own presets, not of baselines")
     units = trace(network, in_channels, spatial)
     down = next((i for i, unit in enumerate(units) if unit.skip is not None), len(units))
     _lay_out(units, down)

@@ -1,29 +1,34 @@
 """Closed forms of the parameters of every layer, from its settings alone: no tensor is looked at here.
 
 Symbols: C width of a layer, O width behind its projection, E = expand C inner width, N states, R = ceil(C / 16) rank
-of dt, K taps, d axes. With g parts, C', E' and R' are those of one part, C' = C / g, and `sets` sets of weights are
-held (g, or 1 when shared). Sources: the report's Eq. 7-9 with Mamba's depthwise convolution (arXiv 2312.00752); with
-Mamba-2's core (arXiv 2405.21060, section 7) there are E / P heads of P channels, and one projection of C gives all.
+of dt, K kernel size, d axes. With g parts, C', E' and R' are those of one part, C' = C / g, and `sets` sets of weights
+are held (g, or 1 when shared). Sources: the report's Eq. 7-9 with Mamba's depthwise convolution (arXiv 2312.00752);
+with Mamba-2's core (arXiv 2405.21060, section 7) there are E / P heads of P channels, and one projection of C gives
+all.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-TAPS = 4  # of Mamba's causal convolution
+from lightm.lab.complexity import formulas
+from lightm.nets.lightm_unet import LightMUNet
+from lightm.nets.presets import PRESETS
+from lightm.nets.released import ReleasedLightMUNet
+
+KERNEL_SIZE = 4  # of Mamba's causal convolution
 HEAD = 16  # channels of a head of Mamba-2, or all of them where there are fewer
 
-MATRIX, CONVOLUTION, STATE, NORM, SCALE = "matrix product", "convolution", "state space", "normalisation", "scale"
+MATRIX, CONVOLUTION, STATE, NORM, SCALE = "matmul", "convolution", "state space", "normalisation", "scale"
 
 
 @dataclass(frozen=True)
 class Term:
-    """The parameters of one source in one layer: where they stand, the closed form and its value.
-
-    `printed` is what the report's formula gives where that is another one.
-    """
+    """The parameters of one source in one layer: where they stand, the closed form and its value."""
 
     source: str
     kind: str
@@ -31,7 +36,6 @@ class Term:
     value: int
     stage: str = ""
     layer: str = ""
-    printed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def vss(channels: int, layer: LayerSettings) -> Iterator[Term]:
     """The state-space module of width C, or the g modules of width C / g."""
     several = layer.parts > 1
     c = channels // layer.parts
-    e, n, r, k = layer.expand * c, layer.state_size, math.ceil(c / 16), TAPS
+    e, n, r, k = layer.expand * c, layer.state_size, math.ceil(c / 16), KERNEL_SIZE
     sets = 1 if layer.shared else layer.parts
     mark, times = "'" if several else "", several and not layer.shared
 
@@ -81,7 +85,7 @@ def vss(channels: int, layer: LayerSettings) -> Iterator[Term]:
     yield term("dt_proj", MATRIX, "R E + E", r * e + e)
     yield term("A_log", STATE, "E N", e * n)
     yield term("d_skip", STATE, "E", e)
-    yield replace(term("conv1d", CONVOLUTION, "E K + E", e * k + e), printed=sets * (e * e * k + e))
+    yield term("conv1d", CONVOLUTION, "E K + E", e * k + e)
     if layer.inner_norm:
         yield term("inner norm", NORM, "2 E", 2 * e)
 
@@ -150,3 +154,98 @@ def merged(terms: Iterator[Term]) -> list[Term]:
             formula = before.formula if term.formula == before.formula else f"{before.formula} + {term.formula}"
             found[key] = replace(before, formula=formula, value=before.value + term.value)
     return list(found.values())
+
+
+# Whole networks -------------------------------------------------------------------------------------------------------
+
+
+def settings_of(name: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return what builds a preset and its complete settings: defaults, then the preset's, then the options."""
+    build, given = PRESETS[name]
+    defaults = {
+        key: parameter.default
+        for key, parameter in inspect.signature(build).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    return build, {**defaults, **given, **options}
+
+
+def has_closed_form(name: str) -> bool:
+    """Whether the whole of this network is covered by closed forms, as all of the LightM-UNet family are."""
+    return name in PRESETS and PRESETS[name][0] in (LightMUNet, ReleasedLightMUNet)
+
+
+def network_terms(
+    name: str, spatial_dims: int, in_channels: int, out_channels: int, options: Mapping[str, Any]
+) -> list[Term]:
+    """Return the closed forms of every layer of a preset with a closed form, in the order of computation."""
+    build, settings = settings_of(name, options)
+    family = _lightm_unet if build is LightMUNet else _released
+    return formulas.merged(family(spatial_dims, in_channels, out_channels, settings))
+
+
+def _at(stage: str, layer: str, terms: Iterable[Term]) -> Iterator[Term]:
+    return (replace(term, stage=stage, layer=layer) for term in terms)
+
+
+def _layer_settings(settings: Mapping[str, Any]) -> LayerSettings:
+    spm = settings["layer"] != "rvm"
+    return LayerSettings(
+        state_size=settings["state_size"],
+        expand=settings["expand"],
+        inner_norm=settings.get("inner_norm", True),
+        vector_scale=settings.get("vector_scale", True),
+        one_norm=settings.get("one_norm", False),
+        parts=settings["parts"] if spm else 1,
+        shared=settings["layer"] == "spm-shared",
+        ssm=settings["ssm"],
+    )
+
+
+def _lightm_unet(dims: int, image: int, classes: int, settings: Mapping[str, Any]) -> Iterator[Term]:
+    layer, width = _layer_settings(settings), settings["filters"]
+    stem = formulas.full_stem if settings["stem"] == "conv" else formulas.depthwise_stem
+    yield from _at("stem", "", stem(image, width, dims))
+
+    def mixing(stage: str, number: int, out: int) -> Iterator[Term]:
+        label = f"layer {number}"
+        if settings["position_conv"]:
+            yield from _at(stage, label, [formulas.position_conv(width, dims)])
+        yield from _at(stage, label, formulas.mixing_layer(width, out, layer))
+
+    for block, count in enumerate(settings["encoder_layers"], start=1):
+        for number in range(1, count + 1):
+            yield from mixing(f"encoder {block}", number, 2 * width if number == count else width)
+        width *= 2
+    for number in range(1, settings["bottleneck_layers"] + 1):
+        yield from mixing("bottleneck", number, width)
+    for stage in range(1, len(settings["encoder_layers"]) + 1):
+        terms = formulas.decoder_stage(width, dims, vector_scale=settings.get("vector_scale", True))
+        yield from _at(f"decoder {stage}", "", terms)
+        width //= 2
+    yield from _at("head", "", formulas.head(width, classes))
+
+
+def _released(dims: int, image: int, classes: int, settings: Mapping[str, Any]) -> Iterator[Term]:
+    layer = LayerSettings(
+        state_size=settings["state_size"],
+        expand=settings["expand"],
+        inner_norm=False,
+        vector_scale=False,
+        one_norm=True,
+    )
+    width = settings["filters"]
+    yield from _at("stem", "", formulas.depthwise_stem(image, width, dims))
+    for stage, count in enumerate(settings["blocks_down"]):
+        if stage:
+            yield from _at(f"stage {stage}", "widening layer", formulas.mixing_layer(width, 2 * width, layer))
+            width *= 2
+        for block in range(1, count + 1):
+            for number in (1, 2):
+                label = f"block {block}, layer {number}"
+                yield from _at(f"stage {stage}", label, [formulas.group_norm(width)])
+                yield from _at(f"stage {stage}", label, formulas.mixing_layer(width, width, layer))
+    for stage in range(1, len(settings["blocks_up"]) + 1):
+        yield from _at(f"decoder {stage}", "", formulas.decoder_stage(width, dims, vector_scale=False))
+        width //= 2
+    yield from _at("head", "", formulas.head(width, classes))

@@ -2,7 +2,7 @@
 
 What is counted (per image voxel or token, unless said otherwise):
 
-- A **multiply-add** is one product and the addition of its result: of matrix products, convolutions (taps that fall
+- A **multiply-add** is one product and the addition of its result: of matmuls, convolutions (taps that fall
   outside of the image included, as is usual), attention and linear interpolation (one an output and axis).
 - The **scan** has per token, channel and state one exponential and 3 multiply-adds: the update of the state and the
   sum over states are one each; the two lone products dt A and (dt u) B count half each. `d_skip` adds one per token
@@ -34,21 +34,21 @@ from torch.utils._pytree import tree_leaves
 
 from lightm import ops  # noqa: F401  (registers the operators)
 from lightm.errors import LightMError
-from lightm.lab.complexity.shapes import meta_forward
+from lightm.lab.complexity.meta import meta_forward
 
 SCAN, ATTENTION = "scan", "attention"
 _aten = torch.ops.aten
 
 
 @dataclass
-class Tally:
+class OperationCount:
     """Operations of one layer or of a network, by kind."""
 
     multiply_adds: Counter[str] = field(default_factory=Counter)
     exponentials: Counter[str] = field(default_factory=Counter)
     other_elements: int = 0
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: OperationCount) -> None:
         self.multiply_adds += other.multiply_adds
         self.exponentials += other.exponentials
         self.other_elements += other.other_elements
@@ -64,18 +64,18 @@ class Operations:
     """Operations of one forward pass, for every module that runs operators itself, in the order of first use."""
 
     spatial: tuple[int, ...]
-    layers: dict[str, Tally]
+    layers: dict[str, OperationCount]
 
     @property
-    def total(self) -> Tally:
+    def total(self) -> OperationCount:
         return self.below("")
 
-    def below(self, path: str) -> Tally:
+    def below(self, path: str) -> OperationCount:
         """Return the operations of a module and of all modules inside it; of the whole network for ""."""
-        sums = Tally()
-        for name, tally in self.layers.items():
+        sums = OperationCount()
+        for name, count in self.layers.items():
             if not path or name == path or name.startswith(f"{path}."):
-                sums.add(tally)
+                sums.add(count)
         return sums
 
 
@@ -93,11 +93,11 @@ def count_operations(network: nn.Module, in_channels: int, spatial: Sequence[int
 
 
 class _Counter(TorchDispatchMode):
-    """Adds every operator that runs to the tally of the module that called it."""
+    """Adds every operator that runs to the count of the module that called it."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.layers: dict[str, Tally] = {}
+        self.layers: dict[str, OperationCount] = {}
         self._names = {module: name for name, module in network.named_modules()}
         self._stack: list[nn.Module] = [network]
         self._handles: list[Any] = []
@@ -127,23 +127,23 @@ class _Counter(TorchDispatchMode):
             return result
         for x in made:
             self._fixed.pop(_storage(x), None)
-        tally = self.layers.setdefault(self._names[self._stack[-1]], Tally())
+        count = self.layers.setdefault(self._names[self._stack[-1]], OperationCount())
         packet = func.overloadpacket
         if (rule := _PRODUCTS.get(packet)) is not None:
             kind, number = rule(args, result)
-            tally.multiply_adds[kind] += number
+            count.multiply_adds[kind] += number
             if kind == ATTENTION:
-                tally.exponentials["activation"] += prod(args[0].shape[:-1]) * args[1].shape[-2]
+                count.exponentials["activation"] += prod(args[0].shape[:-1]) * args[1].shape[-2]
         elif (own := _OWN.get(func.name())) is not None:
-            own(tally, args, result)
+            own(count, args, result)
         elif packet in _EXPONENTIALS:
-            tally.exponentials["activation"] += result.numel()
+            count.exponentials["activation"] += result.numel()
         elif func.namespace == "lightm" or _has_products(packet):
             raise LightMError(
                 f"operator {func.name()} has no rule for its operations; add one to lightm.lab.complexity.operations"
             )
         elif not _is_view(func):
-            tally.other_elements += sum(x.numel() for x in made)
+            count.other_elements += sum(x.numel() for x in made)
         return result
 
 
@@ -168,11 +168,11 @@ def _numel(result: Any) -> int:
 
 
 def _mm(args: Any, result: Tensor) -> tuple[str, int]:
-    return "matrix product", result.numel() * args[0].shape[-1]
+    return "matmul", result.numel() * args[0].shape[-1]
 
 
 def _addmm(args: Any, result: Tensor) -> tuple[str, int]:
-    return "matrix product", result.numel() * args[1].shape[-1]
+    return "matmul", result.numel() * args[1].shape[-1]
 
 
 def _convolution(args: Any, result: Tensor) -> tuple[str, int]:
@@ -184,7 +184,7 @@ def _convolution(args: Any, result: Tensor) -> tuple[str, int]:
 
 
 def _linear(args: Any, result: Tensor) -> tuple[str, int]:
-    return "matrix product", result.numel() * args[1].shape[-1]  # the weight may be one matrix a part
+    return "matmul", result.numel() * args[1].shape[-1]  # the weight may be one matrix a part
 
 
 def _attention(args: Any, result: Any) -> tuple[str, int]:
@@ -237,45 +237,45 @@ _EXPONENTIALS = {
 }
 
 
-def _scan(tally: Tally, args: Any, result: Any) -> None:
+def _scan(count: OperationCount, args: Any, result: Any) -> None:
     u, _, rates, _, _, d_skip, gate, _, softplus = args[:9]
     tokens, states = u.numel(), rates.shape[1]
-    tally.multiply_adds[SCAN] += tokens * (3 * states + (d_skip is not None))
-    tally.exponentials[SCAN] += tokens * states
-    tally.exponentials["activation"] += tokens * (bool(softplus) + (gate is not None))
+    count.multiply_adds[SCAN] += tokens * (3 * states + (d_skip is not None))
+    count.exponentials[SCAN] += tokens * states
+    count.exponentials["activation"] += tokens * (bool(softplus) + (gate is not None))
 
 
-def _ssd(tally: Tally, args: Any, result: Any) -> None:
+def _ssd(count: OperationCount, args: Any, result: Any) -> None:
     u, delta, _, groups, _, d_skip, gate, _, softplus = args[:9]
     halves = 5 * u.numel() * groups.shape[-1] + delta.numel()
-    tally.multiply_adds[SCAN] += halves // 2 + u.numel() * (d_skip is not None)
-    tally.exponentials[SCAN] += delta.numel()
-    tally.exponentials["activation"] += delta.numel() * bool(softplus) + u.numel() * (gate is not None)
+    count.multiply_adds[SCAN] += halves // 2 + u.numel() * (d_skip is not None)
+    count.exponentials[SCAN] += delta.numel()
+    count.exponentials["activation"] += delta.numel() * bool(softplus) + u.numel() * (gate is not None)
 
 
-def _causal_conv1d(tally: Tally, args: Any, result: Tensor) -> None:
-    tally.multiply_adds["causal convolution"] += result.numel() * args[1].shape[1]
-    tally.exponentials["activation"] += result.numel() * bool(args[3])
+def _causal_conv1d(count: OperationCount, args: Any, result: Tensor) -> None:
+    count.multiply_adds["causal convolution"] += result.numel() * args[1].shape[1]
+    count.exponentials["activation"] += result.numel() * bool(args[3])
 
 
-def _depthwise(tally: Tally, args: Any, result: Tensor) -> None:
-    tally.multiply_adds["depthwise convolution"] += result.numel() * prod(args[1].shape[:-1])
+def _depthwise(count: OperationCount, args: Any, result: Tensor) -> None:
+    count.multiply_adds["depthwise convolution"] += result.numel() * prod(args[1].shape[:-1])
 
 
-def _interpolate(tally: Tally, args: Any, result: Tensor) -> None:
-    tally.multiply_adds["interpolation"] += result.numel() * (result.dim() - 2)
+def _interpolate(count: OperationCount, args: Any, result: Tensor) -> None:
+    count.multiply_adds["interpolation"] += result.numel() * (result.dim() - 2)
 
 
-def _gated_norm(tally: Tally, args: Any, result: Tensor) -> None:
-    tally.exponentials["activation"] += result.numel()
-    tally.other_elements += result.numel()
+def _gated_norm(count: OperationCount, args: Any, result: Tensor) -> None:
+    count.exponentials["activation"] += result.numel()
+    count.other_elements += result.numel()
 
 
-def _elements(tally: Tally, args: Any, result: Any) -> None:
-    tally.other_elements += _numel(result)
+def _elements(count: OperationCount, args: Any, result: Any) -> None:
+    count.other_elements += _numel(result)
 
 
-_OWN: dict[str, Callable[[Tally, Any, Any], None]] = {
+_OWN: dict[str, Callable[[OperationCount, Any, Any], None]] = {
     "lightm::selective_scan": _scan,
     "lightm::ssd_scan": _ssd,
     "lightm::causal_conv1d": _causal_conv1d,

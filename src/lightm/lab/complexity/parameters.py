@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 
 from lightm.errors import LightMError
-from lightm.lab.complexity.families import has_closed_form, network_terms
-from lightm.lab.complexity.formulas import CONVOLUTION, MATRIX, NORM, SCALE, STATE, Term
+from lightm.lab.complexity.formulas import CONVOLUTION, MATRIX, NORM, SCALE, STATE, Term, has_closed_form, network_terms
 from lightm.nets.blocks import PositionConv
 
 OTHER = "other"
@@ -41,11 +40,7 @@ _SOURCES: list[tuple[str, str, str]] = [
 
 @dataclass(frozen=True)
 class Part:
-    """The parameters of one source in one layer.
-
-    `expected` is the closed form's value, None where there is none; `printed` what the report's formula gives where
-    that is another one.
-    """
+    """The parameters of one source in one layer; `expected` is the closed form's value, None where there is none."""
 
     stage: str
     layer: str
@@ -54,7 +49,6 @@ class Part:
     formula: str | None
     expected: int | None
     counted: int
-    printed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,7 @@ def _family_parts(network: nn.Module, terms: list[Term]) -> list[Part]:
     for term in terms:
         counted = counts.pop((term.stage, term.layer, term.source), 0)
         form = (term.kind, term.formula, term.value)
-        parts.append(Part(term.stage, term.layer, term.source, *form, counted, term.printed))
+        parts.append(Part(term.stage, term.layer, term.source, *form, counted))
     for (stage, layer, source), counted in counts.items():  # tensors that no formula speaks of
         parts.append(Part(stage, layer, source, kinds[source], None, 0, counted))
     return parts

@@ -1,4 +1,4 @@
-"""The networks that are compared: LightM's presets and its peers by name, and the sizes that they take."""
+"""The networks that are compared: LightM's presets and the baselines by name, and the sizes that they take."""
 
 from __future__ import annotations
 

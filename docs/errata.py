@@ -1,5 +1,7 @@
 """Numbers in print that are not the sums over the tensors, computed as those who printed them must have.
 
+For the pages that `draw_presets.py` writes.
+
 Two of them:
 
 - The report writes Mamba's convolution as E E K + E parameters, those of a full convolution. It is depthwise: E K + E.
@@ -14,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightm.lab.complexity import formulas
-from lightm.lab.complexity.formulas import LayerSettings
-from lightm.lab.complexity.parameters import ParameterTable
+from lightm.lab.complexity import Account, formulas
+from lightm.lab.complexity.formulas import KERNEL_SIZE, LayerSettings, settings_of
+from lightm.lab.complexity.report import giga
+from lightm.nets.presets import PRESETS
 
 PAPER_COUNTS = {3: 1.87e6, 2: 1.09e6}
 """What the paper prints, by number of axes."""
@@ -55,13 +58,19 @@ class CalledModules:
     first_upload_setting: str
 
 
-def full_convolution(table: ParameterTable) -> FullConvolution | None:
+def full_convolution(account: Account) -> FullConvolution | None:
     """Return the first erratum for a network with Mamba's convolution, else None."""
-    parts = [part for part in table.parts if part.printed is not None]
-    if not parts:
+    table = account.parameters
+    settings = settings_of(account.name, account.options)[1] if account.name in PRESETS else {}
+    parts = [part for part in table.parts if part.source == "conv1d"]
+    if not parts or settings["ssm"] == "mamba2":
         return None
     counted = sum(part.counted for part in parts)
-    printed = sum(part.printed or 0 for part in parts)
+    printed = 0
+    for part in parts:  # E K + E of every set of weights: one, or with g parts that share none g
+        sets = settings["parts"] if (part.formula or "").startswith("g ") else 1
+        inner = part.counted // sets // (KERNEL_SIZE + 1)
+        printed += sets * (inner * inner * KERNEL_SIZE + inner)
     return FullConvolution(
         formula="E E K + E",
         printed=printed,
@@ -72,12 +81,15 @@ def full_convolution(table: ParameterTable) -> FullConvolution | None:
     )
 
 
-def called_modules(table: ParameterTable, spatial_dims: int, in_channels: int, out_channels: int) -> CalledModules:
-    """Return the second erratum, for a network that stands for the paper's."""
+def called_modules(account: Account) -> CalledModules | None:
+    """Return the second erratum for a network that stands for the paper's, else None."""
+    if account.name not in THE_PAPERS or account.options.get("ssm") == "mamba2":
+        return None
+    table, spatial_dims = account.parameters, len(account.spatial)
     sources = table.by("source")
     unseen = {source: sources[source] for source in (*DIRECT, *BARE) if source in sources}
     batch, spatial = (2, (128, 128, 128)) if spatial_dims == 3 else (12, (512, 512))
-    upload = first_upload(spatial, in_channels, out_channels, batch)
+    upload = first_upload(spatial, account.in_channels, account.out_channels, batch)
     return CalledModules(
         seen=table.total - sum(unseen.values()),
         unseen=unseen,
@@ -130,3 +142,32 @@ def first_upload(
     work += width * out_channels * voxels
     hidden += 2 * width
     return seen, seen + hidden, batch * work
+
+
+def errata_lines(account: Account) -> list[str]:
+    """Numbers in print that are not those of the tensors, each with what explains it."""
+    lines = []
+    if (wrong := full_convolution(account)) is not None:
+        lines.append(
+            f"Mamba's convolution is depthwise, {wrong.true_formula} = {wrong.true:,} parameters over all layers. The "
+            f"report's {wrong.formula}, a full convolution, would give {wrong.printed:,}, and "
+            f"{wrong.total_as_printed:,} in all instead of {wrong.total:,}."
+        )
+    if (seen := called_modules(account)) is not None:
+        dims = len(account.spatial)
+        lines.append(
+            f"The paper prints {seen.printed / 1e6:.2f} M in {dims}D. A counter that adds up the modules whose forward "
+            "is called misses what Mamba's fused path reads directly (in_proj, conv1d, x_proj, dt_proj, out_proj, "
+            "A_log, D), bare parameters and GroupNorm. Of this network it sees "
+            f"{seen.seen:,} of {account.parameters.total:,}, which is not the printed number. Of the code as first "
+            "uploaded (32 filters, the released layers, full convolutions for the depthwise ones) it sees "
+            f"{seen.first_upload_seen:,}, {_verdict(seen.first_upload_seen, seen.printed)}; that network has "
+            f"{seen.first_upload_total:,} parameters, and {giga(seen.first_upload_multiply_adds)} G multiply-adds are "
+            f"seen of it for {seen.first_upload_setting}."
+        )
+    return lines
+
+
+def _verdict(seen: int, printed: float) -> str:
+    equal = round(seen / 1e6, 2) == round(printed / 1e6, 2)
+    return "which is the printed number to its last digit" if equal else "which is not the printed number either"

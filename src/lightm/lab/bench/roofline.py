@@ -1,9 +1,9 @@
-"""What a computation needs at least, and the time that this machine needs for it at least: its floor.
+"""What a computation needs at least, and the time that this machine needs for it at least: its roofline.
 
-The floor of one step is max(bytes / copy rate, FLOPs / multiply-add rate + exponentials / exponential rate): memory
+The roofline of one step is max(bytes / copy rate, FLOPs / multiply-add rate + exponentials / exponential rate): memory
 traffic can run beside arithmetic, but products and exponentials share the vector units. The multiply-add rate is that
-of a large matrix product or of a loop in registers, whichever is faster. The floor of a
-network is the sum over its steps, which run one after the other. Nothing a floor counts can be left out, and much
+of a large matmul or of a loop in registers, whichever is faster. The roofline of a
+network is the sum over its steps, which run one after the other. Nothing a roofline counts can be left out, and much
 that it does not count (norms, additions, copies, page faults) may be needed: it is a bound from below.
 
 Steps of a network:
@@ -11,7 +11,7 @@ Steps of a network:
 - a state-space layer (RVM, SPM): reads its input and writes its output once; 2 FLOPs for every weight of its linear
   maps, 2 K for each tap of its causal convolution, 6 for every state update; exponentials: one a state update, and
   one for each softplus, activation and gate;
-- every other operator of this project, every convolution and matrix product, own or of a peer: reads its inputs and
+- every other operator of this project, every convolution and matmul, own or of a baseline: reads its inputs and
   writes its outputs once, and its multiply-adds at 2 FLOPs. Normalisation, activation and additions count as fused
   into a neighbour.
 
@@ -19,7 +19,7 @@ With the backward pass: bytes of a step's input three times (read, read again, g
 twice (written, gradient read); FLOPs three times (values, gradient of the input, gradient of the weights); exponentials
 twice (they are recomputed rather than kept).
 
-A floor of memory holds for data larger than the caches: a small case may be faster than it.
+A roofline of memory holds for data larger than the caches: a small case may be faster than it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Work:
         return Work(2 * self.read + self.written, self.read + self.written, 3 * self.flops, 2 * self.exps)
 
 
-def floor_seconds(steps: Sequence[Work], limits: Limits) -> float:
+def roofline_seconds(steps: Sequence[Work], limits: Limits) -> float:
     """The least time for `steps`, one after the other, on a machine of these limits."""
     return sum(max(step.bytes / limits.bytes, step.flops / limits.flops + step.exps / limits.exps) for step in steps)
 
@@ -97,12 +97,12 @@ def state_space_work(core: nn.Module) -> Work:
     decay, weight = parameters["A_log"], parameters["conv_weight"]
     parts = getattr(core, "parts", 0)
     repeated = parts // decay.shape[0] if parts else 1
-    decays, taps = decay.numel() * repeated, weight.shape[-1]
-    convolved = weight.numel() // taps * repeated
+    decays, kernel = decay.numel() * repeated, weight.shape[-1]
+    convolved = weight.numel() // kernel * repeated
     inner = int(getattr(core, "inner", 0)) * max(parts, 1)
     steps = decays if hasattr(core, "head_dim") else inner
     updates = inner * int(getattr(core, "state_size", 0))
-    return Work(flops=6 * updates + 2 * taps * convolved, exps=decays + steps + convolved + inner)
+    return Work(flops=6 * updates + 2 * kernel * convolved, exps=decays + steps + convolved + inner)
 
 
 def _own_operator(name: str, args: Sequence[Any]) -> tuple[float, float]:

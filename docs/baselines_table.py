@@ -1,4 +1,7 @@
-"""Where each peer comes from, what was printed about its size, and the table of it all for docs/peers.md."""
+"""Where each baseline comes from, what was printed about its size, and the table of it all for docs/baselines.md.
+
+After a change: `python docs/baselines_table.py` prints the table.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from lightm.lab.complexity.report import SOURCES
 from lightm.nets.baselines import PEERS, build
 
 
 @dataclass(frozen=True)
-class PeerFacts:
-    """Where a peer comes from, and what was printed about its size.
+class Facts:
+    """What a baseline is, and what was printed about its size.
 
     `printed`: the count that its own paper prints, as printed, or None where none was found; `printed_for`: what that
     count belongs to, as arguments of `lightm.nets.create`, so that the same network can be counted here; `others`:
@@ -22,7 +26,6 @@ class PeerFacts:
     """
 
     title: str
-    source: str
     printed: str | None
     printed_for: Mapping[str, Any] = field(default_factory=dict)
     others: str = ""
@@ -38,16 +41,14 @@ COUNTED: dict[int, dict[str, Any]] = {
 
 _FIGURE = "LightM-UNet's figure: about"
 
-FACTS: dict[str, PeerFacts] = {
-    "unet": PeerFacts(
+FACTS: dict[str, Facts] = {
+    "unet": Facts(
         "U-Net: Convolutional Networks for Biomedical Image Segmentation",
-        "arXiv 1505.04597; residual units: Kerfoot et al., STACOM 2018",
         None,
         here="MONAI's UNet: filters 16 to 256, two residual units a stage, strided convolutions, instance norm",
     ),
-    "dynunet": PeerFacts(
+    "dynunet": Facts(
         "nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation",
-        "Nature Methods 18, 2021; arXiv 1904.08128",
         None,
         others="LightM-UNet: 88.62 M in 3D, about 127 M in 2D; the FLARE 2021 baseline: 30,787,584 at 80x192x160, 5 "
         "classes",
@@ -57,43 +58,38 @@ FACTS: dict[str, PeerFacts] = {
         "(3,840), but no bias in the last layer (5): the rest agrees to the last parameter",
         here="stages by nnU-Net's rules from image_size and spacing; no deep supervision; no convolution biases",
     ),
-    "segresnet": PeerFacts(
+    "segresnet": Facts(
         "3D MRI Brain Tumor Segmentation Using Autoencoder Regularization",
-        "BrainLes 2018; arXiv 1810.11654",
         None,
         others=f"{_FIGURE} 19 M in 3D, 6.6 M in 2D",
         why="agrees within the reading of a figure",
         here="MONAI's SegResNet: 32 filters, blocks 1-2-2-4, without the autoencoder branch",
     ),
-    "attention-unet": PeerFacts(
+    "attention-unet": Facts(
         "Attention U-Net: Learning Where to Look for the Pancreas",
-        "MIDL 2018; arXiv 1804.03999",
         "6.40 M",
         {"spatial_dims": 3, "in_channels": 1, "out_channels": 2},
         why="MONAI's gates are not the authors' layer for layer; not resolved further",
         here="MONAI's AttentionUnet with the paper's quartered filters, 16 to 256",
     ),
-    "unetr": PeerFacts(
+    "unetr": Facts(
         "UNETR: Transformers for 3D Medical Image Segmentation",
-        "WACV 2022; arXiv 2103.10504",
         "92.58 M",
         {"spatial_dims": 3, "in_channels": 1, "out_channels": 14, "image_size": (96, 96, 96)},
         others=f"{_FIGURE} 94 M in 3D, 88 M in 2D",
         why="0.2% more; none of MONAI's options gives the printed count; not resolved further",
         here="MONAI's UNETR: ViT-B/16, 16 filters; without norms that MONAI builds for cross-attention and never uses",
     ),
-    "swinunetr": PeerFacts(
+    "swinunetr": Facts(
         "Swin UNETR: Swin Transformers for Semantic Segmentation of Brain Tumors in MRI Images",
-        "BrainLes 2021; arXiv 2201.01266",
         "61.98 M",
         {"spatial_dims": 3, "in_channels": 4, "out_channels": 3, "image_size": (128, 128, 128)},
         others=f"{_FIGURE} 63 M in 3D, 26 M in 2D",
         why="0.3% more; not resolved further",
         here="MONAI's SwinUNETR: 48 filters, two layers a stage, windows of 7",
     ),
-    "umamba-bot": PeerFacts(
+    "umamba-bot": Facts(
         "U-Mamba: Enhancing Long-range Dependency for Biomedical Image Segmentation",
-        "arXiv 2401.04722",
         None,
         others="LightM-UNet: 173.53 M in 3D, about 243 M in 2D",
         why="layers counted repeatedly as for dynunet, and the state-space layer not at all: so counted, this network "
@@ -101,32 +97,28 @@ FACTS: dict[str, PeerFacts] = {
         here="stages by nnU-Net's rules, two residual blocks a stage both ways, Mamba after the deepest; a residual "
         "around Mamba, which the authors' code lacks (`residual=False`); our scan",
     ),
-    "umamba-enc": PeerFacts(
+    "umamba-enc": Facts(
         "U-Mamba: Enhancing Long-range Dependency for Biomedical Image Segmentation",
-        "arXiv 2401.04722",
         None,
         here="as umamba-bot, with Mamba after every encoder stage",
     ),
-    "ultralight-vm-unet": PeerFacts(
+    "ultralight-vm-unet": Facts(
         "UltraLight VM-UNet: Parallel Vision Mamba Significantly Reduces Parameters for Skin Lesion Segmentation",
-        "arXiv 2403.20035",
         "0.049 M",
         {"spatial_dims": 2, "in_channels": 3, "out_channels": 2, "image_size": (256, 256)},
         why="agrees; the paper has one output channel, two here (9 parameters more)",
         here="in 3D every convolution, pooling and interpolation in 3D; logits, where the authors' code has a sigmoid",
     ),
-    "transunet": PeerFacts(
+    "transunet": Facts(
         "TransUNet: Transformers Make Strong Encoders for Medical Image Segmentation",
-        "arXiv 2102.04306",
         None,
         {"spatial_dims": 2, "in_channels": 3, "out_channels": 9, "image_size": (224, 224)},
         others="105 M (DA-TransUNet's comparison)",
         why="agrees",
         here="R50-ViT-B/16 without the pre-trained weights; 2D alone",
     ),
-    "nnformer": PeerFacts(
+    "nnformer": Facts(
         "nnFormer: Interleaved Transformer for Volumetric Segmentation",
-        "IEEE TIP 32, 2023; arXiv 2109.03201",
         None,
         {
             "spatial_dims": 3,
@@ -139,19 +131,13 @@ FACTS: dict[str, PeerFacts] = {
         why="between the two, whose configurations are not printed",
         here="the widest configuration, 192 filters; tokens of 4^3 voxels; no deep supervision; 3D alone",
     ),
-    "deeplabv3plus": PeerFacts(
+    "deeplabv3plus": Facts(
         "Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation",
-        "ECCV 2018; arXiv 1802.02611",
         None,
         here="ResNet-101 (or `backbone='resnet50'`), output stride 16, plain atrous convolutions; GroupNorm for batch "
         "norm (as many parameters), since batches here are small; in 3D all of it in 3D",
     ),
 }
-
-
-def peer_facts(name: str) -> PeerFacts:
-    """Return where a peer comes from and what was printed about its size."""
-    return FACTS[name]
 
 
 class _RealNumbers(TorchFunctionMode):
@@ -165,7 +151,7 @@ class _RealNumbers(TorchFunctionMode):
 
 
 def parameters(name: str, **arguments: Any) -> int:
-    """Return the number of parameters of a peer built with the arguments of `lightm.nets.create`.
+    """Return the number of parameters of a baseline built with the arguments of `lightm.nets.create`.
 
     The network is built on the meta device: neither memory nor time for its weights.
     """
@@ -174,7 +160,7 @@ def parameters(name: str, **arguments: Any) -> int:
 
 
 def table(names: Sequence[str] = tuple(PEERS)) -> str:
-    """Return the table of docs/peers.md: sources, printed counts, and counts here from the tensors, as Markdown."""
+    """Return the table of docs/baselines.md: sources, printed counts, and counts here from the tensors, as Markdown."""
     head = ["network", "source", "printed there", "the same, counted here", "2D here", "3D here"]
     lines = [f"| {' | '.join(head)} |", "| --- | --- | --- | --- | ---: | ---: |"]
     for name in names:
@@ -183,7 +169,7 @@ def table(names: Sequence[str] = tuple(PEERS)) -> str:
         if known.printed_for:
             same = f"{parameters(name, **known.printed_for):,} ({_words(known.printed_for)})"
         counts = [f"{parameters(name, **COUNTED[d]):,}" if d in dims else "-" for d in (2, 3)]
-        row = [f"`{name}`", f"{known.title}. {known.source}", known.printed or "none found", same, *counts]
+        row = [f"`{name}`", f"{known.title}. {SOURCES[name]}", known.printed or "none found", same, *counts]
         lines.append(f"| {' | '.join(row)} |")
     lines += [
         "",
@@ -200,3 +186,7 @@ def _words(arguments: Any) -> str:
     size = arguments.get("image_size")
     words = [f"{arguments['in_channels']} channel(s)", f"{arguments['out_channels']} classes"]
     return ", ".join([*words, *([] if size is None else ["x".join(str(n) for n in size)])])
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,202 @@
+"""The processes of a comparison: how they are started and ended, and what one does.
+
+A process trains one trial or measures one network; its request is one line of JSON on standard input. The parent keeps
+that open while it lives. When it closes, by the parent's will or by its death, the process asks itself to end, and a
+training then writes its checkpoint first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+from lightm.errors import LightMError
+
+_INTERRUPTED = (-15, -2, 130, 143)  # signals, as a return code of POSIX and as lightm's own exit codes
+
+
+@dataclass
+class Job:
+    """One child at work: its request, its log, and since when."""
+
+    name: str
+    process: subprocess.Popen[str]
+    log: Path
+    stream: IO[str]
+    since: float
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    @property
+    def interrupted(self) -> bool:
+        return self.process.returncode in _INTERRUPTED
+
+    def last_words(self) -> str:
+        """The error that the child told, else the last line of its log."""
+        lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        told = [index for index, line in enumerate(lines) if line.startswith("lightm: error: ")]
+        if told:
+            return "\n".join(lines[told[-1] :]).removeprefix("lightm: error: ")
+        if self.process.returncode and self.process.returncode < 0:
+            return f"the process was ended by signal {-self.process.returncode} (out of memory?)"
+        return lines[-1] if lines else f"exit code {self.process.returncode}"
+
+
+def start(name: str, request: dict[str, Any], log: Path) -> Job:
+    """Start a process that serves a request; what it prints goes to `log`, which is replaced."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    stream = log.open("w", encoding="utf-8")
+    threads = str(request["threads"])
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from lightm.lab.compare.jobs import main; main()"],
+        stdin=subprocess.PIPE,
+        stdout=stream,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads},
+        start_new_session=True,  # Ctrl-C is for the parent, which then closes the child's input
+    )
+    if process.stdin is not None:  # it was opened above
+        with contextlib.suppress(OSError):  # a child that died at once is found when its end is waited for
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+    return Job(name, process, log, stream, time.monotonic())
+
+
+def close(job: Job, patience_s: float = 120.0) -> None:
+    """Ask a child to end, wait until it has (a training writes a checkpoint), and close its log."""
+    _close_input(job)
+    try:
+        job.process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        job.process.kill()
+        job.process.wait()
+    job.stream.close()
+
+
+def _close_input(job: Job) -> None:
+    if job.process.stdin is not None:
+        with contextlib.suppress(OSError):  # it has ended already, with something unsent
+            job.process.stdin.close()
+
+
+@contextmanager
+def pool() -> Iterator[list[Job]]:
+    """A list of jobs, all of which are ended when the block is left."""
+    jobs: list[Job] = []
+    try:
+        yield jobs
+    finally:
+        for job in jobs:  # ask all before waiting for one
+            _close_input(job)
+        for job in jobs:
+            close(job)
+
+
+def wait_for_one(jobs: list[Job], tick: Callable[[], None] = lambda: None, every_s: float = 0.5) -> Job:
+    """Wait until a job has ended, take it off the list, and return it."""
+    while True:
+        for job in jobs:
+            if job.ended:
+                jobs.remove(job)
+                close(job)
+                return job
+        tick()
+        time.sleep(every_s)
+
+
+# The process itself ---------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Serve the request; exit code 0, that of the LightMError which ended it, or 1."""
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_watch_parent, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(int(request["threads"]))
+    try:
+        {"train": train_cell, "measure": measure_network}[request["work"]](request)
+    except LightMError as error:
+        print(f"lightm: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def _watch_parent() -> None:
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_cell(request: dict[str, Any]) -> None:
+    """Train (or go on with) a cell's run, score its test cases, and write its `cell.json`."""
+    import torch
+
+    from lightm import __version__
+    from lightm.files import write_text
+    from lightm.lab.compare.results import CELL, CellRecord
+    from lightm.pipeline import choose_postprocess, score_run
+    from lightm.training import resume_training, train_model
+
+    started, clock = datetime.now(timezone.utc), time.perf_counter()
+    path = Path(request["path"])
+    if (path / "config.yaml").is_file():
+        trained = resume_training(path)
+    else:
+        if path.exists():  # of a start that was ended before it could be resumed
+            shutil.rmtree(path)
+        trained = train_model(request["dataset"], path, **request["options"])
+    choose_postprocess(trained)
+    score_run(path, nsd_tolerance_mm=request["nsd_tolerance_mm"])
+    state = json.loads((path / "model" / "model.json").read_text(encoding="utf-8"))["training"]
+    record = CellRecord(
+        **request["cell"],
+        data_hash=trained.plan.fingerprint.data_hash,
+        status="finished",
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - clock, 1),
+        threads=torch.get_num_threads(),
+        train_seconds=round(trained.train_seconds, 1),
+        epochs=trained.epochs,
+        steps=state["steps"],
+        stopped_because=trained.reason,
+        versions={"lightm": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    )
+    write_text(path / CELL, record.model_dump_json(indent=1) + "\n")
+
+
+def measure_network(request: dict[str, Any]) -> None:
+    """Print what one network costs on one patch as JSON: latency (median of 5 runs) and peak memory of one."""
+    import torch
+
+    from lightm.lab.bench.measure import percentile, seconds
+    from lightm.memory import peak_of
+    from lightm.nets import create
+
+    torch.manual_seed(0)
+    network = create(**request["network"], **request["options"]).eval()
+    x = torch.randn(1, request["network"]["in_channels"], *request["network"]["image_size"])
+
+    def call() -> object:
+        with torch.inference_mode():
+            return network(x)
+
+    call()  # compiles kernels
+    peak = peak_of(call)
+    times = [seconds(call) for _ in range(5)]
+    print(json.dumps({"latency_s": percentile(times, 50), "peak_memory_bytes": peak}))
