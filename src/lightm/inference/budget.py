@@ -17,7 +17,7 @@ from lightm import memory
 from lightm.errors import InputError
 from lightm.inference import native, sliding
 from lightm.preparation.plan import MULTIPLE, Plan
-from lightm.preparation.resample import resampled_shape, stream_bytes
+from lightm.preparation.resample import resample_bytes, resampled_shape
 
 # What allocators keep, and what is too small to be counted: with 64 MiB a real CT came out at 43 MB over its limit.
 MARGIN = 160 << 20
@@ -116,7 +116,7 @@ def case_bytes(case: CaseSize, window_bytes: int, holding: Holding) -> int:
     prepare = 48 << 20
     if case.resampled:
         across = 4 * case.shape[0] * prod(case.grid[1:]) * holding.grid
-        prepare = max(prepare, stream_bytes(case.shape, case.grid)) + across
+        prepare = max(prepare, resample_bytes(case.shape, case.grid)) + across
     # Then windows are visited, in sums of patch depth, and classes found on the image's own grid.
     window = prod(case.patch)
     lengths = [max(pair) for pair in zip(case.grid, case.patch, strict=True)]

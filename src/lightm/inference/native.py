@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightm.preparation.resample import linear_neighbours
+
 # Upsampled logits held at once, in values: 8 MB of float32.
 _VALUES_AT_ONCE = 2_000_000
 
@@ -40,7 +42,7 @@ def class_indices(
     grid_shape, shape = tuple(grid_shape), tuple(shape)
     result = np.empty(shape, dtype=np.uint8) if out is None else out
     written = None if values is None else np.asarray(values, result.dtype)
-    low, high, share = _neighbours(grid_shape[0], shape[0])
+    low, high, share = linear_neighbours(grid_shape[0], shape[0])
     held: Tensor | None = None  # the slices of the network's grid that are still needed, from `first` on
     first = done = 0
     for slab in slabs:
@@ -65,16 +67,6 @@ def class_indices(
         held = held[:, kept - first :]
         first = kept
     return result
-
-
-def _neighbours(grid: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `length` voxels: the two grid voxels around its centre, and how far it lies towards the second."""
-    centre = (np.arange(length) + 0.5) * (grid / length) - 0.5
-    centre = np.clip(centre, 0, grid - 1)
-    low = np.floor(centre).astype(np.int64)
-    share = centre - low
-    # A voxel on a centre needs no second neighbour, which may belong to a slab that is not there yet.
-    return low, np.where(share > 0, low + 1, low), share
 
 
 def _blend(held: Tensor, low: np.ndarray, high: np.ndarray, share: np.ndarray) -> Tensor:

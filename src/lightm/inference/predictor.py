@@ -16,12 +16,12 @@ from lightm.errors import InputError, LightMError
 from lightm.images.lazy import LazyVolume, open_volume, read_header
 from lightm.images.volume import Volume
 from lightm.inference import budget
-from lightm.inference.grid import NetworkGrid
 from lightm.inference.native import class_indices
 from lightm.inference.postprocess import Step, apply_rules, read_postprocess
 from lightm.inference.probabilities import ProbabilityFile, check_path
 from lightm.inference.sliding import WindowProgress, logit_slabs, window_logits
 from lightm.nets import folder as model_folder
+from lightm.preparation.grid import NetworkGrid
 from lightm.preparation.plan import MULTIPLE, Plan
 from lightm.preparation.preprocess import check_fit
 from lightm.preparation.resample import resampled_shape

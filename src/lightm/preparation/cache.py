@@ -26,7 +26,7 @@ from lightm.preparation.fingerprint import file_hash
 from lightm.preparation.plan import Plan
 
 # Raised whenever preprocessing gives other numbers, so that older results are left alone.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 _FILES = ("image.npy", "label.npy", "foreground.npz", "meta.json")
 _FOREGROUND_VOXELS = 2000
