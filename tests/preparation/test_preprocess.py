@@ -182,7 +182,7 @@ def test_a_changed_file_redoes_its_case_and_a_touched_one_nothing(small, tmp_pat
     before = times(tmp_path / "cache")
     os.utime(dataset.cases[0].images[0])
     volume = read_volume(dataset.cases[1].images[0])
-    write_volume(dataset.cases[1].images[0], volume.like(volume.data[::-1]))
+    write_volume(dataset.cases[1].images[0], volume.with_data(volume.data[::-1]))
     second = preprocess_dataset(dataset, plan, tmp_path / "cache")
     assert [a == b for a, b in zip(first, second, strict=True)] == [True, False, True]
     assert {file: stamp for file, stamp in times(tmp_path / "cache").items() if file in before} == before
@@ -275,7 +275,7 @@ def test_foreground_is_bounded(tmp_path):
 def test_faults_name_the_case_and_cases_without_labels_are_told(small, tmp_path):
     dataset, plan = small
     volume = read_volume(dataset.cases[1].label, kind="label")
-    write_volume(dataset.cases[1].label, volume.like(volume.data + 5))
+    write_volume(dataset.cases[1].label, volume.with_data(volume.data + 5))
     with pytest.raises(InputError, match=r"case_1\.nii\.gz: case case_1: label value 5"):
         preprocess_dataset(dataset, plan, tmp_path / "cache")
     case = cache.store(tmp_path / "y", "y", np.zeros((1, 4, 4), np.float32), None, {})

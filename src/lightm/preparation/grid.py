@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lightm.images.disk_array import Box, Spool
+from lightm.images.disk_array import Box, DiskArray
 from lightm.images.lazy import LazyVolume
 from lightm.preparation.plan import ChannelNormalization, Plan
 from lightm.preparation.resample import resample_image, resampled_shape
@@ -19,7 +19,7 @@ _VOXELS_AT_ONCE = 1 << 20
 class NetworkGrid:
     """The image (C, *shape) that the network sees, float32, of which `read` makes a box at a time.
 
-    images: one a channel, as `lightm.preparation.preprocess.check_fit` accepts. folder: where a resampled image goes,
+    images: one per channel, as `lightm.preparation.preprocess.check_fit` accepts. folder: where a resampled image goes,
     None for memory. Training and prediction both read their images here, and values are the same whatever is held:
     without resampling nothing is kept but the images' own voxels; with it, one float32 per voxel and channel.
 
@@ -40,7 +40,7 @@ class NetworkGrid:
         ]
 
     def read(self, box: Box) -> np.ndarray:
-        """Return a box, one slice with both ends an axis, of all channels: (C, *box) float32."""
+        """Return a box, one slice with both ends per axis, of all channels: (C, *box) float32."""
         size = [part.stop - part.start for part in box]
         result = np.empty((len(self._channels), *size), np.float32)
         for index, channel in enumerate(self._channels):
@@ -59,28 +59,28 @@ class _Channel:
 
     def __init__(self, image: LazyVolume, old: tuple[int, ...], shape: tuple[int, ...], folder: Path | None) -> None:
         self.shape = shape
-        self._spool: Spool | None = None
+        self._stored: DiskArray | None = None
         self._image: LazyVolume | None = None
         if old == shape:
             self._image = image
         else:
             rest = tuple(slice(0, size) for size in old[1:])
-            self._spool = resample_image(
+            self._stored = resample_image(
                 lambda start, stop: image.read_canonical((slice(start, stop), *rest)), old, shape, folder
             )
 
     def read(self, box: Box) -> np.ndarray:
         if self._image is not None:
             return np.ascontiguousarray(self._image.read_canonical(box), dtype=np.float32)
-        if self._spool is None:
+        if self._stored is None:
             raise ValueError("the grid was closed")
-        return self._spool.read(box)
+        return self._stored.read(box)
 
     def close(self) -> None:
         self._image = None
-        if self._spool is not None:
-            self._spool.close()
-            self._spool = None
+        if self._stored is not None:
+            self._stored.close()
+            self._stored = None
 
 
 def _normalize(slab: np.ndarray, scheme: ChannelNormalization, target: np.ndarray, zscore: tuple[float, float]) -> None:

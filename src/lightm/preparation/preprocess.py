@@ -15,6 +15,7 @@ from lightm.errors import InputError
 from lightm.images.io import read_volume
 from lightm.images.lazy import LazyVolume
 from lightm.images.volume import Volume, geometry_difference
+from lightm.labels import IGNORE_INDEX
 from lightm.preparation.cache import (
     FileHashes,
     PreprocessedCase,
@@ -30,7 +31,6 @@ from lightm.preparation.plan import Plan
 from lightm.preparation.resample import resample_label
 
 __all__ = [
-    "IGNORE_INDEX",
     "PreprocessedCase",
     "check_fit",
     "default_cache_dir",
@@ -38,8 +38,6 @@ __all__ = [
     "preprocess_dataset",
     "to_class_indices",
 ]
-
-IGNORE_INDEX = 255
 
 
 def preprocess_case(images: Sequence[Volume], label: Volume | None, plan: Plan) -> tuple[np.ndarray, np.ndarray | None]:
@@ -52,7 +50,10 @@ def preprocess_case(images: Sequence[Volume], label: Volume | None, plan: Plan) 
     Cost: about 1 s for 10 million voxels where resampling is needed.
     """
     check_fit(images, label, plan)
-    grid = NetworkGrid([LazyVolume.of(image) for image in images], plan)
+    # Turned and converted here once, not in each of the grid's passes.
+    turned = [image.to_canonical() for image in images]
+    held = [image.with_data(np.ascontiguousarray(image.data, np.float32)) for image in turned]
+    grid = NetworkGrid([LazyVolume.of(image) for image in held], plan)
     image = grid.read(tuple(slice(0, size) for size in grid.shape))
     if label is None:
         return image, None
@@ -65,7 +66,7 @@ def check_fit(images: Sequence[Volume], label: Volume | None, plan: Plan) -> Non
     if len(images) != len(plan.channels):
         raise InputError(
             f"{len(images)} images, but the plan has {len(plan.channels)} channels ({', '.join(plan.channels)}); "
-            "give one image a channel, in that order"
+            "give one image per channel, in that order"
         )
     for volume in (*images, *([label] if label is not None else [])):
         if volume.data.ndim != plan.spatial_dims:
@@ -108,7 +109,7 @@ def preprocess_dataset(
     cache_dir: by default `default_cache_dir()`. case_ids: by default all training cases. workers: threads.
 
     Raises InputError, naming the case, for faulty files; LightMError when the disk refuses. Cost: reading, and
-    cubic resampling where spacings differ; 5 bytes a voxel on disk for one channel; memory of one case a worker.
+    cubic resampling where spacings differ; 5 bytes per voxel on disk for one channel; memory of one case per worker.
     """
     folder = Path(cache_dir or default_cache_dir()) / _folder_name(dataset.name)
     cases = dataset.cases if case_ids is None else [dataset.case(case_id) for case_id in case_ids]

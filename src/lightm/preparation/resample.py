@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from lightm.images.disk_array import Spool
+from lightm.images.disk_array import DiskArray
 
 # Voxels of a slab that is resampled at once; in float64, with its copies, some 30 MB.
 _SLAB_VOXELS = 1 << 19
@@ -36,8 +36,8 @@ def resample_image(
     shape: Sequence[int],
     target: Sequence[int],
     folder: Path | None = None,
-) -> Spool:
-    """Resample one channel by cubic splines, slab by slab, into a `Spool` of shape `target`, float32.
+) -> DiskArray:
+    """Resample one channel by cubic splines, slab by slab, into a `DiskArray` of shape `target`, float32.
 
     read(start, stop): slices of the image of `shape` along its first axis. folder: where temporary files go, None for
     memory. No smoothing before making smaller. Computed in float64, rounded to float32 once per axis; the result does
@@ -47,7 +47,7 @@ def resample_image(
     the target's shape but the source's length.
     """
     shape, target = tuple(shape), tuple(target)
-    across = Spool((shape[0], *target[1:]), np.float32, folder)
+    across = DiskArray((shape[0], *target[1:]), np.float32, folder)
     rest = tuple(slice(0, size) for size in target[1:])
     step = _step(shape[1:])
     for start in range(0, shape[0], step):
@@ -58,7 +58,7 @@ def resample_image(
         across.write((slice(start, stop), *rest), slab)
     if shape[0] == target[0]:
         return across
-    result = Spool(target, np.float32, folder)
+    result = DiskArray(target, np.float32, folder)
     step = _step((max(shape[0], target[0]), *target[2:]))
     for start in range(0, target[1], step):
         block = (slice(start, min(start + step, target[1])), *rest[1:])

@@ -10,13 +10,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightm.labels import IGNORE_INDEX, overlap_counts
 from lightm.losses import AdaptiveRegion
 from lightm.training.guard import NanGuard, gradients_are_finite
 from lightm.training.random_states import random_states, set_random_states
 from lightm.training.recipes import Recipe
 
 MOVING = 0.9  # weight of the past in the moving average of the pseudo Dice, as nnU-Net logs it
-IGNORE = 255
 
 
 class SegmentationModule(pl.LightningModule):
@@ -138,11 +138,10 @@ class SegmentationModule(pl.LightningModule):
         logits = self.network(batch["image"])
         target = batch["label"]
         self._val_losses.append(self.loss(logits, target).detach())
-        predicted, kept = logits.argmax(1), target != IGNORE
+        predicted, kept = logits.argmax(1), target != IGNORE_INDEX
         for k in range(len(self.class_names)):
-            p, g = (predicted == k + 1) & kept, (target == k + 1) & kept
-            tp = (p & g).sum()
-            self._counts[k] += torch.stack([tp, p.sum() - tp, g.sum() - tp]).cpu()
+            tp, in_pred, in_label = overlap_counts(predicted == k + 1, target == k + 1, kept)
+            self._counts[k] += torch.stack([tp, in_pred - tp, in_label - tp]).cpu()
 
     # ---- ends of epochs -----------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def class_indices(
     first = done = 0
     for slab in slabs:
         held = slab if held is None or not held.shape[1] else torch.cat([held, slab], dim=1)
-        step = max(1, _VALUES_AT_ONCE // (held.shape[0] * int(np.prod(shape[1:]))))
+        step = _slices_at_once(held.shape[0], shape)
         while done < shape[0]:
             stop = min(done + step, shape[0])
             if high[stop - 1] >= first + held.shape[1]:
@@ -67,6 +68,24 @@ def class_indices(
         held = held[:, kept - first :]
         first = kept
     return result
+
+
+def class_indices_bytes(
+    classes: int, grid: Sequence[int], shape: Sequence[int], slab_values: int, resampled: bool
+) -> int:
+    """What `class_indices` needs at most beside its result, where slabs of so many values come."""
+    slices = min(_slices_at_once(classes, shape), shape[0])
+    held = classes * prod(grid[1:]) * (-(-slices * grid[0] // shape[0]) + 2) + slab_values
+    return 8 * held + piece_bytes(classes, shape) * (4 if resampled else 2)
+
+
+def piece_bytes(classes: int, shape: Sequence[int]) -> int:
+    """Bytes of the logits that a sink is given at once."""
+    return 4 * classes * prod(shape[1:]) * min(_slices_at_once(classes, shape), shape[0])
+
+
+def _slices_at_once(classes: int, shape: Sequence[int]) -> int:
+    return max(1, _VALUES_AT_ONCE // (classes * prod(shape[1:])))
 
 
 def _blend(held: Tensor, low: np.ndarray, high: np.ndarray, share: np.ndarray) -> Tensor:
