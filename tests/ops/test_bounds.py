@@ -136,3 +136,7 @@ def test_the_checks_cost_nothing_unless_asked_for() -> None:
     on = _run("-c", script).stdout
     assert "_checked_address" in on
     assert "CPUDispatcher" not in on
+
+
+def test_this_run_checks_its_kernels() -> None:
+    assert bounds.CHECKS or os.environ["LIGHTM_CHECK_KERNELS"] == "0"
