@@ -34,7 +34,7 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 import lightm.nets.folder
-from tests.inference.made import Threshold
+from tests.inference.factories import Threshold
 
 inputs, out = map(Path, sys.argv[1:])
 

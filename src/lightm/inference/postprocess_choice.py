@@ -32,7 +32,8 @@ class CaseLabels:
     """
 
     def __init__(self, predicted: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> None:
-        box = bounding_box((predicted != 0) | (truth != 0))
+        found = (predicted != 0) | (truth != 0)
+        box = bounding_box(found) if found.any() else (slice(0, 1),) * found.ndim
         self.spacing_mm = tuple(spacing_mm)
         self._predicted, self._truth = _Deflated(predicted[box]), _Deflated(truth[box])
 
