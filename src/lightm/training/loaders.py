@@ -96,6 +96,13 @@ class PatchLoaders:
                 raise LightMError(batch["error"])
             yield batch
 
+    def close(self) -> None:
+        """End the worker processes; without this an error's traceback keeps them, and the exit waits for them."""
+        iterator: Any = self._train_loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._train_loader._iterator = None
+
     def validation(self, epoch: int) -> Iterator[Batch]:
         """The validation batches of an epoch."""
         self._val_sampler.set_epoch(epoch)

@@ -120,6 +120,8 @@ class Training:
                 raise LightMError(
                     f"{death}; `lightm train --resume {self.run_dir}` resumes from the last checkpoint"
                 ) from error
+            finally:
+                self.patches.close()
         return reason
 
     def finished(self) -> str:
