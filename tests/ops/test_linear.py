@@ -131,6 +131,7 @@ def test_parts_are_products_side_by_side(parts: int, rows: int, wide: int, high:
 
 @pytest.mark.parametrize(("parts", "wide", "high"), [(1, 20, 50), (2, 7, 16), (4, 16, 8), (3, 5, 40), (8, 4, 5)])
 def test_packed_blocks_are_the_dense_product(parts: int, wide: int, high: int) -> None:
+    from lightm.ops.bounds import address
     from lightm.ops.linear_cpu import SCRATCH
     from lightm.ops.matmul_kernels import Packed, matmul_kernel
 
@@ -144,7 +145,7 @@ def test_packed_blocks_are_the_dense_product(parts: int, wide: int, high: int) -
     out, scratch = torch.full((51, packed.columns), 7.0), torch.empty(SCRATCH // 4)
     plan, count, weight, shift = packed.arguments
     row = 4 * packed.columns
-    matmul_kernel(plan, count, x.data_ptr(), 4 * x.shape[1], weight, shift, out.data_ptr(), row, 50, scratch.data_ptr())
+    matmul_kernel(plan, count, address(x), 4 * x.shape[1], weight, shift, address(out), row, 50, address(scratch))
     assert relative(out[:50], x.double() @ dense.double() + bias) < 1e-6
     assert torch.equal(out[50], torch.full_like(out[50], 7.0))  # nothing beyond the rows is written
     single = Packed(blocks[0], groups=parts)
