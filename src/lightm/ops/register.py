@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ def differentiable(
         gradients: how many of the first outputs have gradients; the others are kept for the backward pass.
         devices: where the functions run.
     """
+    functions = cache(functions)
     declared = [part.split() for part in inputs.split(", ")]
     tensors = [i for i, (kind, _) in enumerate(declared) if kind.startswith("Tensor")]
     sent = ", ".join(f"Tensor grad{i}" for i in range(gradients))
