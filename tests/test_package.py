@@ -84,8 +84,8 @@ def imports(path: Path, known: Collection[str]) -> set[str]:
 
 GROUND_FLOOR = ("errors", "files", "config_io", "memory", "progress")
 ROOMS = (
-    *("ops", "nets", "losses", "images", "datasets", "preparation", "training", "evaluation", "inference", "export"),
-    *("pipeline", "lab", "cli", "__main__"),
+    *("ops", "nets", "losses", "images", "datasets", "preparation", "training", "evaluation", "inference"),
+    *("interchange", "pipeline", "lab", "cli", "__main__"),
 )
 
 

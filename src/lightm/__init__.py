@@ -27,7 +27,7 @@ _PUBLIC = {
     "create_loss": "lightm.losses",
     "create_network": "lightm.nets",
     "evaluate_folder": "lightm.evaluation",
-    "import_released": "lightm.export.released",
+    "import_released": "lightm.interchange.released",
     "make_phantoms": "lightm.datasets.phantoms",
     "make_plan": "lightm.preparation.plan",
     "open_dataset": "lightm.datasets.dataset",

@@ -58,7 +58,7 @@ def predict(
         raise InputError(f"--window '{window}': expected 'patch' or 'whole'")
     limit = None if max_memory is None else parse_memory(max_memory)
     if dicom_seg:
-        from lightm.export.dicom_seg import seg_writer_of_model
+        from lightm.interchange.dicom_seg import seg_writer_of_model
 
         also = seg_writer_of_model(model / "model" if (model / "model" / "model.json").is_file() else model)
     with _prediction_progress() as (progress, windows, say):

@@ -30,7 +30,7 @@ def import_released(
 
     Example: lightm import-released checkpoint_final.pth models/lung --labels background=0,lung=1
     """
-    from lightm.export.released import import_released as run
+    from lightm.interchange.released import import_released as run
 
     result = run(
         checkpoint,

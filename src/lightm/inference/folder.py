@@ -72,8 +72,8 @@ def predict_folder(
     after every case prediction.json (`lightm.inference.record.Record`: model, options, times, checksums, faults, peak
     memory); and as asked for probabilities/CASE.nii.gz (see `lightm.inference.probabilities`), statistics.csv and .json
     (`lightm.inference.statistics`), previews/CASE.png, and what also(case) writes: it may refuse a case, and returns
-    what writes a second file of its label map, as `lightm.export.dicom_seg.seg_writer` does. report: a .json file for
-    another copy of the record.
+    what writes a second file of its label map, as `lightm.interchange.dicom_seg.seg_writer` does. report: a .json file
+    for another copy of the record.
 
     A case that cannot be predicted, for whatever reason, is left out and the others go on; the call ends with one
     LightMError that lists every fault (the InputError itself where there is one case alone). A disk that refuses ends

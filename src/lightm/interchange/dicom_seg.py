@@ -17,19 +17,19 @@ from lightm import __version__
 from lightm.datasets.cases import Case
 from lightm.errors import InputError, LightMError
 from lightm.evaluation.figures import CLASS_COLOURS
-from lightm.export.segment_codes import segment_code
 from lightm.files import replacing
 from lightm.images.dicom import Series, find_series, is_dicom
 from lightm.images.dicom_files import MULTI_FRAME, PROJECTIONS, Header, pydicom_module, quietly, reason, text
 from lightm.images.dicom_stack import Stack, stack_series
 from lightm.images.volume import Volume, geometry_difference
 from lightm.inference.folder import CaseWriter
+from lightm.interchange.segment_codes import segment_code
 from lightm.nets.folder import load_model
 from lightm.preparation.plan import Plan
 
 ENDING = ".seg.dcm"
 
-_log = logging.getLogger("lightm.export")
+_log = logging.getLogger("lightm.interchange")
 # What a segmentation takes over from its source and an anonymised file may lack; DICOM lets these be empty.
 _MAY_BE_EMPTY = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime",
@@ -52,7 +52,7 @@ def write_dicom_seg(
     `folder::SeriesInstanceUID`, an enhanced file or a `Series`. classes: name to label value; value 0 is the background
     and is left out, each other class is a segment, numbered from 1 in the order of values, also where no voxel has it.
     model: the algorithm is named "LightM MODEL", of LightM's version, family Artificial Intelligence (DICOM CID 7162).
-    colours: "#rrggbb" in the order of segments, repeated. Codes: `lightm.export.segment_codes`.
+    colours: "#rrggbb" in the order of segments, repeated. Codes: `lightm.interchange.segment_codes`.
 
     The object is a binary segmentation (DICOM PS3.3 A.51): a frame for each segment and slice that has voxels of it;
     empty ones are left out, save that a map without any voxel keeps all its frames. Patient and study are those of the
