@@ -21,7 +21,7 @@ from lightm.files import LOCK, locked_folder
 from lightm.inference import predict_folder
 from lightm.training import resume_training, train_model
 from lightm.training.checkpoint_io import SafeCheckpointIO
-from tests.helpers import make_balls
+from tests.helpers import listening, make_balls
 from tests.training.faults import OPTIONS, Server, compare_cases, leftovers, posix
 from tests.training.test_guard import same
 from tests.training.test_train import SMALL
@@ -47,15 +47,15 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
         if text.startswith("Epoch 0" if victim == "history.csv" else "Epoch 1"):
             full[0] = True
 
-    with pytest.raises(LightMError, match=rf"{victim}.*No space left on device.*free space"):
-        train_model(balls, run, epochs=3, **{**SMALL, "say": say})
+    with pytest.raises(LightMError, match=rf"{victim}.*No space left on device.*free space"), listening(say):
+        train_model(balls, run, epochs=3, **SMALL)
     last = SafeCheckpointIO().load_checkpoint(run / "checkpoints" / "last.ckpt")
     assert last["epoch"] == {"run.json": 2}.get(victim, 0)
     assert not leftovers(run)
     if victim == "last.ckpt":
         monkeypatch.undo()
         monkeypatch.setenv("LIGHTM_CACHE", str(tmp_path / "cache"))
-        resume_training(run, say=lambda text: None)
+        resume_training(run)
         assert same(run, whole[0])
 
 
@@ -93,11 +93,11 @@ def test_a_full_disk_ends_with_one_error_and_the_run_goes_on_with_space(
                 return
             fill(filler, leave)
 
-        with pytest.raises(LightMError, match=r"cannot be written|could not be written"):
-            train_model(balls, run, epochs=3, **{**SMALL, "say": say})
+        with pytest.raises(LightMError, match=r"cannot be written|could not be written"), listening(say):
+            train_model(balls, run, epochs=3, **SMALL)
         assert SafeCheckpointIO().load_checkpoint(run / "checkpoints" / "last.ckpt")["epoch"] <= 1
         filler.unlink()
-        resume_training(run, say=lambda text: None)
+        resume_training(run)
         assert same(run, whole[0])
         shutil.rmtree(run)
 

@@ -27,7 +27,7 @@ from lightm.training.checkpoint_io import SafeCheckpointIO, newest_checkpoint, s
 from lightm.training.guard import Interrupted, NanGuard, gradients_are_finite
 from lightm.training.module import SegmentationModule
 from lightm.training.random_states import random_states, set_random_states
-from tests.helpers import make_balls
+from tests.helpers import listening, make_balls
 from tests.training.test_train import SMALL, history, weights
 
 STEPS = 9  # three epochs of three steps
@@ -92,7 +92,7 @@ def test_a_run_stopped_at_random_steps_equals_an_uninterrupted_one_bit_for_bit(
             SegmentationModule, "training_step", act_before(stop, functools.partial(os.kill, os.getpid(), signum))
         )
         begin = functools.partial(train_model, balls, run, epochs=3, **SMALL)
-        go_on = functools.partial(resume_training, run, say=silent)
+        go_on = functools.partial(resume_training, run)
         with pytest.raises(Interrupted, match=r"after step \d+; continue it with `lightm train --resume") as caught:
             go_on() if count else begin()
         assert caught.value.exit_code == 128 + signum
@@ -100,7 +100,7 @@ def test_a_run_stopped_at_random_steps_equals_an_uninterrupted_one_bit_for_bit(
         assert last["global_step"] == stop + 1, "the step at work when the signal came is kept"
         assert not (run / LOCK).exists()
     monkeypatch.setattr(SegmentationModule, "training_step", noisy)
-    resume_training(run, say=silent)
+    resume_training(run)
     assert same(run, whole)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -114,7 +114,7 @@ def test_workers_do_not_change_a_run_and_it_can_be_stopped_with_them(
     with pytest.raises(Interrupted):
         train_model(balls, tmp_path / "run", epochs=3, workers=2, **SMALL)
     monkeypatch.setattr(SegmentationModule, "training_step", noisy)
-    resume_training(tmp_path / "run", say=silent)
+    resume_training(tmp_path / "run")
     assert same(tmp_path / "run", whole)
 
 
@@ -136,7 +136,7 @@ def test_long_epochs_are_kept_within_them(
     last = SafeCheckpointIO().load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert last["global_step"] == 5
     monkeypatch.setattr(SegmentationModule, "training_step", noisy)
-    resume_training(tmp_path / "run", say=silent)
+    resume_training(tmp_path / "run")
     assert same(tmp_path / "run", whole)
 
 
@@ -173,7 +173,8 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before_it(
     spoil(tmp_path / "run" / "checkpoints" / "last.ckpt", how)
     monkeypatch.setattr(SegmentationModule, "training_step", noisy)
     said: list[str] = []
-    resume_training(tmp_path / "run", say=said.append)
+    with listening(said.append):
+        resume_training(tmp_path / "run")
     assert "previous.ckpt" in said[0]
     assert "last.ckpt" in said[0]
     assert said[1].startswith("Epoch 1:")
@@ -221,7 +222,8 @@ def test_values_that_are_not_finite_stop_or_are_skipped_and_counted(
         train_model(balls, tmp_path / "limit", epochs=2, on_nan="skip", nan_limit=1, **SMALL)
     said: list[str] = []
     run = tmp_path / "skipped"
-    result = train_model(balls, run, epochs=2, on_nan="skip", **{**SMALL, "say": said.append})
+    with listening(said.append):
+        result = train_model(balls, run, epochs=2, on_nan="skip", **SMALL)
     assert result.skipped_steps == 2
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["skipped_steps"] == 2
     assert [text.endswith(f"skipped ({n} of at most 10)") for n, text in enumerate(said[1:3], 1)] == [True, True]
@@ -324,15 +326,16 @@ def test_a_second_run_in_the_same_folder_is_refused(balls: Path, tmp_path: Path)
     run, refused = tmp_path / "run", []
 
     def say(text: str) -> None:
-        for second in (lambda: resume_training(run, say=silent), lambda: train_model(balls, run, **SMALL)):
+        for second in (lambda: resume_training(run), lambda: train_model(balls, run, **SMALL)):
             with pytest.raises(InputError, match=r"in use: training by process|already holds a run") as caught:
                 second()
             refused.append(str(caught.value))
 
-    train_model(balls, run, epochs=1, **{**SMALL, "say": say})
+    with listening(say):
+        train_model(balls, run, epochs=1, **SMALL)
     assert f"process {os.getpid()} on {platform.node()}" in refused[0]
     assert not (run / LOCK).exists()
-    resume_training(run, epochs=2, say=silent)
+    resume_training(run, epochs=2)
 
 
 def lock(**changes: object) -> str:

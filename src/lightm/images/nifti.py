@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import logging
 import struct
 import zlib
 from collections.abc import Callable
@@ -27,9 +26,6 @@ from nibabel.wrapstruct import WrapStructError
 from lightm.errors import InputError
 from lightm.images.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes, check_place
 from lightm.images.volume import Volume, affine_spacing_mm
-
-# nibabel prints a line for each field of a header that it repairs; a fault that matters is an error here.
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
 
 _MAX_DEFLATE = MAX_DEFLATE
 _CHUNK = 1 << 20

@@ -23,9 +23,9 @@ from lightm.images.dicom_files import MULTI_FRAME, PROJECTIONS, Header, pydicom_
 from lightm.images.dicom_stack import Stack, stack_series
 from lightm.images.volume import Volume, geometry_difference
 from lightm.inference.folder import CaseWriter
+from lightm.inference.predictor import Predictor
+from lightm.inference.record import describe_model
 from lightm.interchange.segment_codes import segment_code
-from lightm.nets.folder import load_model
-from lightm.preparation.plan import Plan
 
 ENDING = ".seg.dcm"
 
@@ -66,7 +66,7 @@ def write_dicom_seg(
 
 
 def seg_writer(classes: Mapping[str, int], *, model: str) -> CaseWriter:
-    """Return what `predict_folder(also=...)` takes to write a DICOM-SEG beside each label map, CASE.seg.dcm.
+    """Return what `predict_folder(extra_writer=...)` takes to write a DICOM-SEG beside each label map, CASE.seg.dcm.
 
     classes, model: as in `write_dicom_seg`. The source is the case's first image; a case that is no DICOM series, or
     one that cannot be referenced, is refused with an InputError before it is predicted.
@@ -81,19 +81,14 @@ def seg_writer(classes: Mapping[str, int], *, model: str) -> CaseWriter:
     return prepare
 
 
-def seg_writer_of_model(model_dir: Path | str) -> CaseWriter:
-    """Return `seg_writer` for the labels and the network's name of a model folder.
-
-    Raises InputError for a folder that is no model, and where highdicom is missing.
-    """
+def seg_writer_of_model(predictor: Predictor) -> CaseWriter:
+    """Return `seg_writer` for the labels and the network's name of a model; InputError where highdicom is missing."""
     _highdicom()
-    _, info = load_model(Path(model_dir))
-    try:
-        plan = Plan.model_validate(info["plan"])
-    except ValueError as error:
-        raise InputError(f"{Path(model_dir) / 'model.json'}: its plan is not valid: {error}") from error
-    name = " ".join(str(part) for part in (info["network"].get("name"), plan.dataset) if part)
-    return seg_writer(plan.labels, model=name)
+    name = ""
+    if predictor.source is not None:
+        found = describe_model(predictor.source)
+        name = " ".join(part for part in (found.name, found.dataset) if part)
+    return seg_writer(predictor.plan.labels, model=name)
 
 
 class _Writer:

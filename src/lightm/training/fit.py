@@ -18,7 +18,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightm.datasets.split import Split
 from lightm.errors import LightMError
 from lightm.files import disk_refusals
-from lightm.losses import create_loss
+from lightm.losses import SegmentationLoss, create_loss
+from lightm.losses.custom import CustomLoss
 from lightm.nets import create, save_model
 from lightm.preparation.plan import Plan
 from lightm.training.callbacks import Checkpoints, History, ProgressBar, Stopping
@@ -169,16 +170,19 @@ def network_description(config: TrainConfig, plan: Plan) -> dict[str, Any]:
     }
 
 
-def build(config: TrainConfig, plan: Plan) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Seed everything, and return the network and the loss of a run."""
+def build(
+    config: TrainConfig,
+    plan: Plan,
+    network: torch.nn.Module | None = None,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Seed everything, and return the network and the loss of a run: those given, else those that it names."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    described = network_description(config, plan)
-    options = described.pop("options")
-    net = create(**described, **options)
-    criterion = create_loss(
-        config.settings.loss,
-        spatial_dims=plan.spatial_dims,
-        num_classes=len(plan.labels),
-        **config.settings.loss_options,
-    )
-    return net, criterion
+    if network is None:
+        described = network_description(config, plan)
+        options = described.pop("options")
+        network = create(**described, **options)
+    sizes = {"spatial_dims": plan.spatial_dims, "num_classes": len(plan.labels)}
+    if loss is None:
+        return network, create_loss(config.settings.loss, **sizes, **config.settings.loss_options)
+    return network, loss if isinstance(loss, SegmentationLoss) else CustomLoss(loss, **sizes)

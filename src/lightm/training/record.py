@@ -30,7 +30,7 @@ def run_record(
     called = Path(sys.argv[0]).stem
     packages = ("torch", "lightning", "monai", "numba", "numpy", "nibabel")
     return {
-        "command": " ".join(["lightm", *sys.argv[1:]]) if called == "lightm" else "lightm.train_model()",
+        "command": " ".join(["lightm", *sys.argv[1:]]) if called == "lightm" else "lightm.train()",
         "versions": {
             "lightm-unet": __version__,
             "python": platform.python_version(),
