@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,19 +62,3 @@ def describe(root: Path, **changes: object) -> None:
     root.mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in content.items() if value is not None}
     (root / "dataset.json").write_text(json.dumps(kept), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def listening(say: Callable[[str], object]) -> Iterator[None]:
-    """Call `say` with every message for people that the package logs in the block."""
-    handler = logging.Handler()
-    handler.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign, assignment, return-value]
-    logger = logging.getLogger("lightm")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)

@@ -25,9 +25,9 @@ from lightm.images.io import read_volume
 from lightm.inference import predict_folder
 from lightm.inference.predictor import Predictor
 from lightm.inference.record import Record
-from tests.helpers import listening
+from tests.messages import on_message
 
-from .made import MODEL, Threshold, add
+from .factories import MODEL, Threshold, add
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 import lightm.nets.folder
-from tests.inference.made import Threshold
+from tests.inference.factories import Threshold
 
 inputs, out = map(Path, sys.argv[1:])
 
@@ -135,7 +135,7 @@ def test_ctrl_c_ends_the_run_and_leaves_it_ready_to_go_on(
     use(Threshold(0.0), model, monkeypatch)
     lines: list[str] = []
     steps: list[tuple[int, int]] = []
-    with listening(lines.append):
+    with on_message(lines.append, "inference"):
         predict_folder(
             MODEL, scans, out, statistics=True, resume=True,
             progress=lambda what, done, total: steps.append((done, total)) if what == "predict" else None,
@@ -201,13 +201,19 @@ def test_continue_of_nothing_starts_anew(model: dict[str, Any], scans: Path, tmp
     ],
 )
 def test_whatever_happens_in_a_case_is_told_and_the_others_go_on(
-    model: dict[str, Any], scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+    model: dict[str, Any],
+    scans: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    words: str,
 ) -> None:
     use(Interrupted(error), model, monkeypatch)
     lines: list[str] = []
     with (
         pytest.raises(LightMError, match=r"1 of 4 cases could not be predicted:\n  case 'c': ") as caught,
-        listening(lines.append),
+        on_message(lines.append, "inference"),
     ):
         predict_folder(MODEL, scans, tmp_path / "out")
     assert caught.value.exit_code == 1
@@ -216,6 +222,10 @@ def test_whatever_happens_in_a_case_is_told_and_the_others_go_on(
     assert sorted(maps(tmp_path / "out")) == ["a.nii.gz", "b.nii.gz", "d.nii.gz"]
     (fault,) = load(tmp_path / "out").failed
     assert (fault.case, fault.kind) == ("c", type(error).__name__)
+    # What nobody foresaw is logged where it came from; a lack of memory says all by itself.
+    logged = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert len(logged) == ("ValueError" in words)
+    assert all(record.exc_info and record.exc_info[1] is error for record in logged)
     use(Threshold(0.0), model, monkeypatch)
     predict_folder(MODEL, scans, tmp_path / "out", resume=True)
     assert load(tmp_path / "out").failed == []

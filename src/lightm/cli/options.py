@@ -40,7 +40,7 @@ def command(
 
             run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
             run.__annotations__ = {p.name: p.annotation for p in parameters}
-            del run.__wrapped__  # type: ignore[attr-defined]
+            del run.__wrapped__
             return run
 
         class Command(TyperCommand):

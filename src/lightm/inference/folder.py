@@ -12,14 +12,14 @@ from typing import Any
 from torch import nn
 
 from lightm.datasets.cases import Case
+from lightm.datasets.inputs import find_cases
 from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, locked_folder, remove_temporaries
 from lightm.images.io import file_suffix
 from lightm.inference.budget import peak_resident_bytes
-from lightm.inference.inputs import find_cases
 from lightm.inference.one_case import CaseWriter, DiskError, Job, fault_of
 from lightm.inference.predictor import Predictor
-from lightm.inference.reading import each_read
+from lightm.inference.prefetch import each_read
 from lightm.inference.record import (
     PREVIEWS,
     PROBABILITIES,
@@ -67,8 +67,8 @@ def predict_folder(
     after every case prediction.json (`lightm.inference.record.Record`: model, options, times, checksums, faults, peak
     memory); and as asked for probabilities/CASE.nii.gz (see `lightm.inference.probabilities`), statistics.csv and .json
     (`lightm.inference.statistics`), previews/CASE.png, and what extra_writer(case) writes: it may refuse a case, and
-    returns what writes a second file of its label map, as `lightm.interchange.dicom_seg.seg_writer` does. report: a .json file
-    for another copy of the record.
+    returns what writes a second file of its label map, as `lightm.interchange.dicom_seg.seg_writer` does. The option
+    `report` names a .json file for another copy of the record.
 
     A case that cannot be predicted, for whatever reason, is left out and the others go on; the call ends with one
     LightMError that lists every fault (the InputError itself where there is one case alone). A disk that refuses ends

@@ -5,7 +5,6 @@ Loading executes nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from lightm import __version__
 from lightm.config_io import read_json
 from lightm.errors import InputError, LightMError
-from lightm.files import disk_refusals, sync_folder, write_text
+from lightm.files import disk_refusals, file_hash, sync_folder, write_text
 from lightm.nets.described import check_shapes, create_described, tensor_shapes
 from lightm.nets.zipped import extracted, is_zip_path, write_zip
 
@@ -74,7 +73,7 @@ def _save(
             "network": network,
             "plan": plan,
             "training": training,
-            "weights_sha256": _sha256(weights),
+            "weights_sha256": file_hash(weights).partition(":")[2],
         }
         (temporary / "model.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         (temporary / "card.md").write_text(_card(description), encoding="utf-8")
@@ -157,7 +156,7 @@ def _load(folder: Path, network: nn.Module | None) -> tuple[nn.Module, dict[str,
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise InputError(f"{weights}: the weights are missing; a model folder holds model.safetensors")
-    if _sha256(weights) != info["weights_sha256"]:
+    if file_hash(weights).partition(":")[2] != info["weights_sha256"]:
         raise InputError(f"{weights}: its checksum differs from that in model.json; the file is damaged or exchanged")
     shapes = tensor_shapes(weights)
     if network is None:
@@ -195,14 +194,6 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if missing or not isinstance(info["network"], dict) or not isinstance(info["plan"], dict):
         raise InputError(f"{path}: not a complete model description, {sorted(missing) or 'network and plan'} missing")
     return info
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _card(info: dict[str, Any]) -> str:

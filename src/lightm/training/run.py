@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lightning_fabric import Fabric
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
@@ -23,8 +23,8 @@ from lightm.preparation.plan import Plan, load_plan
 from lightm.preparation.preprocess import PreprocessedCase, default_cache_dir, preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.config import TrainConfig, load_config, parse_duration
-from lightm.training.datamodule import PatchDataModule
-from lightm.training.fit import TrainResult, build, fit
+from lightm.training.fit import TrainResult, build, build_fabric, fit
+from lightm.training.loaders import PatchLoaders
 from lightm.training.prepare import (
     check_classes,
     check_own,
@@ -36,8 +36,6 @@ from lightm.training.prepare import (
 )
 from lightm.training.record import run_record, write_json
 
-_log = logging.getLogger(__name__)
-
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, K, *S), target (B, *S) class indices, 255 for voxels that must not count) -> scalar."""
 
@@ -48,6 +46,7 @@ class Run:
 
     run_dir: Path
     config: TrainConfig
+    fabric: Fabric
     data: Dataset
     plan: Plan
     split: Split
@@ -94,6 +93,7 @@ def new_run(
     named = {"network": network, "loss": loss, "plan": plan, "split": split}
     options.update({key: value for key, value in named.items() if objects[key] is None})
     settings = TrainConfig.of(config, options, "train")
+    fabric = build_fabric(settings.device, settings.precision)  # before anything is read
     labels = None if settings.labels is None else Path(settings.labels)
     data = open_dataset(Path(dataset), labels=labels)
     update: dict[str, Any] = {
@@ -112,7 +112,7 @@ def new_run(
     settings = settings.resolved(chosen.spatial_dims)
     chosen = with_sizes(chosen, settings)
     drawn = choose_split(data, settings, objects["split"])
-    return Run(run_dir, settings, data, chosen, drawn, objects["network"], objects["loss"])
+    return Run(run_dir, settings, fabric, data, chosen, drawn, objects["network"], objects["loss"])
 
 
 def earlier_run(
@@ -126,9 +126,10 @@ def earlier_run(
     check_own(run_dir, "network", config.network, network)
     check_own(run_dir, "loss", config.loss, loss)
     config = config.model_copy(update={k: v for k, v in options.model_dump().items() if v is not None})
+    fabric = build_fabric(config.device, config.precision)
     data = open_dataset(Path(config.dataset), labels=None if config.labels is None else Path(config.labels))
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
-    return Run(run_dir, config, data, load_plan(run_dir / "plan.yaml"), split, network, loss, resume=True)
+    return Run(run_dir, config, fabric, data, load_plan(run_dir / "plan.yaml"), split, network, loss, resume=True)
 
 
 def train_model(dataset: Path | str, out: Path | str | None = None, **arguments: Any) -> TrainResult:
@@ -169,7 +170,7 @@ def run_training(run: Run, progress: Progress | None = None) -> TrainResult:
         if not run.resume:
             stack.enter_context(locked_folder(run.run_dir, "training"))
             refuse_used_folder(run.run_dir)  # another run may have come first while the data were prepared
-        return _run_locked(run, net, criterion, train_cases, val_cases, started)
+        return _run_locked(run, net, criterion, train_cases, val_cases, started, progress)
 
 
 def _run_locked(
@@ -179,6 +180,7 @@ def _run_locked(
     train_cases: list[PreprocessedCase],
     val_cases: list[PreprocessedCase],
     started: datetime,
+    progress: Progress | None,
 ) -> TrainResult:
     run_dir, config, plan, split = run.run_dir, run.config, run.plan, run.split
     for folder in (run_dir, run_dir / "checkpoints"):
@@ -189,7 +191,7 @@ def _run_locked(
     config.save(run_dir / "config.yaml")  # the last of the three: with it the run can be resumed
     record = run_record(config, plan, net, started, run_dir if run.resume else None)
     write_json(run_dir / "run.json", record)
-    patches = PatchDataModule(
+    patches = PatchLoaders(
         train_cases,
         val_cases,
         config.settings,
@@ -200,7 +202,9 @@ def _run_locked(
         workers=config.workers,
     )
     try:
-        result = fit(run_dir, config, plan, split, net, criterion, patches, run.resume, _log.info)
+        result = fit(
+            run.fabric, run_dir, config, plan, split, net, criterion, patches, resume=run.resume, progress=progress
+        )
     except BaseException:
         with contextlib.suppress(LightMError):  # a full disk; what ended the training is what to tell
             write_json(run_dir / "run.json", {**record, "status": "interrupted"})
