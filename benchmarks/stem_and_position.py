@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 
 import torch
@@ -52,7 +51,6 @@ def main() -> None:
                 network_options=options,
                 epochs=4,
                 settings={"steps_per_epoch": 50},
-                say=lambda text: print(text, file=sys.stderr),
             )
         with (run / "history.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))

@@ -57,6 +57,12 @@ def selective_scan(
     Cost of "cpu": L E N exponentials and about 3 L E N multiply-adds forward, about 2.3 times that backward; memory
     beyond the inputs and y: L E N / 64 floats of kept states when a gradient is wanted, otherwise a constant. Cost of
     "triton": twice L E N exponentials forward and four times backward; L E N / 32 to L E N / 256 floats of states.
+
+    >>> import torch
+    >>> u, delta, A = torch.ones(1, 3, 1), torch.ones(1, 3, 1), torch.zeros(1, 1)
+    >>> B = C = torch.ones(1, 3, 1)
+    >>> lightm.selective_scan(u, delta, A, B, C, impl="reference").flatten()  # a running sum, as nothing decays
+    tensor([1., 2., 3.])
     """
     return selective_scan_with_state(u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state, impl)[0]
 
