@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lightm import __version__, train_model
+from lightm import __version__, train
 from lightm.nets import count_parameters, create
 
 SPM = {"layer": "spm", "pooling": "add", "bottleneck_layers": 3}
@@ -44,13 +44,14 @@ def main() -> None:
     for index, (what, options) in enumerate(ROWS):
         run = given.out / f"row-{index}"
         if not (run / "model").is_dir():
-            train_model(
+            train(
                 given.dataset,
                 run,
                 network="lightm-unet-small",
                 network_options=options,
                 epochs=4,
-                settings={"steps_per_epoch": 50},
+                steps_per_epoch=50,
+                test=False,
             )
         with (run / "history.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
