@@ -1,7 +1,7 @@
 """What the site needs beyond mkdocs.yml: pages that stand outside of docs/, folders in the navigation, the reference.
 
-GitHub shows README.md, CONTRIBUTING.md and the README.md of a folder where they stand, so there they stay. For the site
-each gets the place that `extra.outside` in mkdocs.yml names, and every link is rewritten to match: one text, two readers.
+A README.md is read where it stands in the repository, so there it stays. For the site each gets the place that
+`extra.outside` in mkdocs.yml names, and every link is rewritten to match: one text, two readers.
 The pages of the reference are made of the public names of a package, in the order of the rooms.
 """
 
@@ -61,7 +61,7 @@ def public_names(package: str) -> dict[str, str]:
                 assigned[target.id] = ast.literal_eval(node.value)  # type: ignore[attr-defined]
             except ValueError:  # an __all__ that is computed from _PUBLIC
                 continue
-    return assigned.get("_PUBLIC") or {name: package for name in assigned["__all__"]}
+    return assigned.get("_PUBLIC") or dict.fromkeys(assigned["__all__"], package)
 
 
 def reference(package: str, title: str, introduction: str) -> str:
