@@ -63,7 +63,7 @@ def full_convolution(account: Account) -> FullConvolution | None:
     table = account.parameters
     settings = settings_of(account.name, account.options)[1] if account.name in PRESETS else {}
     parts = [part for part in table.parts if part.source == "conv1d"]
-    if not parts or settings["ssm"] == "mamba2":
+    if not parts or settings.get("ssm") == "mamba2":
         return None
     counted = sum(part.counted for part in parts)
     printed = 0

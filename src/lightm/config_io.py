@@ -16,6 +16,7 @@ from lightm.files import atomic_file
 # Ours are some kilobytes; PyYAML takes about ten seconds a megabyte.
 MAX_YAML_BYTES = 256 << 10
 MAX_JSON_BYTES = 16 << 20
+_MAX_RECORD_BYTES = 512 << 20  # results of many thousand cases
 # What PyYAML lets through for values that their tag does not fit, such as `!!int x`.
 _MAX_DEPTH = 50
 _SHOWN = 20  # faults in one message
@@ -34,7 +35,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
         if not path.is_file():
             raise InputError(f"{path}: cannot be read (no such file); check the path")
         with path.open("rb") as stream:
-            content = stream.read(max_bytes + 1)
+            content = stream.read(min(max_bytes, path.stat().st_size) + 1)  # Python reserves what is asked for
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     if len(content) > max_bytes:
@@ -47,8 +48,27 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
         raise InputError(f"{path}: not readable as JSON ({str(error)[:200]}); mend or write it again") from None
 
 
+def load_json(path: Path | str, model: type[Model], what: str, remedy: str) -> Model:
+    """Read a JSON file into a model; raises InputError that names the file, `what` it should be, each wrong key and the
+    `remedy`.
+    """
+    try:
+        content = read_json(Path(path), _MAX_RECORD_BYTES)
+    except InputError as error:
+        raise InputError(f"{str(error).rpartition('; ')[0]}; {remedy}") from None
+    try:
+        return validated(model, content, f"{path}: not {what}")
+    except InputError as error:
+        raise InputError(f"{error}; {remedy}") from None
+
+
 def load_yaml(path: Path | str, model: type[Model]) -> Model:
     """Read a YAML file into a model; raises InputError with the file, the key and, for an unknown one, the nearest."""
+    return validated(model, read_yaml(path), str(path))
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """Return the keys and values of a YAML file; raises InputError, naming it, for anything else."""
     path = Path(path)
     try:
         with path.open("rb") as stream:
@@ -67,7 +87,15 @@ def load_yaml(path: Path | str, model: type[Model]) -> Model:
         raise InputError(f"{path}: not valid YAML ({reason}); mend the line") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values, got {type(content).__name__}; write it again")
-    return validated(model, content, str(path))
+    return content
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return the value that a short text holds in YAML, such as `{a: 1e-3}`; InputError, naming `where`, for none."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, *_FAULTS) as error:
+        raise InputError(f"{where} '{text}': not valid YAML ({' '.join(str(error).split())[:200]})") from None
 
 
 def save_yaml(path: Path | str, model: BaseModel, heading: str) -> None:
@@ -85,7 +113,7 @@ def save_yaml(path: Path | str, model: BaseModel, heading: str) -> None:
         stream.write((comment + body).encode("utf-8"))
 
 
-def validated(model: type[Model], content: dict[str, Any], where: str) -> Model:
+def validated(model: type[Model], content: Any, where: str) -> Model:
     """Return the model of the content; raises InputError that names `where`, each wrong key and the cure."""
     try:
         return model.model_validate(content)

@@ -25,8 +25,9 @@ from lightm.images.io import read_volume
 from lightm.inference import predict_folder
 from lightm.inference.predictor import Predictor
 from lightm.inference.record import Record
+from tests.messages import on_message
 
-from .made import MODEL, Threshold, add
+from .factories import MODEL, Threshold, add
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +35,7 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 import lightm.nets.folder
-from tests.inference.made import Threshold
+from tests.inference.factories import Threshold
 
 inputs, out = map(Path, sys.argv[1:])
 
@@ -92,7 +93,7 @@ def test_a_killed_run_holds_its_folder_while_it_lives_and_goes_on(
         child.communicate()
     assert maps(out) == {name: expected[name] for name in ("a.nii.gz", "b.nii.gz")}
     (out / ".c.nii.gz.0123456789ab.tmp").write_bytes(b"torn")
-    with pytest.raises(InputError, match=r"go on with an unfinished run \(--continue\)"):
+    with pytest.raises(InputError, match=r"resume an unfinished run \(--resume\)"):
         predict_folder(MODEL, scans, out)
     before = (out / "a.nii.gz").stat().st_mtime_ns
     written = predict_folder(MODEL, scans, out, resume=True)
@@ -134,10 +135,11 @@ def test_ctrl_c_ends_the_run_and_leaves_it_ready_to_go_on(
     use(Threshold(0.0), model, monkeypatch)
     lines: list[str] = []
     steps: list[tuple[int, int]] = []
-    predict_folder(
-        MODEL, scans, out, statistics=True, resume=True, say=lines.append,
-        progress=lambda what, done, total: steps.append((done, total)),
-    )  # fmt: skip
+    with on_message(lines.append, "inference"):
+        predict_folder(
+            MODEL, scans, out, statistics=True, resume=True,
+            progress=lambda what, done, total: steps.append((done, total)) if what == "predict" else None,
+        )  # fmt: skip
     assert lines[0] == "2 of 4 case(s) finished earlier"
     assert lines[1].startswith("[3/4] c 9x12x5 ")
     assert "4 case(s) segmented" in lines[-1]
@@ -199,18 +201,31 @@ def test_continue_of_nothing_starts_anew(model: dict[str, Any], scans: Path, tmp
     ],
 )
 def test_whatever_happens_in_a_case_is_told_and_the_others_go_on(
-    model: dict[str, Any], scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+    model: dict[str, Any],
+    scans: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    words: str,
 ) -> None:
     use(Interrupted(error), model, monkeypatch)
     lines: list[str] = []
-    with pytest.raises(LightMError, match=r"1 of 4 cases could not be predicted:\n  case 'c': ") as caught:
-        predict_folder(MODEL, scans, tmp_path / "out", say=lines.append)
+    with (
+        pytest.raises(LightMError, match=r"1 of 4 cases could not be predicted:\n  case 'c': ") as caught,
+        on_message(lines.append, "inference"),
+    ):
+        predict_folder(MODEL, scans, tmp_path / "out")
     assert caught.value.exit_code == 1
     assert words in str(caught.value)
     assert any(line.startswith("[3/4] c failed: ") for line in lines)
     assert sorted(maps(tmp_path / "out")) == ["a.nii.gz", "b.nii.gz", "d.nii.gz"]
     (fault,) = load(tmp_path / "out").failed
     assert (fault.case, fault.kind) == ("c", type(error).__name__)
+    # What nobody foresaw is logged where it came from; a lack of memory says all by itself.
+    logged = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert len(logged) == ("ValueError" in words)
+    assert all(record.exc_info and record.exc_info[1] is error for record in logged)
     use(Threshold(0.0), model, monkeypatch)
     predict_folder(MODEL, scans, tmp_path / "out", resume=True)
     assert load(tmp_path / "out").failed == []
@@ -222,7 +237,7 @@ def test_all_that_can_be_asked_for(model: dict[str, Any], scans: Path, tmp_path:
     windows: list[tuple[int, int]] = []
     predict_folder(
         MODEL, scans, out, save_probabilities=True, statistics=True, preview=True, report=report,
-        windows=lambda done, total: windows.append((done, total)),
+        progress=lambda what, done, total: windows.append((done, total)) if what == "windows" else None,
     )  # fmt: skip
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     cases = {f"{part}{name}{ending}" for name in "abcd"

@@ -23,13 +23,14 @@ def train(data: str, run: str, **options: Any) -> None:
     from lightm.training import resume_training, train_model
 
     if (Path(run) / "config.yaml").is_file():
-        resume_training(run, say=lambda text: None)
+        resume_training(run)
     else:
-        train_model(data, run, say=lambda text: None, **options)
+        train_model(data, run, **options)
 
 
 def preprocess(data: str, cache: str) -> None:
-    from lightm import make_plan, open_dataset
+    from lightm import open_dataset
+    from lightm.preparation.plan import make_plan
     from lightm.preparation.preprocess import preprocess_dataset
 
     dataset = open_dataset(Path(data))

@@ -14,21 +14,23 @@ import pytest
 import torch
 import yaml
 
-from lightm import make_plan, open_dataset
+from lightm import open_dataset
 from lightm.errors import InputError, LightMError
 from lightm.nets import load_model
+from lightm.preparation.plan import make_plan
 from lightm.training import resume_training, train_model
-from lightm.training.checkpoint_io import SafeCheckpointIO
-from lightm.training.config import parse_duration, read_user_config
-from lightm.training.module import SegmentationModule
+from lightm.training.checkpoint_io import load_checkpoint
+from lightm.training.config import TrainConfig, load_config, parse_duration
+from lightm.training.loop import Training
+from lightm.training.recipes import Recipe
 from tests.helpers import make_balls
+from tests.messages import on_message
 
 SMALL: dict[str, Any] = {
     "network": "lightm-unet-small",
     "network_options": {"filters": 8, "bottleneck_layers": 1},
     "settings": {"steps_per_epoch": 3},
     "val_patches": 2,
-    "say": lambda text: None,
 }
 
 
@@ -46,14 +48,15 @@ def history(run: Path) -> list[dict[str, str]]:
 
 
 def weights(run: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = SafeCheckpointIO().load_checkpoint(run / "checkpoints" / name)["state_dict"]
+    state: dict[str, torch.Tensor] = load_checkpoint(run / "checkpoints" / name)["state_dict"]
     return state
 
 
 def test_a_run_leaves_everything_a_reader_needs(balls: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     said: list[str] = []
-    result = train_model(balls, run, epochs=2, seed=5, **{**SMALL, "say": said.append})
+    with on_message(said.append):
+        result = train_model(balls, run, epochs=2, seed=5, **SMALL)
     assert result.epochs == 2
     rows = history(run)
     assert [int(row["epoch"]) for row in rows] == [0, 1]
@@ -68,7 +71,7 @@ def test_a_run_leaves_everything_a_reader_needs(balls: Path, tmp_path: Path) -> 
     assert record["seed"] == 5
     assert record["parameters"] == sum(p.numel() for p in load_model(run / "model")[0].parameters())
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    assert config["settings"]["epochs"] == 2
+    assert config["epochs"] == 2
     assert set(json.loads((run / "split.json").read_text(encoding="utf-8"))["test"]) == set(result.split.test)
     assert list((run / "tensorboard").glob("events.*"))
     assert said[0].startswith("Epoch 0: train_loss")
@@ -91,20 +94,20 @@ def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(
     balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_model(balls, tmp_path / "whole", epochs=3, **SMALL)
-    step = SegmentationModule.training_step
+    step = Training.loss_of
 
-    def killing(self: SegmentationModule, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        if self.global_step == 7:  # in the third epoch
+    def killing(self: Training, batch: dict[str, Any]) -> torch.Tensor:
+        if self.state.step == 7:  # in the third epoch
             raise _Killed
-        return step(self, batch, batch_idx)
+        return step(self, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(SegmentationModule, "training_step", killing)
+        patched.setattr(Training, "loss_of", killing)
         with pytest.raises(_Killed):
             train_model(balls, tmp_path / "killed", epochs=3, **SMALL)
     assert len(history(tmp_path / "killed")) == 2
     assert json.loads((tmp_path / "killed" / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
-    result = resume_training(tmp_path / "killed", say=lambda text: None)
+    result = resume_training(tmp_path / "killed")
     assert result.epochs == 3
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
@@ -114,23 +117,23 @@ def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(
 def test_ctrl_c_ends_with_one_message_and_the_run_can_go_on(
     balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = SegmentationModule.training_step
+    step = Training.loss_of
 
-    def interrupted(self: SegmentationModule, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        if self.global_step == 4:
+    def interrupted(self: Training, batch: dict[str, Any]) -> torch.Tensor:
+        if self.state.step == 4:
             raise KeyboardInterrupt
-        return step(self, batch, batch_idx)
+        return step(self, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(SegmentationModule, "training_step", interrupted)
+        patched.setattr(Training, "loss_of", interrupted)
         with pytest.raises(LightMError, match="--resume"):
             train_model(balls, tmp_path / "run", epochs=2, **SMALL)
-    assert resume_training(tmp_path / "run", say=lambda text: None).epochs == 2
+    assert resume_training(tmp_path / "run").epochs == 2
 
 
 def test_a_finished_run_can_be_made_longer(balls: Path, tmp_path: Path) -> None:
     train_model(balls, tmp_path / "run", epochs=1, **SMALL)
-    assert resume_training(tmp_path / "run", epochs=2, say=lambda text: None).epochs == 2
+    assert resume_training(tmp_path / "run", epochs=2).epochs == 2
     assert [row["epoch"] for row in history(tmp_path / "run")] == ["0", "1"]
 
 
@@ -142,7 +145,7 @@ def test_a_time_budget_ends_the_training_and_lets_the_learning_rate_fall(balls: 
 
 
 def test_patience_ends_the_training(balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightm.training.module.MOVING", 1.0)  # the moving average never moves
+    monkeypatch.setattr("lightm.training.loop.EMA", 1.0)  # it never moves
     result = train_model(balls, tmp_path / "run", epochs=9, patience=2, **SMALL)
     assert result.epochs == 3
     assert "2 epochs" in result.reason
@@ -176,11 +179,13 @@ def refuse(balls: Path, run: Path, match: str, **options: Any) -> None:
 def test_wrong_options_are_refused_before_anything_is_written(balls: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     refuse(balls, run, "unknown network 'lightn'", network="lightn", network_options={})
-    refuse(balls, run, "unknown recipe 'sed'; did you mean 'seed'", recipe="sed")
+    refuse(balls, run, "unknown recipe 'arls'; did you mean 'arsl'", recipe="arls")
     refuse(balls, run, "ce\\+dise", loss="ce+dise")
     refuse(balls, run, "unknown key 'settings.epoch'; did you mean 'epochs'", settings={"epoch": 3})
     refuse(balls, run, "patch size", patch_size=[12, 16, 16])
-    refuse(balls, run, "batch size 0", batch_size=0)
+    refuse(balls, run, "batch_size", batch_size=0)
+    refuse(balls, run, "device 'cuda:99'", device="cuda:99")
+    refuse(tmp_path / "nowhere", run, "precision '8-bit'", precision="8-bit")  # before the data are looked at
     refuse(balls, run, "lr", lr=-1.0)
     refuse(balls, run, "duration", max_time="soon")
     refuse(tmp_path / "nowhere", run, "nowhere")
@@ -262,16 +267,52 @@ def test_a_used_folder_is_refused_and_left_as_it_is(balls: Path, tmp_path: Path)
         resume_training(other)
 
 
-def test_user_config_names_the_unknown_key(tmp_path: Path) -> None:
+def test_a_yaml_of_options_is_checked_and_read_as_numbers(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("network: lightm-unet\nlearning_rate: 1\nepoch: 3\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"mine\.yaml: unknown key 'learning_rate'"):
-        read_user_config(path)
-    path.write_text("- a\n- b\n", encoding="utf-8")
-    with pytest.raises(InputError, match="mapping"):
-        read_user_config(path)
-    path.write_text("seed: 3\nsettings:\n  lr: 0.01\n", encoding="utf-8")
-    assert read_user_config(path) == {"seed": 3, "settings": {"lr": 0.01}}
+    for text, words in {
+        "network: lightm-unet\nlearning_rate: 1\nepoch: 3\n": r"mine\.yaml: unknown key 'learning_rate'",
+        "- a\n- b\n": "mine.*keys and values",
+        "lr: 1\nlr: 2\n": "mine.*'lr' is given twice",
+        "settings: {epoch: 3}\n": "mine.*unknown key 'settings.epoch'; did you mean 'epochs'",
+        "lr: fast\n": "mine.*lr",
+    }.items():
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=words):
+            TrainConfig.of(path, {}, "train")
+    path.write_text("seed: 3\nlr: 1e-3\npatch_size: [16, 24]\n", encoding="utf-8")
+    config = TrainConfig.of(path, {"seed": 4, "epochs": None}, "train")
+    assert (config.seed, config.lr, config.patch_size, config.epochs_given) == (4, 1e-3, [16, 24], False)
+    path.write_text("seed: 3\nsettings:\n  lr: 1e-3\n", encoding="utf-8")
+    assert TrainConfig.of(path, {}, "train").lr == 1e-3
+
+
+def test_a_configuration_of_an_earlier_version_means_what_it_meant(tmp_path: Path) -> None:
+    new = TrainConfig(dataset="data", recipe="arsl", max_time="15m", lr=0.5).resolved(3)
+    settings = {name: value for name, value in new.model_dump(mode="json").items() if name in Recipe.model_fields}
+    old = {"dataset": "data", "recipe": "seed", "settings": settings, "max_time_s": 900.0, "epochs_given": False}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(old), encoding="utf-8")
+    loaded = load_config(path)
+    assert loaded.model_dump() == new.model_dump()
+    assert (loaded.recipe, loaded.max_time_s, loaded.epochs_given) == ("arsl", 900.0, False)
+    loaded.save(path)
+    again = load_config(path)
+    assert (again.model_dump(), again.epochs_given) == (new.model_dump(), False)
+    path.write_text(yaml.safe_dump({**old, "epochs_given": True}), encoding="utf-8")
+    assert load_config(path).epochs_given
+
+
+def test_a_run_of_an_earlier_version_is_resumed(balls: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_model(balls, run, epochs=1, **SMALL)
+    now = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    for key in ("plan", "postprocess", "test", "patch_size", "batch_size"):
+        now.pop(key)
+    settings = {key: now.pop(key) for key in list(now) if key in Recipe.model_fields}
+    old = {**now, "settings": settings, "max_time_s": now.pop("max_time"), "epochs_given": True}
+    old.pop("max_time")
+    (run / "config.yaml").write_text(yaml.safe_dump(old), encoding="utf-8")
+    assert resume_training(run, epochs=2).epochs == 2
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("15m", 900), ("1h30m", 5400), (12, 12), ("7", 7)])

@@ -154,7 +154,7 @@ class VSS(nn.Module):
         low, B, C = (
             ops.linear(u, weight) for weight in self.x_proj.weight.split([self.dt_rank, *[self.state_size] * 2])
         )
-        y, end = ops.selective_scan(
+        y, end = ops.selective_scan_with_state(
             u,
             ops.linear(low, self.dt_proj.weight),
             decay_rates(self.A_log),
@@ -166,7 +166,6 @@ class VSS(nn.Module):
             delta_bias=self.dt_proj.bias,
             delta_softplus=True,
             initial_state=state,
-            return_state=True,
         )
         if self.norm is not None:
             y = ops.gated_norm(y, z, self.norm.weight, self.norm.bias, eps=self.norm.eps)

@@ -23,6 +23,9 @@ from torch.nn.modules.module import (
 from lightm.errors import InputError
 from lightm.nets.presets import create
 
+OWN = "own:"
+"""How the name of a network begins that is no name but a module of the caller's."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Modules and parameters may be registered more often than they have names in the state: shared ones, and those that
@@ -50,6 +53,11 @@ def create_described(described: Mapping[str, Any], shapes: Shapes, where: Path, 
     the number of tensors allows. Raises InputError for all else. Cost: some 20 ms more than `create`.
     """
     settings = {key: value for key, value in described.items() if key != "options"}
+    if str(settings.get("name")).startswith(OWN):
+        raise InputError(
+            f"{where}: trained with a network of your own, '{str(settings['name']).removeprefix(OWN)}', which no file "
+            "holds; make it again as it was and give it: lightm.load(..., network=module)"
+        )
     try:
         options = dict(described.get("options", {}))
         with _bounded(_SPARE * len(shapes) + _FREE), torch.random.fork_rng(devices=[]):
@@ -73,15 +81,20 @@ def create_described(described: Mapping[str, Any], shapes: Shapes, where: Path, 
     except Exception as error:  # impossible settings end in errors of any kind
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{where}: its 'network' cannot be built ({reason}); the file is damaged") from error
+    check_shapes(expected, shapes, str(settings.get("name")), weights)
+    with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's generator is left alone
+        return create(**settings, **options)
+
+
+def check_shapes(expected: Mapping[str, torch.Tensor], shapes: Shapes, name: str, weights: Path) -> None:
+    """Raise InputError where a network's tensors differ from those in a file of weights."""
     missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
     other = sorted(n for n in expected.keys() & shapes.keys() if tuple(expected[n].shape) != tuple(shapes[n]))
     if missing or unknown or other:
         raise InputError(
-            f"{weights}: weights of another network than '{settings.get('name')}': {len(missing)} missing "
+            f"{weights}: weights of another network than '{name}': {len(missing)} missing "
             f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(other)} of another shape {other[:3]}"
         )
-    with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's generator is left alone
-        return create(**settings, **options)
 
 
 class _TooLargeError(Exception):

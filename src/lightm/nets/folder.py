@@ -5,7 +5,6 @@ Loading executes nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 from lightm import __version__
 from lightm.config_io import read_json
 from lightm.errors import InputError, LightMError
-from lightm.files import disk_refusals, sync_folder, write_text
-from lightm.nets.described import create_described, tensor_shapes
+from lightm.files import disk_refusals, file_hash, sync_folder, write_text
+from lightm.nets.described import check_shapes, create_described, tensor_shapes
 from lightm.nets.zipped import extracted, is_zip_path, write_zip
 
 SCHEMA_VERSION = 1
@@ -74,7 +73,7 @@ def _save(
             "network": network,
             "plan": plan,
             "training": training,
-            "weights_sha256": _sha256(weights),
+            "weights_sha256": file_hash(weights).partition(":")[2],
         }
         (temporary / "model.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         (temporary / "card.md").write_text(_card(description), encoding="utf-8")
@@ -98,6 +97,12 @@ def _save(
     return folder
 
 
+def find_model(path: Path | str) -> Path:
+    """Return the model of a run folder; any other path as it is."""
+    inside = Path(path) / "model"
+    return inside if (inside / "model.json").is_file() else Path(path)
+
+
 def pack_model(model: Path | str, out: Path | str, *, overwrite: bool = False) -> Path:
     """Write a model folder as a single .zip file, which `load_model` reads like the folder, and return its path.
 
@@ -106,7 +111,7 @@ def pack_model(model: Path | str, out: Path | str, *, overwrite: bool = False) -
     `overwrite`; LightMError when the disk refuses.
     """
     model, out = Path(model), Path(out)
-    folder = model / "model" if (model / "model" / "model.json").is_file() else model
+    folder = find_model(model)
     if not is_zip_path(out):
         raise InputError(f"{out}: a single-file model needs a name that ends in .zip")
     if is_zip_path(folder) and folder.is_file():
@@ -130,9 +135,10 @@ def set_postprocess(folder: Path, record: Mapping[str, Any]) -> None:
     write_text(Path(folder) / "model.json", json.dumps(info, indent=1) + "\n")
 
 
-def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(folder: Path, network: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Read a model folder or single-file model: the network in evaluation mode on the CPU, and its `model.json`.
 
+    network: a module to load the weights into, for a model that was trained with a network of one's own.
     Raises InputError, naming the file, for a missing, damaged or foreign folder, a newer schema, weights whose
     checksum differs, that hold NaN or belong to another network (whose memory is not asked for), and a zip that holds
     anything but a model's three files or looks like a bomb. Executes nothing from the folder. Cost for a zip: its
@@ -141,18 +147,22 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     folder = Path(folder)
     if is_zip_path(folder) and folder.is_file():
         with extracted(folder) as place:
-            return _load(place)
-    return _load(folder)
+            return _load(place, network)
+    return _load(folder, network)
 
 
-def _load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def _load(folder: Path, network: nn.Module | None) -> tuple[nn.Module, dict[str, Any]]:
     info = _read_description(folder)
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise InputError(f"{weights}: the weights are missing; a model folder holds model.safetensors")
-    if _sha256(weights) != info["weights_sha256"]:
+    if file_hash(weights).partition(":")[2] != info["weights_sha256"]:
         raise InputError(f"{weights}: its checksum differs from that in model.json; the file is damaged or exchanged")
-    network = create_described(info["network"], tensor_shapes(weights), folder / "model.json", weights)
+    shapes = tensor_shapes(weights)
+    if network is None:
+        network = create_described(info["network"], shapes, folder / "model.json", weights)
+    else:
+        check_shapes(network.state_dict(), shapes, type(network).__name__, weights)
     try:
         state = load_file(weights)
     except (SafetensorError, OSError) as error:
@@ -184,14 +194,6 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if missing or not isinstance(info["network"], dict) or not isinstance(info["plan"], dict):
         raise InputError(f"{path}: not a complete model description, {sorted(missing) or 'network and plan'} missing")
     return info
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _card(info: dict[str, Any]) -> str:

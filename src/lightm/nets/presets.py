@@ -59,6 +59,10 @@ def create(
     built for and LightM's own networks do not need; `options` override single settings.
     Raises InputError for an unknown name, an unknown option, impossible settings, a missing library, or an
     image_size that a peer cannot take.
+
+    >>> network = lightm.network("lightm-small", spatial_dims=2, in_channels=1, out_channels=2)
+    >>> sum(p.numel() for p in network.parameters()) > 100_000
+    True
     """
     if name not in PRESETS and name not in baselines.PEERS:
         known = names()
@@ -69,6 +73,8 @@ def create(
         build, settings = PRESETS[name]
         return build(spatial_dims, in_channels, out_channels, **{**settings, **options})
     except (TypeError, ValueError, ImportError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"network '{name}': {error}") from error
 
 

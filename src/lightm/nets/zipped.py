@@ -74,6 +74,8 @@ def extracted(path: Path) -> Iterator[Path]:
             with zipfile.ZipFile(path) as archive:
                 for entry, name in _entries(path, archive):
                     _extract(path, archive, entry, folder / name)
+        except InputError:
+            raise
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, struct.error, ValueError) as error:
             raise InputError(f"{path}: not a readable zip ({error}); the file is damaged or no model") from error
         except OSError as error:

@@ -79,7 +79,6 @@ def test_one_layer_by_hand() -> None:
         "projection": 32 * 64 + 64,
     }
     assert {source: part.counted for source, part in parts.items()} == expected
-    assert parts["conv1d"].printed == 64 * 64 * 4 + 64
 
 
 @pytest.mark.parametrize(("kind", "sets"), [("spm", 4), ("spm-shared", 1)])
@@ -106,7 +105,6 @@ def test_one_layer_of_mamba2_with_parts_by_hand(kind: str, sets: int) -> None:
     assert [parts[source].formula for source in ("out_proj", "A_log", "inner norm")] == [
         f"{g}E' C'", f"{g}E' / P", f"2 {g}E'"
     ]  # fmt: skip
-    assert parts["conv1d"].printed is None  # the report speaks of Mamba-1
 
 
 def test_a_count_that_is_not_the_formulas_is_an_error_that_names_the_part() -> None:

@@ -19,9 +19,9 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from lightm.config_io import load_yaml
+from lightm.config_io import load_json, load_yaml
 from lightm.datasets.cases import Dataset
 from lightm.datasets.dataset import open_dataset
 from lightm.datasets.split import Split
@@ -173,10 +173,7 @@ def read_networks(folder: Path) -> dict[str, NetworkRecord]:
 
 
 def _parsed(path: Path, model: type[Model]) -> Model:
-    try:
-        return model.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); delete it and run again") from error
+    return load_json(path, model, f"a {model.__name__}", "delete it and run again")
 
 
 # Images and predictions of the test cases -----------------------------------------------------------------------------
@@ -410,13 +407,4 @@ class Summary(BaseModel):
 
 def load_summary(path: Path | str) -> Summary:
     """Read a results.json; InputError naming the file when it is missing or is something else."""
-    try:
-        return Summary.model_validate_json(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); write it with `lightm compare`") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(
-            f"{path}: is no summary of a comparison ({where}: {first['msg']}); write it again with `lightm compare`"
-        ) from error
+    return load_json(path, Summary, "a summary of a comparison", "write it again with `lightm compare`")
