@@ -12,6 +12,8 @@ from lightm.pipeline import demo, finish_run, score_run, train
 from lightm.training import train_model
 from tests.helpers import make_balls
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_demo_goes_from_phantoms_to_a_report_and_replaces_only_itself(tmp_path: Path) -> None:
     out = tmp_path / "demo"

@@ -27,6 +27,8 @@ from tests.training.faults import OPTIONS, Server, compare_cases, leftovers, pos
 from tests.training.test_guard import same
 from tests.training.test_train import SMALL
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("victim", ["last.ckpt", "history.csv", "run.json"])
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(

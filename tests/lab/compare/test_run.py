@@ -18,6 +18,8 @@ from lightm.datasets.phantoms import make_phantoms
 from lightm.errors import InputError
 from lightm.lab.compare import compare_experiment, load_experiment
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
