@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#])|(?<=src=\")([^\"]+)(?=\")")
 FENCE = re.compile(r"(^```.*?^```$)", re.M | re.S)
 TITLES = {
+    "api": "Verbs",
+    "pipeline": "Verbs that train",
     "images": "Images",
     "datasets": "Data sets",
     "preparation": "Plans and preprocessing",
