@@ -82,7 +82,7 @@ def imports(path: Path, known: Collection[str]) -> set[str]:
     return used & set(known)
 
 
-GROUND_FLOOR = ("errors", "files", "config_io", "memory", "progress")
+GROUND_FLOOR = ("errors", "files", "config_io", "memory", "progress", "registry")
 ROOMS = (
     *("ops", "nets", "losses", "images", "datasets", "preparation", "training", "evaluation", "inference", "export"),
     *("pipeline", "lab", "cli", "__main__"),

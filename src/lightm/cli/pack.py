@@ -14,13 +14,13 @@ from lightm.cli.common import Json, app, echo
 @app.command()
 def pack(
     model: Annotated[Path, typer.Argument(help="Model folder, or the run folder that holds it.")],
-    out: Annotated[Path, typer.Argument(help="File to write; its name ends in .zip.")],
+    out: Annotated[Path, typer.Argument(help="File to write; its name ends in .safetensors.")],
     overwrite: Annotated[bool, typer.Option(help="Replace a file in OUT.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a trained model as a single .zip file, which every verb takes in place of the folder.
+    """Write a trained model as a single file, which every verb takes in place of the folder.
 
-    Example: lightm pack runs/hippocampus hippocampus.zip
+    Example: lightm pack runs/hippocampus hippocampus.safetensors
     """
     from lightm.nets import pack_model
 

@@ -23,7 +23,7 @@ def predict(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the label maps.")],
     model: Annotated[
-        Path, typer.Option("--model", "-m", help="Model folder or .zip, or the run folder that holds it.")
+        Path, typer.Option("--model", "-m", help="Model folder or file, or the run folder that holds it.")
     ],
     overlap: Annotated[float, typer.Option(help="Overlap of neighbouring windows, 0 to below 1.")] = 0.5,
     tta: Annotated[bool, typer.Option(help="Average over mirrored copies (slower).")] = False,

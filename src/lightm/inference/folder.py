@@ -60,10 +60,10 @@ def predict_folder(
 ) -> list[Path]:
     """Segment every case in `inputs` and return the label maps in `out` that are done, sorted by case.
 
-    model_dir: a model folder (`model.safetensors`, `model.json`), its .zip, or the run folder that holds one. inputs:
-    what `find_cases` takes: an image; a folder of CASE_0000.EXT, CASE_0001.EXT, ... (CASE.EXT with one channel); a
-    dataset, whose imagesTs is taken; with `cases`, only these ids, from imagesTr too; DICOM series, which give
-    CASE.nii.gz; a list in a .txt or .csv file; or several of these.
+    model_dir: a model folder (`model.safetensors`, `model.json`), a file that `lightm pack` wrote, or the run folder
+    that holds one. inputs: what `find_cases` takes: an image; a folder of CASE_0000.EXT, CASE_0001.EXT, ... (CASE.EXT
+    with one channel); a dataset, whose imagesTs is taken; with `cases`, only these ids, from imagesTr too; DICOM
+    series, which give CASE.nii.gz; a list in a .txt or .csv file; or several of these.
     overlap, tta, device, max_memory (bytes), window, postprocess: as in `Predictor.from_folder`.
     progress("predict", done, total) counts cases, windows(done, total) those of the present case, say(line) gets a
     line a case and one at the end.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightm.losses import AdaptiveRegion
+from lightm.nets import parameter_groups
 from lightm.training.guard import NanGuard, gradients_are_finite
 from lightm.training.random_states import random_states, set_random_states
 from lightm.training.recipes import Recipe
@@ -87,13 +88,7 @@ class SegmentationModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         recipe = self.recipe
-        # matrices decay; biases, norms, scales and the state-space parameters do not (Mamba does the same)
-        decay = [p for p in self.network.parameters() if p.ndim >= 2 and not getattr(p, "no_decay", False)]
-        rest = [p for p in self.network.parameters() if p.ndim < 2 or getattr(p, "no_decay", False)]
-        groups = [
-            {"params": decay, "weight_decay": recipe.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
+        groups = parameter_groups(self.network, recipe.weight_decay)
         if recipe.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
         kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
