@@ -16,7 +16,7 @@ import pytest
 import lightm
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "numpy", "numba", "monai", "lightning", "matplotlib", "nibabel", "scipy", "skimage")
+HEAVY = ("torch", "numpy", "numba", "monai", "lightning_fabric", "matplotlib", "nibabel", "scipy", "skimage")
 VERBS = (
     "demo",
     "convert",
@@ -82,7 +82,7 @@ def imports(path: Path, known: Collection[str]) -> set[str]:
     return used & set(known)
 
 
-GROUND_FLOOR = ("errors", "files", "config_io", "memory", "progress", "registry")
+GROUND_FLOOR = ("errors", "files", "config_io", "labels", "memory", "device", "progress", "registry")
 ROOMS = (
     *("ops", "nets", "losses", "images", "datasets", "preparation", "training", "evaluation", "inference", "export"),
     *("pipeline", "lab", "cli", "__main__"),

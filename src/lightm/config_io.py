@@ -16,6 +16,7 @@ from lightm.files import atomic_file
 # Ours are some kilobytes; PyYAML takes about ten seconds a megabyte.
 MAX_YAML_BYTES = 256 << 10
 MAX_JSON_BYTES = 16 << 20
+_MAX_RECORD_BYTES = 512 << 20  # results of many thousand cases
 # What PyYAML lets through for values that their tag does not fit, such as `!!int x`.
 _MAX_DEPTH = 50
 _SHOWN = 20  # faults in one message
@@ -34,7 +35,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
         if not path.is_file():
             raise InputError(f"{path}: cannot be read (no such file); check the path")
         with path.open("rb") as stream:
-            content = stream.read(max_bytes + 1)
+            content = stream.read(min(max_bytes, path.stat().st_size) + 1)  # Python reserves what is asked for
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     return parse_json(content, str(path), max_bytes)
@@ -50,6 +51,20 @@ def parse_json(content: bytes, where: str, max_bytes: int = MAX_JSON_BYTES) -> A
         raise InputError(f"{where}: not readable as JSON (nested too deeply); mend or write it again") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are some, numbers of 5000 digits too
         raise InputError(f"{where}: not readable as JSON ({str(error)[:200]}); mend or write it again") from None
+
+
+def load_json(path: Path | str, model: type[Model], what: str, remedy: str) -> Model:
+    """Read a JSON file into a model; raises InputError that names the file, `what` it should be, each wrong key and the
+    `remedy`.
+    """
+    try:
+        content = read_json(Path(path), _MAX_RECORD_BYTES)
+    except InputError as error:
+        raise InputError(f"{str(error).rpartition('; ')[0]}; {remedy}") from None
+    try:
+        return validated(model, content, f"{path}: not {what}")
+    except InputError as error:
+        raise InputError(f"{error}; {remedy}") from None
 
 
 def load_yaml(path: Path | str, model: type[Model]) -> Model:
@@ -90,7 +105,7 @@ def save_yaml(path: Path | str, model: BaseModel, heading: str) -> None:
         stream.write((comment + body).encode("utf-8"))
 
 
-def validated(model: type[Model], content: dict[str, Any], where: str) -> Model:
+def validated(model: type[Model], content: Any, where: str) -> Model:
     """Return the model of the content; raises InputError that names `where`, each wrong key and the cure."""
     try:
         return model.model_validate(content)

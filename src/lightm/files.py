@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -89,6 +90,19 @@ def write_text(path: Path | str, text: str) -> None:
     """Write a UTF-8 text file in one step; as `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def file_hash(path: Path | str) -> str:
+    """Return size and SHA-256 of a file's content, as "size:hex"; raises InputError where it cannot be read."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(path, "rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
+    return f"{size}:{digest.hexdigest()}"
 
 
 LOCK = ".lightm.lock"

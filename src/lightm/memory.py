@@ -1,4 +1,4 @@
-"""Memory of this process: what it holds now, the most it held, and the peak of one call.
+"""Memory of the machine and of this process: what there is, what it holds now, the most it held, the peak of one call.
 
 The peak is the resident set's high-water mark during the call, less the resident set just before it, when network and
 input exist and kernels are compiled. Linux: the high-water mark is reset before the call (/proc/self/clear_refs).
@@ -20,6 +20,29 @@ from pathlib import Path
 from typing import Any
 
 
+def available_bytes() -> int | None:
+    """Memory that can be had now (Linux), all of the machine's (other POSIX), or None (Windows)."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return _proc_bytes("/proc/meminfo", "MemAvailable:")
+    return total_bytes()
+
+
+def total_bytes() -> int | None:
+    """Memory of the machine, or None where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _proc_bytes(file: str, key: str) -> int:
+    """A line such as `VmHWM:   1234 kB` of a file of Linux's /proc, in bytes; raises OSError or ValueError."""
+    for line in Path(file).read_text(encoding="ascii").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"{file} has no {key}")
+
+
 def resident() -> int | None:
     """Bytes of this process in memory now, or None where the system does not say."""
     try:
@@ -37,9 +60,8 @@ def high_water() -> int | None:
         if sys.platform == "win32":
             return _windows_counters()[0]
         if sys.platform == "linux":
-            for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                return _proc_bytes("/proc/self/status", "VmHWM:")
         import resource
 
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -107,13 +129,15 @@ def peak_of(call: Callable[[], object]) -> int | None:
         while not stop.wait(0.001):
             most.append(max(most.pop(), resident() or 0))
 
-    watcher = threading.Thread(target=watch, daemon=True)
+    watcher = threading.Thread(target=watch, name="lightm-peak", daemon=True)
     if before is not None and not fresh:
         watcher.start()
-    result = call()
-    stop.set()
-    if watcher.ident is not None:
-        watcher.join()
+    try:
+        result = call()
+    finally:
+        stop.set()
+        if watcher.ident is not None:
+            watcher.join()
     after = high_water()
     peak = max(most[0], resident() or 0)
     if after is not None and mark is not None and (fresh or after > mark):

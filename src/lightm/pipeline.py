@@ -33,7 +33,7 @@ class RunResult:
 
 def train_and_test(dataset: Path | str, out: Path | str | None = None, **options: Any) -> RunResult:
     """Train (the options are those of `lightm.train_model`), predict and score the test cases, write the report."""
-    progress, say = options.get("progress"), options.get("say", print)
+    progress, say = options.get("progress"), options.get("say")
     return finish_run(train_model(dataset, out, **options), progress=progress, say=say)
 
 
@@ -140,7 +140,7 @@ def demo(
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] | None = None,
 ) -> RunResult:
     """Make liver phantoms, train on them, predict and score the test cases, and write `OUT/report.html`.
 

@@ -17,7 +17,7 @@ def respell(root, number: int, change) -> None:
     """Read a label map, change its array, write it back."""
     path = root / f"labelsTr/case_{number}.nii.gz"
     volume = read_volume(path, kind="label")
-    write_volume(path, volume.like(change(volume.data)))
+    write_volume(path, volume.with_data(change(volume.data)))
 
 
 def test_nnunet_layout(make_dataset):
@@ -123,8 +123,8 @@ def test_missing_channels_and_odd_names(make_dataset):
     shutil.copy(root / "imagesTr/case_0_0000.nii.gz", root / "imagesTr/odd.nii.gz")
     messages = {str(problem) for problem in check_dataset(root).problems}
     assert len(messages) == 3
-    assert any("case_2_0001.nii.gz: channel 'T2' is missing" in message for message in messages)
-    assert any("channel 0002, but dataset.json names 2" in message for message in messages)
+    assert any("case_2_0001.nii.gz: channel 1 ('T2') of case 'case_2' is missing" in message for message in messages)
+    assert any("channel 2 of case 'case_0', but dataset.json names 2" in message for message in messages)
     assert any("odd.nii.gz: the name has no channel number" in message for message in messages)
 
 
@@ -156,7 +156,7 @@ def test_check_lists_every_fault_of_the_voxels_at_once(make_dataset):
     affine = volume.affine.copy()
     affine[0, 3] += 40
     write_volume(root / "imagesTr/case_3_0000.nii.gz", Volume(volume.data, volume.spacing_mm, affine))
-    write_volume(root / "imagesTr/case_4_0000.nii.gz", image(4).like(np.zeros((6, 8, 10), np.int16)))
+    write_volume(root / "imagesTr/case_4_0000.nii.gz", image(4).with_data(np.zeros((6, 8, 10), np.int16)))
     write_volume(root / "labelsTr/case_5.nii.gz", Volume.from_spacing(np.full((6, 8, 10), 0.5, np.float32), (2, 1, 1)))
     flat = Volume.from_spacing(np.arange(80, dtype=np.uint8).reshape(8, 10) % 3, (1, 1))
     for file in ("imagesTr/case_6_0000.nii.gz", "labelsTr/case_6.nii.gz"):
@@ -273,7 +273,7 @@ def test_two_plain_folders(make_dataset, tmp_path):
     (root / "dataset.json").unlink()
     for file in sorted((root / "labelsTr").iterdir()):
         volume = read_volume(file, kind="label")
-        write_volume(file, volume.like(np.where(volume.data == 2, 255, volume.data)))
+        write_volume(file, volume.with_data(np.where(volume.data == 2, 255, volume.data)))
     dataset = open_dataset(root / "imagesTr", labels=root / "labelsTr")
     assert dataset.labels == {"background": 0, "label_1": 1, "label_255": 255}
     assert dataset.channels == ("image",)
@@ -302,3 +302,26 @@ def test_real_datasets_are_sound(shared, name, cases, shape):
     assert result.problems == []
     assert result.summary["training_cases"] == cases
     assert result.summary["shape"]["median"] == shape
+
+
+def test_label_maps_of_two_plain_folders_are_read_once(make_dataset, tmp_path, monkeypatch):
+    root = make_dataset()
+    for old, new in (("imagesTr", "images"), ("labelsTr", "labels")):
+        shutil.copytree(root / old, tmp_path / "plain" / new)
+    for image in (tmp_path / "plain" / "images").iterdir():
+        image.rename(image.with_name(image.name.replace("_0000", "")))
+    read = []
+
+    def counting(file, **options):
+        read.append(file.name)
+        return read_volume(file, **options)
+
+    monkeypatch.setattr("lightm.datasets.discovery.read_volume", counting)
+    first = open_dataset(tmp_path / "plain")
+    assert sorted(read) == ["case_0.nii.gz", "case_1.nii.gz", "case_2.nii.gz"]
+    assert open_dataset(tmp_path / "plain") == first
+    assert len(read) == 3
+    changed = read_volume(first.cases[1].label, kind="label")
+    write_volume(first.cases[1].label, changed.with_data(changed.data + 40))
+    assert set(open_dataset(tmp_path / "plain").values) - set(first.values) >= {40}
+    assert read[3:] == ["case_1.nii.gz"]

@@ -24,7 +24,7 @@ from lightm.nets.presets import create
 
 from ..images.dicom_made import CT, FRAME_OF_REFERENCE, SERIES, STUDY, stored_pixels, write_ct, write_enhanced_mr
 from ..inference.conftest import make_plan
-from ..inference.made import PlanMaker
+from ..inference.factories import PlanMaker
 
 pydicom = pytest.importorskip("pydicom")
 highdicom = pytest.importorskip("highdicom")
@@ -37,7 +37,7 @@ CLASSES = {"background": 0, "liver": 1, "liver tumour": 3, "left lung": 7, "gizm
 def random_labels(volume: Volume, values: list[int], *, empty: tuple[int, ...] = ()) -> Volume:
     data = np.random.default_rng(5).choice(np.array(values, np.uint8), volume.shape)
     data[list(empty)] = 0
-    return volume.like(data)
+    return volume.with_data(data)
 
 
 def by_pydicom(file: Path, affine: np.ndarray, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -114,7 +114,7 @@ def test_multi_frame_source_and_empty_map(tmp_path: Path) -> None:
         f"{SERIES}.9", list(range(1, 6)), assert_missing_frames_are_empty=True, combine_segments=True
     )
     assert np.array_equal(frames[np.argsort([3, 0, 4, 1, 2])], np.array([0, 1, 0, 2])[labels.data])
-    none = labels.like(np.zeros_like(labels.data))
+    none = labels.with_data(np.zeros_like(labels.data))
     assert_masks(write_dicom_seg(tmp_path / "b.dcm", none, source, CLASSES), none, CLASSES)
 
 
@@ -258,7 +258,7 @@ def test_round_trip_of_a_real_series(shared: Path, tmp_path: Path) -> None:
     data[image.data > 100] = 1
     data[image.data < -500] = 2
     data[:3] = 0
-    labels = image.like(data)
+    labels = image.with_data(data)
     file = write_dicom_seg(tmp_path / "a.seg.dcm", labels, folder, {"bone": 1, "lung": 2})
     segmentation = assert_masks(file, labels, {"bone": 1, "lung": 2})
     sources = [pydicom.dcmread(path).file_meta.MediaStorageSOPInstanceUID for path in sorted(folder.iterdir())]
@@ -285,7 +285,7 @@ def test_what_the_standard_demands_is_there(tmp_path: Path, request: pytest.Fixt
         folder = tmp_path / "ct"
         write_ct(folder, stored_pixels())
     image = read_volume(folder)
-    labels = image.like((image.data > np.median(image.data)).astype(np.uint8))
+    labels = image.with_data((image.data > np.median(image.data)).astype(np.uint8))
     file = write_dicom_seg(tmp_path / "a.seg.dcm", labels, folder, {"liver": 1, "lung": 2})
     tables = resources.files("highdicom") / "_standard"
     if not (tables / "module_attribute_map.json").is_file():
@@ -313,7 +313,7 @@ def test_what_the_standard_demands_is_there(tmp_path: Path, request: pytest.Fixt
 def test_every_value_is_valid_for_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_ct(tmp_path / "ct", stored_pixels())
     image = read_volume(tmp_path / "ct")
-    labels = image.like((image.data > np.median(image.data)).astype(np.uint8))
+    labels = image.with_data((image.data > np.median(image.data)).astype(np.uint8))
     file = write_dicom_seg(tmp_path / "a.seg.dcm", labels, tmp_path / "ct", {"liver": 1})
     monkeypatch.setattr(pydicom.config.settings, "reading_validation_mode", pydicom.config.RAISE)
     dataset = pydicom.dcmread(file)

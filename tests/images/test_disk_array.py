@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightm.errors import LightMError
-from lightm.images.disk_array import Spool
+from lightm.images.disk_array import DiskArray
 
 
 @settings(max_examples=60, deadline=None)
@@ -18,7 +18,7 @@ from lightm.images.disk_array import Spool
 def test_boxes_of_a_file_are_those_of_an_array(
     data: st.DataObject, shape: list[int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    on_disk, held = Spool(shape, np.int16, tmp_path_factory.getbasetemp()), np.zeros(shape, np.int16)
+    on_disk, held = DiskArray(shape, np.int16, tmp_path_factory.getbasetemp()), np.zeros(shape, np.int16)
     assert not on_disk.held
     whole = tuple(slice(0, size) for size in shape)
     for value in range(1, 4):
@@ -33,7 +33,7 @@ def test_boxes_of_a_file_are_those_of_an_array(
 
 
 def test_in_memory_a_box_is_a_view() -> None:
-    spool = Spool((3, 4), np.float32)
+    spool = DiskArray((3, 4), np.float32)
     box = (slice(1, 3), slice(0, 2))
     view = spool.read(box)
     view += 5
@@ -42,11 +42,11 @@ def test_in_memory_a_box_is_a_view() -> None:
 
 
 def test_a_file_is_gone_at_the_end_and_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spool = Spool((2, 3), np.uint8, tmp_path)
+    spool = DiskArray((2, 3), np.uint8, tmp_path)
     spool.write((slice(0, 1), slice(0, 3)), np.ones((1, 3), np.uint8))
     spool.close()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(LightMError, match="was closed"):
         spool.read((slice(0, 1), slice(0, 3)))
     with pytest.raises(LightMError, match="cannot be written there"):
-        Spool((2, 3), np.uint8, tmp_path / "missing")
+        DiskArray((2, 3), np.uint8, tmp_path / "missing")

@@ -311,7 +311,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(LightMError, match=r"a\.nii\.gz: cannot be written \(No space left"):
-        write_volume(path, old.like(old.data + 1))
+        write_volume(path, old.with_data(old.data + 1))
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["a.nii.gz"]
     assert read_volume(path).data.sum() == 0

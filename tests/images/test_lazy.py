@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lightm.errors import InputError
-from lightm.images import lazy
+from lightm.images import nifti
 from lightm.images.io import read_volume, write_volume
 from lightm.images.lazy import LazyVolume, open_volume, read_header
 from lightm.images.volume import Volume
@@ -48,7 +48,7 @@ def whole(image: LazyVolume) -> np.ndarray:
 def test_voxels_and_place_are_those_of_read_volume(
     ending: str, held: bool, dtype: str, slope: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazy, "_SLAB_BYTES", 200)
+    monkeypatch.setattr(nifti, "_SLAB_BYTES", 200)
     voxels = np.random.default_rng(0).normal(40, 30, (7, 6, 5)).astype(dtype)
     path = save(tmp_path / f"image{ending}", voxels, slope, 1.5)
     expected = read_volume(path)
@@ -93,7 +93,7 @@ def message(call: object, *given: object) -> str:
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 def test_faults_have_the_same_message(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lazy, "_SLAB_BYTES", 100)
+    monkeypatch.setattr(nifti, "_SLAB_BYTES", 100)
     voxels = np.ones((6, 5, 4), np.float32)
     voxels[2, 1, 3], voxels[4, 0, 0] = np.nan, -np.inf
     bad = [save(tmp_path / f"nan{ending}", voxels), save(tmp_path / f"big{ending}", np.full((2, 3, 4), 1e39))]

@@ -11,7 +11,7 @@ import pytest
 from lightm.preparation.fingerprint import ChannelIntensities, Fingerprint
 from lightm.preparation.plan import ChannelNormalization, Plan
 
-from .made import MODEL, PlanMaker, Threshold
+from .factories import MODEL, PlanMaker, Threshold
 
 
 @pytest.fixture

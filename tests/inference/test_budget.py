@@ -16,7 +16,7 @@ from lightm.errors import InputError
 from lightm.inference import budget
 from lightm.inference.budget import CaseSize, Holding, case_bytes, choose, estimate_memory, parse_memory
 
-from .made import PlanMaker
+from .factories import PlanMaker
 
 
 @pytest.mark.parametrize(

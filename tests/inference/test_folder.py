@@ -13,13 +13,8 @@ from lightm.errors import InputError, LightMError
 from lightm.images.io import read_volume, write_volume
 from lightm.images.volume import Volume
 from lightm.inference import predict_folder
-from lightm.inference.inputs import find_cases
 
-from .made import MODEL, PlanMaker, add
-
-
-def ids(folder: Path, *, channels: int = 1, cases: list[str] | None = None) -> list[str]:
-    return [case.id for case in find_cases(folder, [f"c{i}" for i in range(channels)], cases=cases)]
+from .factories import MODEL, PlanMaker, add
 
 
 def test_folder_of_images(model: dict[str, Any], tmp_path: Path) -> None:
@@ -55,54 +50,6 @@ def test_single_file_and_png(model: dict[str, Any], make_plan: PlanMaker, tmp_pa
     write_volume(tmp_path / "x_0000.png", Volume.from_spacing(grey, (1.0, 1.0)))
     assert predict_folder(MODEL, tmp_path / "x_0000.png", tmp_path / "png") == [tmp_path / "png" / "x.png"]
     assert np.array_equal(read_volume(tmp_path / "png" / "x.png", kind="label").data, grey > 0)
-
-
-def test_which_cases_are_taken(tmp_path: Path) -> None:
-    for name in ("imagesTr/t1_0000", "imagesTr/t2_0000", "imagesTs/s1_0000", "labelsTr/t1"):
-        add(tmp_path / "raw" / f"{name}.nii.gz")
-    assert ids(tmp_path / "raw") == ["s1"]
-    assert ids(tmp_path / "raw", cases=["t2", "s1"]) == ["s1", "t2"]
-    assert ids(tmp_path / "raw" / "imagesTr") == ["t1", "t2"]
-    # Names as the Medical Segmentation Decathlon has them; a number at the end is part of the name.
-    for name in ("liver_0001", "liver_0002", ".hidden_0000"):
-        add(tmp_path / "msd" / f"{name}.nii")
-    assert ids(tmp_path / "msd") == ["liver_0001", "liver_0002"]
-    for channel in range(2):
-        add(tmp_path / "two" / f"p_{channel:04d}.nii")
-    assert ids(tmp_path / "two", channels=2) == ["p"]
-    assert [path.name for path in find_cases(tmp_path / "two" / "p_0001.nii", ["a", "b"])[0].images] == [
-        "p_0000.nii",
-        "p_0001.nii",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("names", "channels", "cases", "message"),
-    [
-        ([], 1, None, "no image"),
-        (["a_0000", "b_0001"], 2, None, r"a_0001\.nii: channel 1 \('c1'\) of case 'a' is missing"),
-        (["a_0000", "a_0001", "a_0002"], 2, None, r"a_0002\.nii: channel 2 of case 'a', but the model takes 2"),
-        (["a_0000", "a_0001"], 1, None, r"a_0001\.nii: channel 1 of case 'a', but the model takes 1"),
-        (["plain"], 2, None, r"plain\.nii: the name has no channel number"),
-        (["a_0000", "a"], 1, None, "case 'a' is there twice"),
-        (["liver_0000"], 1, ["livre"], "no case 'livre' among 1 cases; did you mean 'liver'"),
-    ],
-)
-def test_faulty_inputs(names: list[str], channels: int, cases: list[str] | None, message: str, tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for name in names:
-        (folder / f"{name}.nii").touch()
-    with pytest.raises(InputError, match=message):
-        ids(folder, channels=channels, cases=cases)
-
-
-def test_inputs_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file or folder"):
-        ids(tmp_path / "none")
-    (tmp_path / "imagesTr").mkdir()
-    with pytest.raises(InputError, match="without imagesTs"):
-        ids(tmp_path)
 
 
 def test_a_faulty_case_is_named_and_the_others_go_on(model: dict[str, Any], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lightm.images.io import read_volume, write_volume
 from lightm.images.volume import Volume
 from lightm.inference import Predictor
 
-from .made import PlanMaker, Threshold
+from .factories import PlanMaker, Threshold
 
 ORIENTATIONS = list(product(permutations(range(3)), product((1, -1), repeat=3)))
 

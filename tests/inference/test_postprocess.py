@@ -1,4 +1,4 @@
-"""What the clean-up of label maps changes, what it leaves, and how its rules are read."""
+"""What post-processing changes in label maps, what it leaves, and how its rules are read."""
 
 from __future__ import annotations
 
@@ -24,11 +24,22 @@ from lightm.inference.postprocess import (
     apply_rules,
     component_sizes,
     describe,
-    drop_small,
-    fill_holes,
-    keep_largest,
     read_postprocess,
+    unit_of,
 )
+
+
+def keep_largest(labels: np.ndarray, values: tuple[int, ...]) -> np.ndarray:
+    return apply_rules(labels, [KeepLargest(values=values)])
+
+
+def drop_small(labels: np.ndarray, value: int, below: float, spacing_mm: tuple[float, ...]) -> np.ndarray:
+    return apply_rules(labels, [DropSmall(value=value, below=below, unit=unit_of(labels.ndim))], spacing_mm)
+
+
+def fill_holes(labels: np.ndarray, value: int) -> np.ndarray:
+    return apply_rules(labels, [FillHoles(value=value)])
+
 
 TRUTH = np.array([[1, 1, 2, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
 

@@ -1,4 +1,4 @@
-"""Which clean-up steps are chosen: those that help, in their order, with their gain."""
+"""Which post-processing steps are chosen: those that help, in their order, with their gain."""
 
 from __future__ import annotations
 

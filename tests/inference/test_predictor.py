@@ -13,7 +13,7 @@ from lightm.errors import InputError, LightMError
 from lightm.images.volume import Volume
 from lightm.inference import Predictor
 
-from .made import PlanMaker, Threshold
+from .factories import PlanMaker, Threshold
 
 
 def blobs(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

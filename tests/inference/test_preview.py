@@ -26,16 +26,16 @@ def test_contours_show_what_was_found_in_any_orientation() -> None:
     data[4:8, 6:12, 5:9] = 1
     image = np.random.default_rng(0).normal(size=data.shape).astype(np.float32)
     straight = Volume.from_spacing(data, (3.0, 1.0, 1.0))
-    with_one, _ = coloured(preview_png(straight.like(image), straight, {"organ": 1, "other": 2}), 0)
-    empty = straight.like(np.zeros_like(data))
-    without, _ = coloured(preview_png(straight.like(image), empty, {"organ": 1, "other": 2}), 0)
+    with_one, _ = coloured(preview_png(straight.with_data(image), straight, {"organ": 1, "other": 2}), 0)
+    empty = straight.with_data(np.zeros_like(data))
+    without, _ = coloured(preview_png(straight.with_data(image), empty, {"organ": 1, "other": 2}), 0)
     assert with_one > 2 * without + 500  # the legend alone without it
     # The same volume stored along other axes gives the same picture.
     affine = np.array([[0, 0, -1.0, 15], [-1, 0, 0, 19], [0, 3, 0, 0], [0, 0, 0, 1]])
     stored = [np.ascontiguousarray(a.transpose(2, 0, 1)[::-1, :, ::-1]) for a in (data, image)]
     turned, picture = (Volume(array, (1.0, 3.0, 1.0), affine) for array in stored)
     assert np.array_equal(turned.to_canonical().data, data)
-    assert preview_png(picture, turned, {"organ": 1}) == preview_png(straight.like(image), straight, {"organ": 1})
+    assert preview_png(picture, turned, {"organ": 1}) == preview_png(straight.with_data(image), straight, {"organ": 1})
 
 
 def middle(lines: Any) -> tuple[float, float]:
@@ -62,6 +62,6 @@ def test_a_2d_image() -> None:
     data = np.zeros((30, 40), np.uint8)
     data[10:20, 10:30] = 1
     labels = Volume.from_spacing(data, (1.0, 1.0))
-    count, pixels = coloured(preview_png(labels.like(data * 100), labels, {"lung": 1}), 0)
+    count, pixels = coloured(preview_png(labels.with_data(data * 100), labels, {"lung": 1}), 0)
     assert count > 500
     assert pixels.shape[2] == 3

@@ -26,7 +26,7 @@ from lightm.inference import predict_folder
 from lightm.inference.predictor import Predictor
 from lightm.inference.record import Record
 
-from .made import MODEL, Threshold, add
+from .factories import MODEL, Threshold, add
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 import lightm.nets.folder
-from tests.inference.made import Threshold
+from tests.inference.factories import Threshold
 
 inputs, out = map(Path, sys.argv[1:])
 
@@ -199,7 +199,13 @@ def test_continue_of_nothing_starts_anew(model: dict[str, Any], scans: Path, tmp
     ],
 )
 def test_whatever_happens_in_a_case_is_told_and_the_others_go_on(
-    model: dict[str, Any], scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+    model: dict[str, Any],
+    scans: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    words: str,
 ) -> None:
     use(Interrupted(error), model, monkeypatch)
     lines: list[str] = []
@@ -211,6 +217,10 @@ def test_whatever_happens_in_a_case_is_told_and_the_others_go_on(
     assert sorted(maps(tmp_path / "out")) == ["a.nii.gz", "b.nii.gz", "d.nii.gz"]
     (fault,) = load(tmp_path / "out").failed
     assert (fault.case, fault.kind) == ("c", type(error).__name__)
+    # What nobody foresaw is logged where it came from; a lack of memory says all by itself.
+    logged = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert len(logged) == ("ValueError" in words)
+    assert all(record.exc_info and record.exc_info[1] is error for record in logged)
     use(Threshold(0.0), model, monkeypatch)
     predict_folder(MODEL, scans, tmp_path / "out", resume=True)
     assert load(tmp_path / "out").failed == []

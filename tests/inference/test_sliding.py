@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightm.errors import InputError, LightMError
-from lightm.inference.native import class_indices
-from lightm.inference.sliding import axis_weights, logit_slabs, sliding_logits, window_starts
+from lightm.inference.sliding import axis_weights, logit_slabs, window_starts
+from lightm.inference.to_native_space import class_indices
+
+
+def sliding_logits(network: nn.Module, image: Tensor, **options: Any) -> Tensor:
+    return torch.cat(list(logit_slabs(network, image, **options)), dim=1)
 
 
 @settings(max_examples=200, deadline=None)
@@ -144,7 +149,7 @@ def test_network_of_another_shape_or_not_finite() -> None:
 def test_argmax_by_slab_equals_argmax_of_all_logits_at_full_size(
     grid: tuple[int, ...], factor: float, depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightm.inference.native._VALUES_AT_ONCE", 500)  # several pieces a slab
+    monkeypatch.setattr("lightm.inference.to_native_space._VALUES_AT_ONCE", 500)  # several pieces a slab
     logits = torch.randn(3, *grid, generator=torch.Generator().manual_seed(1))
     shape = tuple(max(1, round(n * factor)) for n in grid)
     mode = "trilinear" if len(grid) == 3 else "bilinear"

@@ -43,7 +43,7 @@ def test_in_2d_pixels_are_counted_and_every_edge_is_a_border(place: tuple[int, i
     data = np.zeros((3, 4), np.uint8)
     data[1, 1] = 1
     labels = Volume.from_spacing(data, (0.5, 0.25))
-    image = labels.like(np.arange(12, dtype=np.uint8).reshape(3, 4))
+    image = labels.with_data(np.arange(12, dtype=np.uint8).reshape(3, 4))
     (inside,) = class_statistics(labels, image, {"lung": 1})
     assert (inside.voxels, inside.volume_ml, inside.mean, inside.touches_border) == (1, None, 5.0, False)
     assert inside.centroid_mm == pytest.approx([0.25, 0.5])

@@ -2,6 +2,7 @@
 
     python tests/ops/kernel_cache.py run NAME ...          run uses in this order; prints errors against float64 as JSON
     python tests/ops/kernel_cache.py orders --count 200    random orders, each in a new process, caches shared by five
+    python tests/ops/kernel_cache.py pairs --times 10      two uses in processes of their own, in both orders
     python tests/ops/kernel_cache.py symbols ...           names that stand for two codes in caches and runs' records
 
 The reference of every use is the same computation in float64, for which there are no kernels.
@@ -141,6 +142,7 @@ def _register() -> None:
             "u": (1, 200, 2, 16), "delta": (1, 200, 2), "A": (2,), "B": (1, 200, 1, states), "C": (1, 200, 1, states),
         }  # fmt: skip
         use(f"ssd, {states} states")(lambda heads=heads: _operator(_ssd, heads))
+    use("scan, many threads")(_cut_scan)
     for kind, layer, settings in (("rvm", RVM, {}), ("spm", SPM, {}), ("rvm, 8 states", RVM, {"state_size": 8})):
         for scan in ("raster", "bidirectional", "axes"):
             for training in (False, True):
@@ -166,10 +168,28 @@ def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
     return make()
 
 
-def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, d_skip: Tensor, z: Tensor, bias: Tensor) -> Tensor:
+def _scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, d_skip: Tensor | None, z: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     from lightm.ops import selective_scan
 
     return selective_scan(u, delta, -A.exp(), B, C, d_skip, z, bias, True)
+
+
+def _cut_scan() -> float:
+    """A scan whose tokens are cut into parts for more threads than tiles."""
+    from lightm.ops.scan import parts
+
+    threads, shortest = torch.get_num_threads(), parts.SHORTEST
+    torch.set_num_threads(4)
+    parts.SHORTEST = 64
+    try:
+        shapes = {"u": (1, 500, 16), "delta": (1, 500, 16), "A": (16, 8), "B": (1, 500, 1, 8), "C": (1, 500, 1, 8)}
+        return _operator(lambda u, delta, A, B, C: _scan(u, delta, A, B, C, None, None, None), shapes, False)
+    finally:
+        torch.set_num_threads(threads)
+        parts.SHORTEST = shortest
 
 
 def _ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -240,6 +260,20 @@ def orders(count: int, of_cache: int, size: int, jobs: int, seed: int, out: Path
     return 1 if faulty else 0
 
 
+def pairs(times: int, names: tuple[str, str], jobs: int) -> int:
+    """Run two uses in processes of their own, in both orders, `times` times each, on a new cache each time."""
+
+    def once(index: int) -> list[str]:
+        with tempfile.TemporaryDirectory() as cache:
+            order = names[:: (1, -1)[index % 2]]
+            return [line for name in (*order, *order) for line in bad(run_process([name], Path(cache)), [name])]
+
+    with ThreadPoolExecutor(jobs) as pool:
+        wrong = [found for found in pool.map(once, range(2 * times)) if found]
+    print(f"{names[0]} and {names[1]}, {times} times in each order: {len(wrong)} bad", *wrong, sep="\n")
+    return 1 if wrong else 0
+
+
 # Names and codes ----------------------------------------------------------------------------------------------------
 
 
@@ -268,8 +302,9 @@ def plain(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """A checksum of a function's code without what only numbers things: the counter, metadata, attribute groups."""
+    """A checksum of a function's code without what only numbers things: the counter, metadata, addresses."""
     text = re.sub(r"(, )?![\w.]+( !\d+)?|#\d+", "", plain(text))
+    text = re.sub(r"@numba\.dynamic\.globals\.\w+", "@dynamic", text)  # Numba caches no library that keeps one
     text = re.sub(r"@\.const\.[^,)\s]*|@\"\.const\.[^\"]*\"", "@const", text)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -315,12 +350,18 @@ def main() -> int:
         many.add_argument(f"--{option}", type=int, default=default)
     many.add_argument("--seconds", type=float, default=86400)
     many.add_argument("--out", type=Path)
+    pair = verbs.add_parser("pairs")
+    pair.add_argument("--times", type=int, default=10)
+    pair.add_argument("--names", nargs=2, default=("linear", "lightm-small 3D, inference"))
+    pair.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     if given.verb == "symbols":
         count, found = conflicts(given.recorded, given.caches)
         print(f"{count} names of functions on disk, {len(found)} that do not stand for one code", *found, sep="\n")
         return 1 if found else 0
     _register()
+    if given.verb == "pairs":
+        return pairs(given.times, tuple(given.names), given.jobs)
     if given.verb == "orders":
         return orders(given.count, given.of_cache, given.size, given.jobs, given.seed, given.out, given.seconds)
     codes: dict[str, set[str]] = {}

@@ -116,7 +116,7 @@ def test_an_item_depends_on_seed_and_index_alone(tmp_path):
     options = {"patch_size": (4, 4, 4), "augment": AugmentConfig(rotation_probability=1.0)}
     first = PatchDataset(cases, seed=7, **options)
     forward = [first[index] for index in range(12)]
-    second = PatchDataset(cases, seed=7, in_memory=False, **options)
+    second = PatchDataset(cases, seed=7, **options)
     backward = [second[index] for index in reversed(range(12))][::-1]
     assert all(same(a, b) for a, b in zip(forward, backward, strict=True))
     other = PatchDataset(cases, seed=8, **options)

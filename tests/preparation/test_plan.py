@@ -34,7 +34,7 @@ def test_ct_is_clipped_to_the_foregrounds_percentiles(make_dataset):
     image = np.where(label.data > 0, 100, -1000).astype(np.int16)
     inside = np.flatnonzero(label.data)
     image.ravel()[inside[::2]] = 140
-    write_volume(root / "imagesTr/case_0_0000.nii.gz", label.like(image))
+    write_volume(root / "imagesTr/case_0_0000.nii.gz", label.with_data(image))
     (channel,) = make_plan(open_dataset(root)).normalization
     assert (channel.scheme, channel.clip_low, channel.clip_high) == ("ct", 100, 140)
     assert channel.mean == pytest.approx(120, abs=1)
@@ -90,7 +90,7 @@ def test_unusable_arguments(make_dataset, arguments, message):
 def test_faults_of_the_data_name_file_and_case(make_dataset):
     root = make_dataset()
     volume = read_volume(root / "labelsTr/case_1.nii.gz", kind="label")
-    write_volume(root / "labelsTr/case_1.nii.gz", volume.like(volume.data * 2))
+    write_volume(root / "labelsTr/case_1.nii.gz", volume.with_data(volume.data * 2))
     with pytest.raises(InputError, match=r"case_1\.nii\.gz: case case_1: label value 4 is not in dataset\.json"):
         make_plan(open_dataset(root))
     write_volume(root / "labelsTr/case_1.nii.gz", Volume.from_spacing(volume.data, (1, 1, 1)))
@@ -106,7 +106,7 @@ def test_data_hash_follows_content_and_names_but_not_the_place(make_dataset, tmp
     volume = read_volume(root / "imagesTr/case_2_0000.nii.gz")
     changed = volume.data.copy()
     changed[0, 0, 0] += 1
-    write_volume(root / "imagesTr/case_2_0000.nii.gz", volume.like(changed))
+    write_volume(root / "imagesTr/case_2_0000.nii.gz", volume.with_data(changed))
     assert make_plan(open_dataset(root)).fingerprint.data_hash != plan.fingerprint.data_hash
 
 

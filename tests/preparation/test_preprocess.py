@@ -6,23 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from lightm.datasets.dataset import open_dataset
+from lightm.datasets.phantoms import phantom_case
 from lightm.errors import InputError, LightMError
 from lightm.images.io import read_volume, write_volume
 from lightm.images.volume import Volume
 from lightm.preparation import cache
 from lightm.preparation.plan import ChannelNormalization, make_plan
-from lightm.preparation.preprocess import (
-    default_cache_dir,
-    normalize,
-    preprocess_case,
-    preprocess_dataset,
-    resample_image,
-    resample_label,
-    resampled_shape,
-    to_class_indices,
-)
+from lightm.preparation.preprocess import default_cache_dir, preprocess_case, preprocess_dataset, to_class_indices
+from lightm.preparation.resample import resample_image, resample_label, resampled_shape
 
 
 @pytest.fixture
@@ -35,14 +29,25 @@ def times(folder: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in sorted(folder.rglob("*.npy"))}
 
 
+def resampled(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    whole = tuple(slice(0, size) for size in shape)
+    return resample_image(lambda start, stop: image[start:stop], image.shape, shape).read(whole)
+
+
+def zoomed(image: np.ndarray, shape: tuple[int, ...], order: int) -> np.ndarray:
+    """The same by SciPy, the whole at once; float32."""
+    factors = [new / old for new, old in zip(shape, image.shape, strict=True)]
+    return ndimage.zoom(image, factors, np.float32, order, mode="nearest", grid_mode=True)
+
+
 def test_resampled_shapes_cover_the_same_space():
     assert resampled_shape((10, 20), (2, 1), (1, 2)) == (20, 10)
     assert resampled_shape((3, 3), (1, 1), (100, 0.999)) == (1, 3)
 
 
 def test_an_equal_grid_changes_nothing():
-    image = np.random.default_rng(0).random((1, 3, 4, 5)).astype(np.float32)
-    assert resample_image(image, (3, 4, 5)) is image
+    image = np.random.default_rng(0).random((3, 4, 5)).astype(np.float32)
+    np.testing.assert_array_equal(resampled(image, (3, 4, 5)), image)
     label = np.zeros((3, 4), np.uint8)
     assert resample_label(label, (3, 4)) is label
 
@@ -52,7 +57,7 @@ def test_cubic_resampling_follows_a_smooth_function():
         place = (np.arange(size) + 0.5) / size
         return (np.sin(4 * place)[:, None] * np.cos(3 * place)[None]).astype(np.float32)
 
-    finer = resample_image(wave(40)[None], (60, 60))[0]
+    finer = resampled(wave(40), (60, 60))
     np.testing.assert_allclose(finer[5:-5, 5:-5], wave(60)[5:-5, 5:-5], atol=2e-4)
     assert finer.dtype == np.float32
 
@@ -70,18 +75,48 @@ def test_labels_keep_their_values_and_their_place():
     np.testing.assert_array_equal(resample_label(np.full((2, 2), 3, np.uint8), (3, 3)), np.full((3, 3), 3))
 
 
-def test_normalisation_by_hand():
-    zscore, ct = (
+@pytest.mark.parametrize("shape", [(9, 31, 11), (30, 12, 25), (17, 20, 40)])
+def test_labels_are_those_of_the_largest_linear_share(shape, monkeypatch):
+    blobs = ndimage.gaussian_filter(np.random.default_rng(2).normal(size=(5, 17, 20, 23)), (0, 2, 2, 2))
+    label = np.array([0, 1, 2, 7, 255], np.uint8)[blobs.argmax(0)]
+    shares = np.stack([zoomed((label == value).astype(np.float32), shape, 1) for value in np.unique(label)])
+    expected = np.unique(label)[shares.argmax(0)]
+    found = resample_label(label, shape)
+    np.testing.assert_array_equal(found, expected)
+    monkeypatch.setattr("lightm.preparation.resample._SLAB_VOXELS", 900)
+    np.testing.assert_array_equal(resample_label(label, shape), found)
+
+
+@pytest.mark.parametrize("kind", ["liver", "vessels"])
+def test_a_phantom_is_resampled_as_scipy_does(kind):
+    image, label = phantom_case(kind, 0, size=48, seed=3)
+    shape = (39, 61, 48)
+    expected = zoomed(image.data.astype(np.float32), shape, 3)
+    difference = np.abs(resampled(image.data, shape) - expected).max()
+    assert difference <= 5e-7 * np.ptp(expected)  # rounded to float32 once per axis, and once by SciPy
+    shares = [zoomed((label.data == value).astype(np.float32), shape, 1) for value in np.unique(label.data)]
+    np.testing.assert_array_equal(resample_label(label.data, shape), np.argmax(shares, 0))
+
+
+def test_normalisation_by_hand(make_dataset):
+    schemes = [
         ChannelNormalization(scheme="zscore"),
         ChannelNormalization(scheme="ct", clip_low=0, clip_high=10, mean=5, std=2),
-    )
-    image = np.array([[[-4.0, 1.0], [6.0, 40.0]]] * 2, np.float32)
-    result = normalize(image, [zscore, ct])
-    np.testing.assert_allclose(result[0], (image[0] - 10.75) / image[0].std(), rtol=1e-6)
+    ]
+    plan = make_plan(open_dataset(make_dataset()))
+    values = {"spatial_dims": 2, "spacing_mm": [1.0, 1.0], "channels": ["a", "b"], "normalization": schemes}
+
+    def normalized(data: np.ndarray) -> np.ndarray:
+        volume = Volume.from_spacing(data, (1, 1))
+        return preprocess_case([volume, volume], None, plan.model_copy(update=values))[0]
+
+    image = np.array([[-4.0, 1.0], [6.0, 40.0]], np.float32)
+    result = normalized(image)
+    np.testing.assert_allclose(result[0], (image - 10.75) / image.std(), rtol=1e-6)
     np.testing.assert_allclose(result[1], [[-2.5, -2.0], [0.5, 2.5]])
-    assert not normalize(np.full((1, 2, 2), 7, np.float32), [zscore]).any()
-    wild = np.random.default_rng(0).normal(1e6, 3e5, (1, 20, 20)).astype(np.float32)
-    assert abs(float(normalize(wild, [zscore]).mean())) < 1e-6
+    assert not normalized(np.full((2, 2), 7, np.float32))[0].any()
+    wild = np.random.default_rng(0).normal(1e6, 3e5, (20, 20)).astype(np.float32)
+    assert abs(float(normalized(wild)[0].mean())) < 1e-6
 
 
 def test_class_indices_of_values_that_skip():
@@ -147,7 +182,7 @@ def test_a_changed_file_redoes_its_case_and_a_touched_one_nothing(small, tmp_pat
     before = times(tmp_path / "cache")
     os.utime(dataset.cases[0].images[0])
     volume = read_volume(dataset.cases[1].images[0])
-    write_volume(dataset.cases[1].images[0], volume.like(volume.data[::-1]))
+    write_volume(dataset.cases[1].images[0], volume.with_data(volume.data[::-1]))
     second = preprocess_dataset(dataset, plan, tmp_path / "cache")
     assert [a == b for a, b in zip(first, second, strict=True)] == [True, False, True]
     assert {file: stamp for file, stamp in times(tmp_path / "cache").items() if file in before} == before
@@ -240,7 +275,7 @@ def test_foreground_is_bounded(tmp_path):
 def test_faults_name_the_case_and_cases_without_labels_are_told(small, tmp_path):
     dataset, plan = small
     volume = read_volume(dataset.cases[1].label, kind="label")
-    write_volume(dataset.cases[1].label, volume.like(volume.data + 5))
+    write_volume(dataset.cases[1].label, volume.with_data(volume.data + 5))
     with pytest.raises(InputError, match=r"case_1\.nii\.gz: case case_1: label value 5"):
         preprocess_dataset(dataset, plan, tmp_path / "cache")
     case = cache.store(tmp_path / "y", "y", np.zeros((1, 4, 4), np.float32), None, {})

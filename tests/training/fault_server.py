@@ -23,9 +23,9 @@ def train(data: str, run: str, **options: Any) -> None:
     from lightm.training import resume_training, train_model
 
     if (Path(run) / "config.yaml").is_file():
-        resume_training(run, say=lambda text: None)
+        resume_training(run)
     else:
-        train_model(data, run, say=lambda text: None, **options)
+        train_model(data, run, **options)
 
 
 def preprocess(data: str, cache: str) -> None:

@@ -19,7 +19,7 @@ from lightm.preparation.cache import find
 from tests.training.test_train import SMALL
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="no fork and no SIGKILL there")
-OPTIONS = {key: value for key, value in SMALL.items() if key != "say"}
+OPTIONS = SMALL
 
 
 class Server:

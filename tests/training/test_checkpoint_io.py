@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightm.errors import InputError, LightMError
-from lightm.training.checkpoint_io import SafeCheckpointIO
+from lightm.training.checkpoint_io import load_checkpoint, save_checkpoint
 
 
 def test_nested_state_comes_back_with_its_types_and_bits(tmp_path: Path) -> None:
@@ -28,8 +28,8 @@ def test_nested_state_comes_back_with_its_types_and_bits(tmp_path: Path) -> None
         "path": tmp_path,
     }
     path = tmp_path / "a" / "last.ckpt"
-    SafeCheckpointIO().save_checkpoint(state, path)
-    back = SafeCheckpointIO().load_checkpoint(path)
+    save_checkpoint(state, path)
+    back = load_checkpoint(path)
     assert list(back) == list(state)
     assert type(back["state_dict"]) is OrderedDict
     for name, tensor in state["state_dict"].items():  # type: ignore[attr-defined]
@@ -46,10 +46,10 @@ def test_nested_state_comes_back_with_its_types_and_bits(tmp_path: Path) -> None
 
 def test_what_cannot_be_kept_is_named_and_the_older_file_stays(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    SafeCheckpointIO().save_checkpoint({"epoch": 1}, path)
+    save_checkpoint({"epoch": 1}, path)
     with pytest.raises(LightMError, match=r"checkpoint\.callbacks\.mine.*object"):
-        SafeCheckpointIO().save_checkpoint({"callbacks": {"mine": object()}}, path)
-    assert SafeCheckpointIO().load_checkpoint(path) == {"epoch": 1}
+        save_checkpoint({"callbacks": {"mine": object()}}, path)
+    assert load_checkpoint(path) == {"epoch": 1}
 
 
 class _Trap:
@@ -62,7 +62,7 @@ def test_a_pickle_is_refused_and_nothing_in_it_runs(tmp_path: Path, monkeypatch:
     path = tmp_path / "evil.ckpt"
     path.write_bytes(pickle.dumps(_Trap()))
     with pytest.raises(InputError, match="not a readable checkpoint"):
-        SafeCheckpointIO().load_checkpoint(path)
+        load_checkpoint(path)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -71,4 +71,4 @@ def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path) -> None
 
     save_file({"w": torch.zeros(2)}, tmp_path / "weights.ckpt")
     with pytest.raises(InputError, match="not a LightM checkpoint"):
-        SafeCheckpointIO().load_checkpoint(tmp_path / "weights.ckpt")
+        load_checkpoint(tmp_path / "weights.ckpt")

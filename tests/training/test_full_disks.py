@@ -20,9 +20,10 @@ from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, locked_folder
 from lightm.inference import predict_folder
 from lightm.training import resume_training, train_model
-from lightm.training.checkpoint_io import SafeCheckpointIO
+from lightm.training.checkpoint_io import load_checkpoint
 from tests.helpers import make_balls
 from tests.training.faults import OPTIONS, Server, compare_cases, leftovers, posix
+from tests.training.messages import on_message
 from tests.training.test_guard import same
 from tests.training.test_train import SMALL
 
@@ -43,19 +44,19 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
         pytest.skip("no /proc to tell files by")
     monkeypatch.setattr(os, "fsync", fsync)
 
-    def say(text: str) -> None:
+    def fill_up(text: str) -> None:
         if text.startswith("Epoch 0" if victim == "history.csv" else "Epoch 1"):
             full[0] = True
 
-    with pytest.raises(LightMError, match=rf"{victim}.*No space left on device.*free space"):
-        train_model(balls, run, epochs=3, **{**SMALL, "say": say})
-    last = SafeCheckpointIO().load_checkpoint(run / "checkpoints" / "last.ckpt")
+    with on_message(fill_up), pytest.raises(LightMError, match=rf"{victim}.*No space left on device.*free space"):
+        train_model(balls, run, epochs=3, **SMALL)
+    last = load_checkpoint(run / "checkpoints" / "last.ckpt")
     assert last["epoch"] == {"run.json": 2}.get(victim, 0)
     assert not leftovers(run)
     if victim == "last.ckpt":
         monkeypatch.undo()
         monkeypatch.setenv("LIGHTM_CACHE", str(tmp_path / "cache"))
-        resume_training(run, say=lambda text: None)
+        resume_training(run)
         assert same(run, whole[0])
 
 
@@ -88,16 +89,16 @@ def test_a_full_disk_ends_with_one_error_and_the_run_goes_on_with_space(
     for leave in (0, 1 << 17):
         run, filler = small_disk / f"run{leave}", small_disk / "filler"
 
-        def say(text: str, leave: int = leave, filler: Path = filler) -> None:
+        def fill_up(text: str, leave: int = leave, filler: Path = filler) -> None:
             if text.startswith("Epoch 0"):
                 return
             fill(filler, leave)
 
-        with pytest.raises(LightMError, match=r"cannot be written|could not be written"):
-            train_model(balls, run, epochs=3, **{**SMALL, "say": say})
-        assert SafeCheckpointIO().load_checkpoint(run / "checkpoints" / "last.ckpt")["epoch"] <= 1
+        with on_message(fill_up), pytest.raises(LightMError, match=r"cannot be written|could not be written"):
+            train_model(balls, run, epochs=3, **SMALL)
+        assert load_checkpoint(run / "checkpoints" / "last.ckpt")["epoch"] <= 1
         filler.unlink()
-        resume_training(run, say=lambda text: None)
+        resume_training(run)
         assert same(run, whole[0])
         shutil.rmtree(run)
 
@@ -122,7 +123,7 @@ def test_a_training_whose_files_cannot_grow_is_one_error_and_goes_on_without_the
     order = {"do": "train", "data": str(balls), "run": str(run), "epochs": 3, **OPTIONS}
     assert server.status(limit=limit, **order) == LightMError.exit_code
     for path in (run / "checkpoints").glob("*.ckpt"):
-        SafeCheckpointIO().load_checkpoint(path)
+        load_checkpoint(path)
     assert not (run / "model").exists()
     assert not leftovers(tmp_path)
     server.finish(**order)

@@ -21,13 +21,13 @@ import torch
 from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, _start, locked_folder
 from lightm.preparation.patches import PatchDataset
-from lightm.training import fit, resume_training, train_model
-from lightm.training.callbacks import Checkpoints
-from lightm.training.checkpoint_io import SafeCheckpointIO, newest_checkpoint, save_rotating
+from lightm.training import resume_training, train_model
+from lightm.training.checkpoint_io import load_checkpoint, newest_checkpoint, save_checkpoint, save_rotating
 from lightm.training.guard import Interrupted, NanGuard, gradients_are_finite
-from lightm.training.module import SegmentationModule
+from lightm.training.loop import Training
 from lightm.training.random_states import random_states, set_random_states
 from tests.helpers import make_balls
+from tests.training.messages import on_message
 from tests.training.test_train import SMALL, history, weights
 
 STEPS = 9  # three epochs of three steps
@@ -36,22 +36,17 @@ forks = pytest.mark.skipif(
 )
 
 
-def silent(text: str) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
 def balls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_balls(tmp_path_factory.mktemp("data") / "Dataset001_Balls")
 
 
-original = SegmentationModule.training_step
+original = Training.loss_of
 
 
-def noisy(self: SegmentationModule, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+def noisy(self: Training, batch: dict[str, Any]) -> torch.Tensor:
     """A step that draws from every global generator, as dropout does from PyTorch's."""
-    loss = original(self, batch, batch_idx)
-    assert loss is not None
+    loss = original(self, batch)
     return loss * (0.5 + torch.rand(()) + float(np.random.rand()) + random.random())  # noqa: NPY002
 
 
@@ -61,7 +56,7 @@ def whole(balls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("LIGHTM_CACHE", str(run.parent / "cache"))
-        patched.setattr(SegmentationModule, "training_step", noisy)
+        patched.setattr(Training, "loss_of", noisy)
         train_model(balls, run, epochs=3, **SMALL)
     return run
 
@@ -72,12 +67,12 @@ def same(one: Path, other: Path) -> bool:
 
 
 def act_before(step: int, act: Callable[[], object]) -> Callable[..., torch.Tensor]:
-    def training_step(self: SegmentationModule, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        if self.global_step == step:
+    def loss_of(self: Training, batch: dict[str, Any]) -> torch.Tensor:
+        if self.state.step == step:
             act()
-        return noisy(self, batch, batch_idx)
+        return noisy(self, batch)
 
-    return training_step
+    return loss_of
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -88,19 +83,17 @@ def test_a_run_stopped_at_random_steps_equals_an_uninterrupted_one_bit_for_bit(
     stops = sorted(rng.sample(range(STEPS), 3))
     for count, stop in enumerate(stops):
         signum = rng.choice([signal.SIGTERM, signal.SIGINT])
-        monkeypatch.setattr(
-            SegmentationModule, "training_step", act_before(stop, functools.partial(os.kill, os.getpid(), signum))
-        )
+        monkeypatch.setattr(Training, "loss_of", act_before(stop, functools.partial(os.kill, os.getpid(), signum)))
         begin = functools.partial(train_model, balls, run, epochs=3, **SMALL)
-        go_on = functools.partial(resume_training, run, say=silent)
-        with pytest.raises(Interrupted, match=r"after step \d+; continue it with `lightm train --resume") as caught:
+        go_on = functools.partial(resume_training, run)
+        with pytest.raises(Interrupted, match=r"after step \d+; resume it with `lightm train --resume") as caught:
             go_on() if count else begin()
         assert caught.value.exit_code == 128 + signum
-        last = SafeCheckpointIO().load_checkpoint(run / "checkpoints" / "last.ckpt")
+        last = load_checkpoint(run / "checkpoints" / "last.ckpt")
         assert last["global_step"] == stop + 1, "the step at work when the signal came is kept"
         assert not (run / LOCK).exists()
-    monkeypatch.setattr(SegmentationModule, "training_step", noisy)
-    resume_training(run, say=silent)
+    monkeypatch.setattr(Training, "loss_of", noisy)
+    resume_training(run)
     assert same(run, whole)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -110,11 +103,11 @@ def test_workers_do_not_change_a_run_and_it_can_be_stopped_with_them(
     balls: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = act_before(4, functools.partial(os.kill, os.getpid(), signal.SIGTERM))
-    monkeypatch.setattr(SegmentationModule, "training_step", stop)
+    monkeypatch.setattr(Training, "loss_of", stop)
     with pytest.raises(Interrupted):
         train_model(balls, tmp_path / "run", epochs=3, workers=2, **SMALL)
-    monkeypatch.setattr(SegmentationModule, "training_step", noisy)
-    resume_training(tmp_path / "run", say=silent)
+    monkeypatch.setattr(Training, "loss_of", noisy)
+    resume_training(tmp_path / "run")
     assert same(tmp_path / "run", whole)
 
 
@@ -129,14 +122,14 @@ def _die() -> None:
 def test_long_epochs_are_kept_within_them(
     balls: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "Checkpoints", functools.partial(Checkpoints, every_s=0.0))
-    monkeypatch.setattr(SegmentationModule, "training_step", act_before(5, _die))
+    monkeypatch.setattr(Training, "checkpoint_every_s", 0.0)
+    monkeypatch.setattr(Training, "loss_of", act_before(5, _die))
     with pytest.raises(_Killed):
         train_model(balls, tmp_path / "run", epochs=3, **SMALL)
-    last = SafeCheckpointIO().load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    last = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert last["global_step"] == 5
-    monkeypatch.setattr(SegmentationModule, "training_step", noisy)
-    resume_training(tmp_path / "run", say=silent)
+    monkeypatch.setattr(Training, "loss_of", noisy)
+    resume_training(tmp_path / "run")
     assert same(tmp_path / "run", whole)
 
 
@@ -167,13 +160,14 @@ def spoil(path: Path, how: str) -> None:
 def test_a_damaged_checkpoint_is_left_for_the_one_before_it(
     how: str, balls: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SegmentationModule, "training_step", act_before(7, _die))
+    monkeypatch.setattr(Training, "loss_of", act_before(7, _die))
     with pytest.raises(_Killed):
         train_model(balls, tmp_path / "run", epochs=3, **SMALL)
     spoil(tmp_path / "run" / "checkpoints" / "last.ckpt", how)
-    monkeypatch.setattr(SegmentationModule, "training_step", noisy)
+    monkeypatch.setattr(Training, "loss_of", noisy)
     said: list[str] = []
-    resume_training(tmp_path / "run", say=said.append)
+    with on_message(said.append):
+        resume_training(tmp_path / "run")
     assert "previous.ckpt" in said[0]
     assert "last.ckpt" in said[0]
     assert said[1].startswith("Epoch 1:")
@@ -182,53 +176,53 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before_it(
 
 def test_the_last_two_checkpoints_are_kept_and_without_a_whole_one_the_end_is_clear(tmp_path: Path) -> None:
     for epoch in range(4):
-        save_rotating(tmp_path, lambda path, epoch=epoch: SafeCheckpointIO().save_checkpoint({"epoch": epoch}, path))
+        save_rotating(tmp_path, lambda path, epoch=epoch: save_checkpoint({"epoch": epoch}, path))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["last.ckpt", "previous.ckpt"]
-    assert [SafeCheckpointIO().load_checkpoint(tmp_path / name)["epoch"] for name in names] == [3, 2]
+    assert [load_checkpoint(tmp_path / name)["epoch"] for name in names] == [3, 2]
     for name in names:
         spoil(tmp_path / name, "cut")
     with pytest.raises(InputError, match=r"last\.ckpt.*previous\.ckpt.*start a new run"):
-        newest_checkpoint(tmp_path, silent)
-    assert newest_checkpoint(tmp_path / "nothing", silent) is None
+        newest_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path / "nothing") is None
 
 
 # ---- NaN and infinite values --------------------------------------------------------------------------------
 
 
 def poisoned(steps: set[int], what: str) -> Callable[..., torch.Tensor | None]:
-    def training_step(self: SegmentationModule, batch: dict[str, Any], batch_idx: int) -> torch.Tensor | None:
-        if self.global_step in steps and what == "loss":
+    def loss_of(self: Training, batch: dict[str, Any]) -> torch.Tensor:
+        if self.state.step in steps and what == "loss":
             batch = {**batch, "image": batch["image"] * float("nan")}
-        loss = original(self, batch, batch_idx)
-        if self.global_step in steps and what == "gradient":
-            assert loss is not None
+        loss = original(self, batch)
+        if self.state.step in steps and what == "gradient":
             zero = next(self.network.parameters()).sum() * 0
             loss = loss + zero.sqrt()  # 0, with an infinite slope
         return loss
 
-    return training_step
+    return loss_of
 
 
 @pytest.mark.parametrize(("what", "words"), [("loss", "the loss is nan"), ("gradient", "a gradient is NaN or inf")])
 def test_values_that_are_not_finite_stop_or_are_skipped_and_counted(
     what: str, words: str, balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SegmentationModule, "training_step", poisoned({4, 5}, what))
+    monkeypatch.setattr(Training, "loss_of", poisoned({4, 5}, what))
     with pytest.raises(LightMError, match=rf"{words}.* at step 4, on the cases ball_\d\d"):
         train_model(balls, tmp_path / "stopped", epochs=2, **SMALL)
     with pytest.raises(LightMError, match=r"at step 5.*after 1 steps were skipped, which is the limit"):
         train_model(balls, tmp_path / "limit", epochs=2, on_nan="skip", nan_limit=1, **SMALL)
     said: list[str] = []
     run = tmp_path / "skipped"
-    result = train_model(balls, run, epochs=2, on_nan="skip", **{**SMALL, "say": said.append})
+    with on_message(said.append):
+        result = train_model(balls, run, epochs=2, on_nan="skip", **SMALL)
     assert result.skipped_steps == 2
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["skipped_steps"] == 2
     assert [text.endswith(f"skipped ({n} of at most 10)") for n, text in enumerate(said[1:3], 1)] == [True, True]
     assert all(bool(torch.isfinite(w).all()) for w in weights(run).values())
     # skipped steps change nothing: the weights are those after step 3
-    monkeypatch.setattr(SegmentationModule, "training_step", act_before(4, _die))
-    monkeypatch.setattr(fit, "Checkpoints", functools.partial(Checkpoints, every_s=0.0))
+    monkeypatch.setattr(Training, "loss_of", act_before(4, _die))
+    monkeypatch.setattr(Training, "checkpoint_every_s", 0.0)
     monkeypatch.setattr("tests.training.test_guard.noisy", original)
     with pytest.raises(_Killed):
         train_model(balls, tmp_path / "short", epochs=2, **SMALL)
@@ -246,7 +240,7 @@ def test_the_command_line_says_what_to_do_at_nan(balls: Path, tmp_path: Path, mo
         "settings: {steps_per_epoch: 3}\n",
         encoding="utf-8",
     )
-    monkeypatch.setattr(SegmentationModule, "training_step", poisoned({1, 2}, "loss"))
+    monkeypatch.setattr(Training, "loss_of", poisoned({1, 2}, "loss"))
 
     def train(run: str, *more: str) -> BaseException | None:
         command = ["train", str(balls), "-o", str(tmp_path / run), "--config", str(tmp_path / "small.yaml")]
@@ -266,11 +260,11 @@ def test_the_command_line_says_what_to_do_at_nan(balls: Path, tmp_path: Path, mo
 
 def test_spoilt_running_statistics_cannot_be_skipped() -> None:
     network = torch.nn.BatchNorm2d(1)
-    guard = NanGuard("skip", 3, silent)
-    guard.meet("the loss is nan", 0, ["a"], network)
+    guard = NanGuard("skip", 3)
+    guard.handle("the loss is nan", 0, ["a"], network)
     network(torch.full((1, 1, 4, 4), float("inf")))
     with pytest.raises(LightMError, match="'running_mean' too"):
-        guard.meet("the loss is nan", 1, ["a"], network)
+        guard.handle("the loss is nan", 1, ["a"], network)
 
 
 def test_gradients_that_are_not_finite_are_found() -> None:
@@ -323,16 +317,17 @@ def test_a_worker_that_is_killed_names_its_case(balls: Path, tmp_path: Path, mon
 def test_a_second_run_in_the_same_folder_is_refused(balls: Path, tmp_path: Path) -> None:
     run, refused = tmp_path / "run", []
 
-    def say(text: str) -> None:
-        for second in (lambda: resume_training(run, say=silent), lambda: train_model(balls, run, **SMALL)):
+    def try_again(text: str) -> None:
+        for second in (lambda: resume_training(run), lambda: train_model(balls, run, **SMALL)):
             with pytest.raises(InputError, match=r"in use: training by process|already holds a run") as caught:
                 second()
             refused.append(str(caught.value))
 
-    train_model(balls, run, epochs=1, **{**SMALL, "say": say})
+    with on_message(try_again):
+        train_model(balls, run, epochs=1, **SMALL)
     assert f"process {os.getpid()} on {platform.node()}" in refused[0]
     assert not (run / LOCK).exists()
-    resume_training(run, epochs=2, say=silent)
+    resume_training(run, epochs=2)
 
 
 def lock(**changes: object) -> str:

@@ -18,17 +18,17 @@ from lightm import make_plan, open_dataset
 from lightm.errors import InputError, LightMError
 from lightm.nets import load_model
 from lightm.training import resume_training, train_model
-from lightm.training.checkpoint_io import SafeCheckpointIO
+from lightm.training.checkpoint_io import load_checkpoint
 from lightm.training.config import parse_duration, read_user_config
-from lightm.training.module import SegmentationModule
+from lightm.training.loop import Training
 from tests.helpers import make_balls
+from tests.training.messages import on_message
 
 SMALL: dict[str, Any] = {
     "network": "lightm-unet-small",
     "network_options": {"base_channels": 8, "bottleneck_layers": 1},
     "settings": {"steps_per_epoch": 3},
     "val_patches": 2,
-    "say": lambda text: None,
 }
 
 
@@ -46,14 +46,15 @@ def history(run: Path) -> list[dict[str, str]]:
 
 
 def weights(run: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = SafeCheckpointIO().load_checkpoint(run / "checkpoints" / name)["state_dict"]
+    state: dict[str, torch.Tensor] = load_checkpoint(run / "checkpoints" / name)["state_dict"]
     return state
 
 
 def test_a_run_leaves_everything_a_reader_needs(balls: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     said: list[str] = []
-    result = train_model(balls, run, epochs=2, seed=5, **{**SMALL, "say": said.append})
+    with on_message(said.append):
+        result = train_model(balls, run, epochs=2, seed=5, **SMALL)
     assert result.epochs == 2
     rows = history(run)
     assert [int(row["epoch"]) for row in rows] == [0, 1]
@@ -91,20 +92,20 @@ def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(
     balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_model(balls, tmp_path / "whole", epochs=3, **SMALL)
-    step = SegmentationModule.training_step
+    step = Training.loss_of
 
-    def killing(self: SegmentationModule, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        if self.global_step == 7:  # in the third epoch
+    def killing(self: Training, batch: dict[str, Any]) -> torch.Tensor:
+        if self.state.step == 7:  # in the third epoch
             raise _Killed
-        return step(self, batch, batch_idx)
+        return step(self, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(SegmentationModule, "training_step", killing)
+        patched.setattr(Training, "loss_of", killing)
         with pytest.raises(_Killed):
             train_model(balls, tmp_path / "killed", epochs=3, **SMALL)
     assert len(history(tmp_path / "killed")) == 2
     assert json.loads((tmp_path / "killed" / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
-    result = resume_training(tmp_path / "killed", say=lambda text: None)
+    result = resume_training(tmp_path / "killed")
     assert result.epochs == 3
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
@@ -114,23 +115,23 @@ def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(
 def test_ctrl_c_ends_with_one_message_and_the_run_can_go_on(
     balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = SegmentationModule.training_step
+    step = Training.loss_of
 
-    def interrupted(self: SegmentationModule, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        if self.global_step == 4:
+    def interrupted(self: Training, batch: dict[str, Any]) -> torch.Tensor:
+        if self.state.step == 4:
             raise KeyboardInterrupt
-        return step(self, batch, batch_idx)
+        return step(self, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(SegmentationModule, "training_step", interrupted)
+        patched.setattr(Training, "loss_of", interrupted)
         with pytest.raises(LightMError, match="--resume"):
             train_model(balls, tmp_path / "run", epochs=2, **SMALL)
-    assert resume_training(tmp_path / "run", say=lambda text: None).epochs == 2
+    assert resume_training(tmp_path / "run").epochs == 2
 
 
 def test_a_finished_run_can_be_made_longer(balls: Path, tmp_path: Path) -> None:
     train_model(balls, tmp_path / "run", epochs=1, **SMALL)
-    assert resume_training(tmp_path / "run", epochs=2, say=lambda text: None).epochs == 2
+    assert resume_training(tmp_path / "run", epochs=2).epochs == 2
     assert [row["epoch"] for row in history(tmp_path / "run")] == ["0", "1"]
 
 
@@ -142,7 +143,7 @@ def test_a_time_budget_ends_the_training_and_lets_the_learning_rate_fall(balls: 
 
 
 def test_patience_ends_the_training(balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightm.training.module.MOVING", 1.0)  # the moving average never moves
+    monkeypatch.setattr("lightm.training.loop.EMA", 1.0)  # it never moves
     result = train_model(balls, tmp_path / "run", epochs=9, patience=2, **SMALL)
     assert result.epochs == 3
     assert "2 epochs" in result.reason
@@ -181,6 +182,8 @@ def test_wrong_options_are_refused_before_anything_is_written(balls: Path, tmp_p
     refuse(balls, run, "unknown key 'settings.epoch'; did you mean 'epochs'", settings={"epoch": 3})
     refuse(balls, run, "patch size", patch_size=[12, 16, 16])
     refuse(balls, run, "batch size 0", batch_size=0)
+    refuse(balls, run, "device 'cuda:99'", device="cuda:99")
+    refuse(tmp_path / "nowhere", run, "precision '8-bit'", precision="8-bit")  # before the data are looked at
     refuse(balls, run, "lr", lr=-1.0)
     refuse(balls, run, "duration", max_time="soon")
     refuse(tmp_path / "nowhere", run, "nowhere")

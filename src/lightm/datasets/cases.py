@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from lightm.errors import InputError
+from lightm.images.io import file_suffix
+
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a dataset: where, what, and how to mend it."""
+    """One thing that is wrong with a dataset: where, what, and how to fix it."""
 
     severity: Literal["error", "warning"]
     case: str | None
@@ -68,3 +73,74 @@ class Problem:
     def __str__(self) -> str:
         where = str(self.file) if self.file is not None else f"case {self.case}" if self.case else "dataset"
         return f"{where}: {self.message}; {self.cure}"
+
+
+def error(case: str | None, file: Path, message: str, cure: str) -> Problem:
+    """Return a problem that must be solved before training or prediction."""
+    return Problem("error", case, file, message, cure)
+
+
+def warning(case: str | None, file: Path, message: str, cure: str) -> Problem:
+    """Return a problem that may be left."""
+    return Problem("warning", case, file, message, cure)
+
+
+def split_name(file: Path) -> tuple[str, str]:
+    """Return a file's name without and its format's ending, ("scan_0000", ".nii.gz"); no ending for other files."""
+    suffix = file.name[len(file.name) - len(file_suffix(file) or "") :]
+    return file.name.removesuffix(suffix), suffix
+
+
+def split_channel(name: str) -> tuple[str, int] | None:
+    """Return case and channel of a name such as CASE_0001, or None for one without a channel number.
+
+    >>> split_channel("scan_0001")
+    ('scan', 1)
+    """
+    match = _CHANNEL.fullmatch(name)
+    return None if match is None else (match["case"], int(match["channel"]))
+
+
+def join_channels(
+    named: Iterable[tuple[str, Path]], channels: Sequence[str], *, owner: str = "dataset.json", bare: bool = False
+) -> tuple[list[Case], list[Problem]]:
+    """Return the cases of images named CASE_0000, CASE_0001, ..., one for each channel, sorted, and what is wrong.
+
+    named: names without their endings, and the files. owner: what asks for the channels, for messages. bare: a single
+    channel needs no number, and a number may belong to the name, as in scan_0017, unless scan_0000 is there too.
+    """
+    named = list(named)
+    wanted = f"{owner} names {len(channels)} channel(s) ({', '.join(channels)})"
+    one = bare and len(channels) == 1
+    numbered = {name.removesuffix("_0000") for name, _ in named if name.endswith("_0000")}
+    groups: dict[str, dict[int, Path]] = {}
+    problems = []
+    for name, file in named:
+        case_id, channel = split_channel(name) or (name, -1)
+        if one and case_id not in numbered:
+            case_id, channel = name, 0
+        elif one and channel < 0:
+            channel = 0
+        if channel < 0:
+            ending = split_name(file)[1]
+            cure = f"rename it to {name}_0000{ending}, others to _0001 and so on"
+            problems.append(error(None, file, f"the name has no channel number, but {wanted}", cure))
+        elif channel >= len(channels):
+            message = f"channel {channel} of case '{case_id}', but {wanted}"
+            problems.append(error(case_id, file, message, "remove the file, or name the channel"))
+        else:
+            twin = groups.setdefault(case_id, {}).setdefault(channel, file)
+            if twin is not file:
+                message = f"case '{case_id}' is there twice, also as {twin}"
+                problems.append(error(case_id, file, message, "keep one of them"))
+    cases = []
+    for case_id, files in sorted(groups.items()):
+        absent = next((index for index in range(len(channels)) if index not in files), None)
+        if absent is None:
+            cases.append(Case(case_id, tuple(files[index] for index in range(len(channels)))))
+            continue
+        first = next(iter(files.values()))
+        file = first.with_name(f"{case_id}_{absent:04d}{split_name(first)[1]}")
+        message = f"channel {absent} ('{channels[absent]}') of case '{case_id}' is missing"
+        problems.append(error(case_id, file, message, "add the file"))
+    return cases, problems

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lightm.datasets.cases import Case, Dataset, Problem
+from lightm.datasets.cases import Case, Dataset, Problem, error, warning
 from lightm.datasets.discovery import scan
 from lightm.errors import LightMError
 from lightm.images.io import Kind, place_remarks, read_volume, voxel_bytes
@@ -90,33 +90,25 @@ def _check_case(case: Case, dataset: Dataset) -> _Findings:
     for file, kind in files:
         try:
             volume = read_volume(file, kind=kind)
-        except LightMError as error:
-            message, _, cure = str(error).removeprefix(f"{file}: ").rpartition("; ")
-            findings.problems.append(
-                Problem("error", case.id, file, message or cure, cure if message else "replace it")
-            )
+        except LightMError as refusal:
+            message, _, cure = str(refusal).removeprefix(f"{file}: ").rpartition("; ")
+            findings.problems.append(error(case.id, file, message or cure, cure if message else "replace it"))
             continue
         if kind == "image":
-            findings.problems += [Problem("warning", case.id, file, *remark) for remark in place_remarks(file)]
+            findings.problems += [warning(case.id, file, *remark) for remark in place_remarks(file)]
         if first is None:
             first = (file, volume)
             findings.shape, findings.spacing_mm = volume.shape, volume.to_canonical().spacing_mm
         elif difference := geometry_difference(volume, first[1]):
-            findings.problems.append(
-                Problem(
-                    "error",
-                    case.id,
-                    file,
-                    f"does not lie where {first[0].name} does: {difference}",
-                    "resample one onto the other, or copy the header if only that is wrong",
-                )
-            )
+            message = f"does not lie where {first[0].name} does: {difference}"
+            cure = "resample one onto the other, or copy the header if only that is wrong"
+            findings.problems.append(error(case.id, file, message, cure))
         if kind == "label":
             findings.voxels = _counted(volume.data)
             findings.problems += _unknown_values(case, file, findings.voxels, dataset)
         elif volume.data.min() == volume.data.max():
             findings.problems.append(
-                Problem("warning", case.id, file, "every voxel has the same value", "check that the export worked")
+                warning(case.id, file, "every voxel has the same value", "check that the export worked")
             )
     return findings
 
@@ -139,62 +131,33 @@ def _unknown_values(case: Case, file: Path, voxels: Iterable[int], dataset: Data
     if not unknown:
         return []
     listed = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
-    return [
-        Problem(
-            "error",
-            case.id,
-            file,
-            f"label value {listed} is not in dataset.json, which names {sorted(allowed)}",
-            "correct the label map, or add the value to dataset.json",
-        )
-    ]
+    message = f"label value {listed} is not in dataset.json, which names {sorted(allowed)}"
+    return [error(case.id, file, message, "correct the label map, or add the value to dataset.json")]
 
 
 def _check_whole(dataset: Dataset, jobs: list[Case], findings: list[_Findings]) -> list[Problem]:
     problems = []
     if len(dataset.cases) < 2:
-        problems.append(
-            Problem(
-                "error",
-                None,
-                dataset.root,
-                f"{len(dataset.cases)} usable training cases; training needs one to learn from and one to validate on",
-                "add cases (ten or more are sensible)",
-            )
-        )
+        message = f"{len(dataset.cases)} usable training cases; one to train on and one to validate on are needed"
+        problems.append(error(None, dataset.root, message, "add cases (ten or more are sensible)"))
     dims = Counter(len(found.shape) for found in findings if found.shape)
     if len(dims) > 1:
         rare = min(dims, key=lambda key: dims[key])
         for case, found in zip(jobs, findings, strict=True):
             if found.shape and len(found.shape) == rare:
                 message = f"a {rare}D image among {max(dims, key=lambda key: dims[key])}D ones"
-                problems.append(
-                    Problem("error", case.id, case.images[0], message, "keep them in a dataset of their own")
-                )
+                problems.append(error(case.id, case.images[0], message, "keep them in a dataset of their own"))
     occurring = {value for found in findings for value in found.voxels}
     labelled = any(found.voxels for found in findings)
     missing = [name for name, value in dataset.labels.items() if value != 0 and value not in occurring]
     if labelled and len(missing) == len(dataset.labels) - 1:
-        problems.append(
-            Problem(
-                "error",
-                None,
-                dataset.root,
-                "every label map is background only: nothing to learn",
-                "check the labels",
-            )
-        )
+        message = "every label map is background only: nothing to learn"
+        problems.append(error(None, dataset.root, message, "check the labels"))
     elif labelled:
-        problems += [
-            Problem(
-                "warning",
-                None,
-                dataset.root,
-                f"class '{name}' (value {dataset.labels[name]}) occurs in no label map",
-                "remove it from dataset.json, or add cases that have it",
-            )
-            for name in missing
-        ]
+        cure = "remove it from dataset.json, or add cases that have it"
+        for name in missing:
+            message = f"class '{name}' (value {dataset.labels[name]}) occurs in no label map"
+            problems.append(warning(None, dataset.root, message, cure))
     return problems
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from lightm.config_io import read_json
 from lightm.errors import InputError
 from lightm.images.io import SUFFIXES
+from lightm.labels import IGNORE_INDEX
 
-# Class indices are stored in bytes, of which 255 stands for voxels to ignore.
-MAX_CLASSES = 255
+MAX_CLASSES = IGNORE_INDEX  # class indices are stored in bytes
 # Files are numbered with four digits.
 MAX_CHANNELS = 10_000
 

@@ -6,21 +6,19 @@ are read, to learn the values.) Problems are collected, so that a check can name
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightm.datasets.cases import Case, Dataset, Problem
+from lightm.datasets.cases import Case, Dataset, Problem, error, join_channels, split_channel, split_name, warning
 from lightm.datasets.description import MAX_CLASSES, Description, read_description
 from lightm.errors import InputError
 from lightm.images.io import SUFFIXES, file_suffix, read_volume, voxel_bytes
 from lightm.images.limits import MemoryGate
-
-_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
 def scan(path: Path, labels: Path | None = None) -> tuple[Dataset, list[Problem]]:
@@ -51,38 +49,6 @@ def scan(path: Path, labels: Path | None = None) -> tuple[Dataset, list[Problem]
     )
 
 
-def image_cases(folder: Path, channels: tuple[str, ...], ending: str) -> tuple[list[Case], list[Problem]]:
-    """Return the cases of a folder of images CASE_0000.EXT, CASE_0001.EXT, ..., without labels."""
-    files: dict[str, dict[int, Path]] = defaultdict(dict)
-    problems = []
-    for stem, file in _stems(folder, ending).items():
-        match = _CHANNEL.match(stem)
-        if match is None:
-            problems.append(_error(None, file, "the name has no channel number", f"rename it to {stem}_0000{ending}"))
-        elif int(match["channel"]) >= len(channels):
-            problems.append(
-                _error(
-                    match["case"],
-                    file,
-                    f"channel {match['channel']}, but dataset.json names {len(channels)} ({', '.join(channels)})",
-                    "remove the file, or add the channel to dataset.json",
-                )
-            )
-        else:
-            files[match["case"]][int(match["channel"])] = file
-    cases = []
-    for case_id, given in sorted(files.items()):
-        missing = [index for index in range(len(channels)) if index not in given]
-        if missing:
-            name = f"{case_id}_{missing[0]:04d}{ending}"
-            problems.append(
-                _error(case_id, folder / name, f"channel '{channels[missing[0]]}' is missing", f"add {name}")
-            )
-            continue
-        cases.append(Case(case_id, tuple(given[index] for index in range(len(channels)))))
-    return cases, problems
-
-
 def _nnunet(root: Path, description: Description) -> tuple[Dataset, list[Problem]]:
     for folder in (root / "imagesTr", root / "labelsTr"):
         if not folder.is_dir():
@@ -90,13 +56,13 @@ def _nnunet(root: Path, description: Description) -> tuple[Dataset, list[Problem
                 f"{folder}: no such folder; nnU-Net's layout needs imagesTr and labelsTr beside dataset.json"
             )
     ending = description.file_ending or _ending(root / "labelsTr")
-    cases, problems = image_cases(root / "imagesTr", description.channels, ending)
+    cases, problems = join_channels(_stems(root / "imagesTr", ending).items(), description.channels)
     incomplete = {problem.case for problem in problems}
     paired, orphans = _pair(cases, _stems(root / "labelsTr", ending), incomplete)
     problems += orphans + _foreign(root / "imagesTr", ending) + _foreign(root / "labelsTr", ending)
     tests: list[Case] = []
     if (root / "imagesTs").is_dir():
-        tests, faults = image_cases(root / "imagesTs", description.channels, ending)
+        tests, faults = join_channels(_stems(root / "imagesTs", ending).items(), description.channels)
         problems += faults
     return _dataset(root, description, ending, paired, tests, problems)
 
@@ -109,39 +75,26 @@ def _listed(root: Path, description: Description) -> tuple[Dataset, list[Problem
         )
     training, test = description.listed or ([], [])
     cases, tests, problems = [], [], []
+
+    def exists(file: Path, what: str) -> bool:
+        if not file.is_file():
+            message = f"the {what} listed in dataset.json does not exist"
+            problems.append(error(split_name(file)[0], file, message, "add it, or remove the entry"))
+        return file.is_file()
+
     for entry in training:
         if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
             raise InputError(
                 f'{description.file}: "training" holds {str(entry)[:80]!r}; expected {{"image": ..., "label": ...}}'
             )
         image, label = (_inside(root, entry[key], description.file) for key in ("image", "label"))
-        missing = [(file, what) for file, what in ((image, "image"), (label, "label")) if not file.is_file()]
-        for file, what in missing:
-            problems.append(
-                _error(
-                    _stem(file),
-                    file,
-                    f"the {what} listed in dataset.json does not exist",
-                    "add it, or remove the entry",
-                )
-            )
-        if not missing:
-            cases.append(Case(_stem(image), (image,), label))
+        if all([exists(image, "image"), exists(label, "label")]):
+            cases.append(Case(split_name(image)[0], (image,), label))
     for entry in test:
-        image = _inside(
-            root, entry["image"] if isinstance(entry, dict) and "image" in entry else entry, description.file
-        )
-        if image.is_file():
-            tests.append(Case(_stem(image), (image,)))
-        else:
-            problems.append(
-                _error(
-                    _stem(image),
-                    image,
-                    "the image listed in dataset.json does not exist",
-                    "add it, or remove the entry",
-                )
-            )
+        name = entry["image"] if isinstance(entry, dict) and "image" in entry else entry
+        image = _inside(root, name, description.file)
+        if exists(image, "image"):
+            tests.append(Case(split_name(image)[0], (image,)))
     ending = description.file_ending or (file_suffix(cases[0].images[0]) if cases else None) or ".nii.gz"
     return _dataset(root, description, ending, cases, tests, problems)
 
@@ -149,11 +102,11 @@ def _listed(root: Path, description: Description) -> tuple[Dataset, list[Problem
 def _two_folders(root: Path, images: Path, labels: Path) -> tuple[Dataset, list[Problem]]:
     ending = _ending(images)
     given, maps = _stems(images, ending), _stems(labels, _ending(labels))
-    numbered = {stem: _CHANNEL.match(stem) for stem in given}
-    if given and all(numbered.values()) and not set(given) & set(maps):
-        count = 1 + max(int(match["channel"]) for match in numbered.values() if match)
+    numbered = [split_channel(stem) for stem in given]
+    if given and all(numbered) and not set(given) & set(maps):
+        count = 1 + max(found[1] for found in numbered if found)
         channels = tuple(f"channel_{index}" for index in range(count)) if count > 1 else ("image",)
-        cases, problems = image_cases(images, channels, ending)
+        cases, problems = join_channels(given.items(), channels)
     else:
         channels, problems = ("image",), []
         cases = [Case(stem, (file,)) for stem, file in sorted(given.items())]
@@ -180,12 +133,12 @@ def _pair(cases: list[Case], maps: dict[str, Path], reported: set[str | None]) -
             paired.append(Case(case.id, case.images, maps[case.id]))
         else:
             problems.append(
-                _error(case.id, case.images[0], "an image without a label", "add its label, or remove the image")
+                error(case.id, case.images[0], "an image without a label", "add its label, or remove the image")
             )
     known = {case.id for case in cases} | reported
     for stem, file in sorted(maps.items()):
         if stem not in known:
-            problems.append(_error(stem, file, "a label without an image", "add its image, or remove the label"))
+            problems.append(error(stem, file, "a label without an image", "add its image, or remove the label"))
     return paired, problems
 
 
@@ -203,26 +156,14 @@ def _dataset(
         )
     promised = description.cases_promised
     if promised is not None and promised != len(cases) and not problems:
-        problems.append(
-            Problem(
-                "warning",
-                None,
-                description.file,
-                f"numTraining says {promised}, found {len(cases)} cases",
-                "add the missing cases, or correct the number",
-            )
-        )
+        message = f"numTraining says {promised}, found {len(cases)} cases"
+        problems.append(warning(None, description.file, message, "add the missing cases, or correct the number"))
     seen: dict[str, Case] = {}
     for case in (*cases, *tests):
         twin = seen.setdefault(case.id.lower(), case)  # two such files are one on Windows and macOS
         if twin is not case:
             problems.append(
-                _error(
-                    case.id,
-                    case.images[0],
-                    f"the case exists twice, also as {twin.images[0]}",
-                    "rename one of them",
-                )
+                error(case.id, case.images[0], f"the case exists twice, also as {twin.images[0]}", "rename one of them")
             )
     dataset = Dataset(
         root.resolve().name,
@@ -237,16 +178,23 @@ def _dataset(
     return dataset, problems
 
 
+@lru_cache(1 << 16)
+def _values_in(file: Path, size: int, changed_ns: int) -> frozenset[int]:
+    """The values in a label map, which is read once as long as it stays the same."""
+    try:
+        label = read_volume(file, kind="label").data
+    except InputError:
+        return frozenset()  # reported by whoever reads the case
+    here = sorted(set().union(*(np.unique(part).tolist() for part in label)))
+    # No label map by itself: left out, so that its values are reported as unknown, in this file.
+    return frozenset() if here[0] < 0 or len(here) > MAX_CLASSES else frozenset(here)
+
+
 def _values_found(files: list[Path]) -> dict[str, int]:
-    def values(file: Path) -> set[int]:
-        try:
-            with gate.hold(voxel_bytes(file)):
-                label = read_volume(file, kind="label").data
-                here = sorted(set().union(*(np.unique(part).tolist() for part in label)))
-        except InputError:
-            return set()  # reported by whoever reads the case
-        # No label map by itself: left out, so that its values are reported as unknown, in this file.
-        return set() if here[0] < 0 or len(here) > MAX_CLASSES else set(here)
+    def values(file: Path) -> frozenset[int]:
+        state = file.stat()
+        with gate.hold(voxel_bytes(file)):
+            return _values_in(file, state.st_size, state.st_mtime_ns)
 
     gate = MemoryGate()
     with ThreadPoolExecutor(4) as pool:
@@ -269,29 +217,18 @@ def _stems(folder: Path, ending: str) -> dict[str, Path]:
 
 def _foreign(folder: Path, ending: str) -> list[Problem]:
     """Images of another format would be left out in silence: say so."""
-    return [
-        Problem(
-            "warning",
-            None,
-            file,
-            f"ends otherwise than file_ending {ending} in dataset.json, so it is not used",
-            f"convert it to {ending}, or remove it",
-        )
-        for file in _others(folder, ending)
-    ]
+    message = f"ends otherwise than file_ending {ending} in dataset.json, so it is not used"
+    cure = f"convert it to {ending}, or remove it"
+    return [warning(None, file, message, cure) for file in _others(folder, ending)]
 
 
 def _mixed(folder: Path, ending: str) -> list[Problem]:
     """Files of two plain folders that are not of the format of most: an error where they could be images."""
+    message = f"files of several formats in one folder, most end in {ending}"
     return [
-        _error(
-            None,
-            file,
-            f"files of several formats in one folder, most end in {ending}",
-            f"convert it to {ending}, or remove it",
-        )
+        error(None, file, message, f"convert it to {ending}, or remove it")
         if file_suffix(file)
-        else Problem("warning", None, file, "not a format that is read, so it is not used", "convert or remove it")
+        else warning(None, file, "not a format that is read, so it is not used", "convert or remove it")
         for file in _others(folder, ending)
     ]
 
@@ -328,12 +265,3 @@ def _inside(root: Path, entry: Any, file: Path) -> Path:
     if not inside:
         raise InputError(f"{file}: lists {entry[:200]!r}, which lies outside the dataset; move it inside")
     return path
-
-
-def _stem(file: Path) -> str:
-    suffix = file_suffix(file)
-    return file.name[: -len(suffix)] if suffix else file.name
-
-
-def _error(case: str | None, file: Path, message: str, cure: str) -> Problem:
-    return Problem("error", case, file, message, cure)

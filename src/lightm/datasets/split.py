@@ -1,4 +1,4 @@
-"""Which cases are trained on, watched, and kept for the test; drawn once, written to disk and reused."""
+"""Which cases are for training, validation and test; drawn once, written to disk and reused."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from lightm.config_io import read_json
+from lightm.config_io import load_json
 from lightm.errors import InputError
 from lightm.files import write_text
 
@@ -34,7 +34,7 @@ class Split(BaseModel):
 def make_split(case_ids: Sequence[str], *, seed: int = 0, folds: int | None = None, fold: int = 0) -> Split:
     """Draw a split of the cases: 7:1:2 (train, validation, test), or fold `fold` of `folds` as the test.
 
-    With folds, every case is tested exactly once over all folds, and an eighth of a fold's other cases watches the
+    With folds, every case is tested exactly once over all folds, and an eighth of a fold's other cases validates the
     training, so that the test cases take no part in choosing the weights. The draw depends on the ids, not on their
     order. Raises InputError for fewer than three cases or folds that cannot be made.
     """
@@ -72,11 +72,7 @@ def make_split(case_ids: Sequence[str], *, seed: int = 0, folds: int | None = No
 
 def load_split(path: Path, case_ids: Sequence[str]) -> Split:
     """Read a split and check it against the data set's cases; InputError, naming the file, when they disagree."""
-    try:
-        split = Split.model_validate(read_json(Path(path)))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{path}: not a split: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    split = load_json(path, Split, "a split", "correct it, or delete it to have one drawn")
     named = [*split.train, *split.val, *split.test]
     unknown = sorted(set(named) - set(case_ids))
     if unknown:
@@ -85,5 +81,5 @@ def load_split(path: Path, case_ids: Sequence[str]) -> Split:
     if twice:
         raise InputError(f"{path}: names cases more than once: {', '.join(twice[:5])}")
     if not split.train or not split.val:
-        raise InputError(f"{path}: no cases to train on or none to watch; both lists need one at least")
+        raise InputError(f"{path}: no cases to train on or none to validate on; both lists need one at least")
     return split

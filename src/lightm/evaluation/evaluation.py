@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from lightm.errors import InputError
+from lightm.config_io import load_json
 from lightm.evaluation.metrics import STATUSES, ClassMetrics, Status
 from lightm.files import write_text
 
@@ -122,16 +122,7 @@ class Evaluation(BaseModel):
 
 def load_evaluation(path: Path) -> Evaluation:
     """Read a `metrics.json`; raises `InputError` naming the file when it is missing or is something else."""
-    try:
-        return Evaluation.model_validate_json(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); write it with `lightm evaluate`") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(
-            f"{path}: is no LightM evaluation ({where}: {first['msg']}); write it again with `lightm evaluate`"
-        ) from error
+    return load_json(path, Evaluation, "a LightM evaluation", "write it again with `lightm evaluate`")
 
 
 def summarize(

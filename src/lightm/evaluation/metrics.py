@@ -16,6 +16,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from lightm.errors import InputError, did_you_mean
+from lightm.labels import bounding_box, overlap_counts
 
 Status = Literal["present", "absent", "missed", "spurious"]
 STATUSES: tuple[Status, ...] = ("present", "missed", "spurious", "absent")
@@ -150,7 +151,7 @@ def _class_metrics(
 ) -> ClassMetrics:
     if valid is not None:
         pred, label = pred & valid, label & valid
-    n_pred, n_label = int(pred.sum()), int(label.sum())
+    common, n_pred, n_label = overlap_counts(pred, label)
     sizes: dict[str, Any] = {
         "voxels_label": n_label,
         "voxels_pred": n_pred,
@@ -162,8 +163,7 @@ def _class_metrics(
     if not n_pred or not n_label:
         status: Status = "missed" if n_label else "spurious"
         return ClassMetrics(status=status, dsc=0.0, iou=0.0, hd95_mm=None, nsd=0.0, **sizes)
-    common = int((pred & label).sum())
-    box = _bounding_box(pred | label)
+    box = bounding_box(pred | label)
     to_label, to_pred = surface_distances(pred[box], label[box], spacing)
     limit = tolerance_mm + _ROUNDING_MM
     within = int((to_label <= limit).sum()) + int((to_pred <= limit).sum())
@@ -183,14 +183,5 @@ def _crop(pred: NDArray[Any], label: NDArray[Any], values: Sequence[int]) -> tup
     if not found.any():
         return pred, label
     # Beyond a box there is no foreground, so its edge means "outside" just as the image's edge does.
-    box = _bounding_box(found)
+    box = bounding_box(found)
     return pred[box], label[box]
-
-
-def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        (where,) = np.nonzero(mask.any(axis=others))
-        box.append(slice(int(where[0]), int(where[-1]) + 1))
-    return tuple(box)

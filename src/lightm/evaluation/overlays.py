@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from skimage.measure import find_contours
 
 from lightm.evaluation.figures import INK, PURPLE, SKY, VERMILION, class_colour, new_figure, plain
+from lightm.labels import bounding_box
 
 # Radiological convention for a (Z, Y, X) array whose axes run to superior, anterior and right: the patient's
 # right is on the reader's left, superior (axial: anterior) is up. name, sliced axis, letters left/right/top/bottom.
@@ -179,8 +180,7 @@ def _crop_box(mask: NDArray[np.bool_], spacing: tuple[float, ...]) -> tuple[slic
     """Return a nearly square window around the mask: small structures in a large scan stay visible."""
     if not mask.any():
         return slice(None), slice(None)
-    where = [np.nonzero(mask.any(axis=1 - axis))[0] for axis in (0, 1)]
-    bounds = [(int(w[0]), int(w[-1]) + 1) for w in where]
+    bounds = [(part.start, part.stop) for part in bounding_box(mask)]
     side = max(1.35 * max((b - a) * s for (a, b), s in zip(bounds, spacing, strict=True)), 32 * min(spacing))
     box = []
     for (a, b), s, size in zip(bounds, spacing, mask.shape, strict=True):

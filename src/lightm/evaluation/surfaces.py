@@ -15,6 +15,7 @@ from scipy import ndimage
 from skimage.measure import block_reduce, marching_cubes
 
 from lightm.evaluation.figures import MUTED, class_colour, new_figure, plain
+from lightm.labels import bounding_box
 
 _MAX_VOXELS = 48  # per axis of the coarse grid: about 10,000 triangles, under two seconds to draw
 _LIGHT = np.array([-0.35, -0.75, 0.56])  # from the reader's upper left; unit length
@@ -43,7 +44,7 @@ def surfaces_figure(
     lie inside is drawn translucent.
     """
     values = list(classes.values())
-    box = _box(np.logical_or.reduce([np.isin(array, values) for array in masks.values()]))
+    box = bounding_box(np.logical_or.reduce([np.isin(array, values) for array in masks.values()]))
     masks = {title: array[box] for title, array in masks.items()}
     label = next(iter(masks.values()))
     extent = np.array([n * s for n, s in zip(label.shape, spacing_mm, strict=True)])
@@ -86,14 +87,6 @@ def surfaces_figure(
     return figure
 
 
-def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
-    box = []
-    for axis, size in enumerate(mask.shape):
-        (where,) = np.nonzero(mask.any(axis=tuple(i for i in range(mask.ndim) if i != axis)))
-        box.append(slice(int(where[0]), int(where[-1]) + 1) if where.size else slice(0, size))
-    return tuple(box)
-
-
 def mesh_mm(
     mask: NDArray[np.bool_], spacing_mm: Sequence[float], factors: tuple[int, ...]
 ) -> NDArray[np.float64] | None:
@@ -130,7 +123,7 @@ def _shade(triangles: NDArray[np.float64], colour: str, alpha: float) -> NDArray
 
 def _alphas(label: NDArray[Any], values: Sequence[int]) -> list[float]:
     """Return an opacity per class: 0.3 where another class lies within its bounding box."""
-    boxes = [_box(label == value) if (label == value).any() else None for value in values]
+    boxes = [bounding_box(label == value) if (label == value).any() else None for value in values]
 
     def holds(outer: tuple[slice, ...], inner: tuple[slice, ...]) -> bool:
         return all(o.start <= i.start and i.stop <= o.stop for o, i in zip(outer, inner, strict=True))

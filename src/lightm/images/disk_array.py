@@ -23,7 +23,7 @@ from lightm.errors import LightMError
 Box = tuple[slice, ...]
 
 
-class Spool:
+class DiskArray:
     """An array of two axes or more, C order, zeros at first.
 
     folder=None: in memory. Else in a file without a name there, which is gone when the object is, or the process;
@@ -63,7 +63,7 @@ class Spool:
         return self._array is not None
 
     def read(self, box: Box) -> np.ndarray:
-        """Return the voxels of a box, one slice with both ends an axis: a view in memory, a copy from a file."""
+        """Return the voxels of a box, one slice with both ends per axis: a view in memory, a copy from a file."""
         if self._array is not None:
             return self._array[box]
         result = np.empty([part.stop - part.start for part in box], self.dtype)
@@ -102,7 +102,7 @@ class Spool:
                 raise self._refusal(error) from None
 
     def _runs(self, box: Box, values: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-        """Stretches of whole rows that lie together in the file: (first row, rows), and their part of `values`."""
+        """Runs of whole rows that lie together in the file: (first row, rows), and their part of `values`."""
         rows = box[-2]
         if values.size == 0:
             return

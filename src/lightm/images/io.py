@@ -1,6 +1,6 @@
 """Reading and writing of NIfTI and PNG files, and reading of DICOM series.
 
-A file that cannot be used gives one InputError that names it and says how to mend it. A file is written under
+A file that cannot be used gives one InputError that names it and says how to fix it. A file is written under
 another name and renamed when complete, so that nobody ever sees half of one.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 from lightm.errors import InputError
 from lightm.files import atomic_file
 from lightm.images import dicom, nifti, png
+from lightm.images.finite import check_finite
 from lightm.images.volume import Volume
 
 SUFFIXES = (".nii.gz", ".nii", ".png")
@@ -22,7 +23,6 @@ Kind = Literal["image", "label"]
 
 # A label made by resampling or by another program may hold 0.99999997 for 1.
 _ROUNDING = 1e-3
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def file_suffix(path: Path | str) -> str | None:
@@ -42,7 +42,7 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     Raises InputError, naming the file, for one that is missing, empty, truncated, corrupt, of another format, of
     more than 2^31 voxels or more than its length or the machine's memory can hold, of more than three axes, with NaN
     or infinite voxels, or, for labels, with other than whole numbers; docs/files.md lists every rule. Cost: the voxels
-    once, once more while a scaled file or label map is converted, and at most 64 MB beside them.
+    once, once more while a label map is converted, and at most 64 MB beside them.
     """
     path = Path(path)
     if "\0" in str(path):
@@ -63,12 +63,13 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     if size == 0:
         raise InputError(f"{path}: the file is empty (0 bytes); copy or export it again")
     try:
-        volume = png.read(path, kind) if suffix == ".png" else nifti.read(path, suffix == ".nii.gz")
+        volume = png.read(path, kind) if suffix == ".png" else nifti.read(path)
     except MemoryError:
         raise InputError(f"{path}: not enough memory to read its voxels; resample or crop the file") from None
     try:
-        _check_finite(volume.data)
-        return volume.like(as_label(volume.data)) if kind == "label" else volume
+        if suffix == ".png":
+            check_finite(volume.data)
+        return volume.with_data(as_label(volume.data)) if kind == "label" else volume
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -79,7 +80,7 @@ def voxel_bytes(path: Path) -> int:
     try:
         if not path.is_file() or suffix is None:
             return 0
-        return png.voxel_bytes(path) if suffix == ".png" else nifti.voxel_bytes(path, suffix == ".nii.gz")
+        return png.voxel_bytes(path) if suffix == ".png" else nifti.voxel_bytes(path)
     except OSError:
         return 0
 
@@ -87,7 +88,7 @@ def voxel_bytes(path: Path) -> int:
 def place_remarks(path: Path) -> list[tuple[str, str]]:
     """Return what is odd about the place in space that a readable file gives, each with its cure."""
     suffix = file_suffix(path)
-    return nifti.remarks(path, suffix == ".nii.gz") if suffix in (".nii", ".nii.gz") else []
+    return nifti.remarks(path) if suffix in (".nii", ".nii.gz") else []
 
 
 def _read_dicom(path: Path, kind: Kind) -> Volume:
@@ -95,7 +96,7 @@ def _read_dicom(path: Path, kind: Kind) -> Volume:
         raise InputError(f"{path}: DICOM is read as an image, not as a label map; convert the labels to NIfTI")
     volume = dicom.read_series(path)
     try:
-        _check_finite(volume.data)
+        check_finite(volume.data)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return volume
@@ -114,9 +115,9 @@ def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) 
     if suffix is None:
         raise InputError(f"{path}: not a format that can be written; use a name that ends in {', '.join(SUFFIXES)}")
     try:
-        _check_finite(volume.data)
+        check_finite(volume.data)
         if kind == "label" or (kind is None and volume.data.dtype in (np.bool_, np.int64, np.uint64)):
-            volume = volume.like(as_label(volume.data))
+            volume = volume.with_data(as_label(volume.data))
         encode = png.encoder(volume) if suffix == ".png" else nifti.encoder(volume, suffix == ".nii.gz")
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -156,23 +157,3 @@ def _check_whole(data: np.ndarray) -> None:
             f"a label map holds whole numbers, found {value:.6g} ({found} such voxels); "
             "it may be an image or a probability map: threshold it, or resample labels with nearest neighbour"
         )
-
-
-def _check_finite(data: np.ndarray) -> None:
-    if data.dtype.kind != "f":
-        return
-    low, high = float(data.min()), float(data.max())  # NaN comes through both
-    if np.isfinite(low) and np.isfinite(high) and max(-low, high) <= _FLOAT32_MAX:
-        return
-    count, place = 0, (0,) * data.ndim
-    for index, slab in enumerate(data):
-        bad = ~(np.abs(slab) <= _FLOAT32_MAX)
-        if bad.any():
-            first = np.unravel_index(int(bad.argmax()), bad.shape)
-            place = place if count else (index, *(int(i) for i in first))
-            count += int(bad.sum())
-    axes = "z, y, x"[-3 * data.ndim + 2 :]
-    raise InputError(
-        f"{count} voxels are NaN or infinite, the first at ({axes}) = {place}; "
-        "replace them, for example with numpy.nan_to_num, and save the file again"
-    )

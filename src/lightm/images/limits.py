@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lightm.errors import InputError
+from lightm.memory import available_bytes
 
 MAX_VOXELS = 2**31
 # Deflate cannot pack tighter than 1032 to 1, so a header that promises more is wrong.
@@ -19,21 +20,6 @@ MAX_DEFLATE = 1032
 _LARGE = 1 << 16  # bytes of a read that is looked at twice
 # Voxels of a scan are between a cell's and a table's size, and lie within a kilometre of the scanner.
 MIN_STEP_MM, MAX_STEP_MM, MAX_ORIGIN_MM = 1e-5, 1e3, 1e6
-
-
-def available_bytes() -> int | None:
-    """Return the memory that can be had now (Linux), all of the machine's (other POSIX), or None (Windows)."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def check_bytes(needed: int, what: str) -> None:

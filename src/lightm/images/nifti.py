@@ -13,7 +13,9 @@ import io
 import logging
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -25,14 +27,15 @@ from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
 
 from lightm.errors import InputError
+from lightm.images.finite import FiniteCheck
 from lightm.images.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes, check_place
 from lightm.images.volume import Volume, affine_spacing_mm
 
 # nibabel prints a line for each field of a header that it repairs; a fault that matters is an error here.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
 
-_MAX_DEFLATE = MAX_DEFLATE
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # of one read
+_SLAB_BYTES = 8 << 20
 MAX_EXTRA_BYTES = 16 << 20  # of header extensions before the voxels, and of anything behind them
 # sform and qform may place a voxel this far apart, in voxels, before a check remarks on it.
 _FORMS_APART = 0.5
@@ -52,21 +55,77 @@ _FAULTS = (
 )
 
 
-def read(path: Path, zipped: bool) -> Volume:
-    """Read one file to its end, so that a gzip checksum is verified; raises InputError naming the file.
+@dataclass(frozen=True)
+class Stored:
+    """How voxels lie in a file, and what is made of them: all that is known before they are read.
 
-    The affine is the sform's where its code is set, else the qform's, else that of spacing and shape alone.
+    shape: (Z, Y, X) or (Y, X). dtype: the file's. geometry: a `Volume` of the shape, dtype and place of the result,
+    whose voxels are all one zero that takes no memory.
     """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+    slope: Any
+    inter: Any
+    geometry: Volume
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the header scales the voxels, to float32."""
+        return (self.slope, self.inter) != (1, 0)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the voxels as stored."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the voxels as `read` gives them."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.geometry.data.dtype.itemsize
+
+    def convert(self, voxels: np.ndarray) -> np.ndarray:
+        """Return stored voxels as `read` gives them: scaled by the header, in the machine's byte order."""
+        with np.errstate(all="ignore"):  # infinite voxels are refused, with their place
+            if self.scaled:
+                voxels = apply_read_scaling(voxels, self.slope, self.inter)
+            return voxels.astype(self.geometry.data.dtype, copy=False)
+
+    def slabs(self, stream: BinaryIO) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Read all voxels in order, and a compressed file to its end.
+
+        Yields slices of the first axis, their voxels as stored, which the next ones overwrite, and these converted.
+
+        Raises InputError where NaN or infinite voxels were seen, or much lies behind the voxels.
+        """
+        stream.seek(self.offset)
+        per_slice = self.file_bytes // self.shape[0]
+        depth, finite = max(1, _SLAB_BYTES // per_slice), FiniteCheck()
+        buffer = np.empty((min(depth, self.shape[0]), *self.shape[1:]), self.dtype)
+        for start in range(0, self.shape[0], depth):
+            part = slice(start, min(start + depth, self.shape[0]))
+            slab = buffer[: part.stop - start]
+            wanted = memoryview(slab.reshape(-1).view(np.uint8).data)
+            while wanted:
+                count = cast(io.RawIOBase, stream).readinto(wanted[:_CHUNK])
+                if not count:
+                    got = per_slice * part.stop - len(wanted)
+                    raise OSError(f"Expected {self.file_bytes} bytes, got {got} bytes - could the file be damaged?")
+                wanted = wanted[count:]
+            converted = self.convert(slab)
+            finite.see(converted)
+            yield part, slab, converted
+        _drain(stream)
+        finite.check()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a .nii or .nii.gz file, unpacked; what reading raises becomes an InputError that names the file."""
     try:
-        with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
-            image = _open(cast(BinaryIO, stream))
-            shape = _shape(image.header, path.stat().st_size * (_MAX_DEFLATE if zipped else 1))
-            affine = _place(image, len(shape))
-            data = _voxels(image, shape, cast(BinaryIO, stream))
-            if zipped:
-                drain(cast(BinaryIO, stream))
-        codes = (int(image.header["sform_code"]), int(image.header["qform_code"]))
-        return Volume(data, affine_spacing_mm(affine, data.ndim), affine, codes)
+        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as stream:
+            yield cast(BinaryIO, stream)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except EOFError:
@@ -76,28 +135,62 @@ def read(path: Path, zipped: bool) -> Volume:
         raise InputError(f"{path}: not a readable NIfTI file ({reason}); copy, download or export it again") from None
 
 
-def voxel_bytes(path: Path, zipped: bool) -> int:
+def read_stored(stream: BinaryIO, path: Path) -> Stored:
+    """Return what the header of an opened file says, checked; the affine is the sform's where its code is set, else
+    the qform's, else that of spacing and shape alone.
+    """
+    image = _header(stream)
+    packed = isinstance(stream, gzip.GzipFile)
+    shape = _shape(image.header, path.stat().st_size * (MAX_DEFLATE if packed else 1))[::-1]
+    slope, inter = image.dataobj.slope, image.dataobj.inter
+    if not (np.isfinite(slope) and np.isfinite(inter)):
+        raise InputError(f"the header scales voxels by {slope} and {inter}; save the file with a finite slope")
+    dtype = image.header.get_data_dtype()
+    final = np.dtype(np.float32) if (slope, inter) != (1, 0) else dtype.newbyteorder("=")
+    if final.kind == "f" and final.itemsize > 8:
+        final = np.dtype(np.float64)
+    affine = np.asarray(image.affine, dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        steps = affine_spacing_mm(affine, len(shape))
+        check_place(steps, affine)
+    codes = (int(image.header["sform_code"]), int(image.header["qform_code"]))
+    geometry = Volume(np.broadcast_to(np.zeros((), final), shape), steps, affine, codes)
+    return Stored(shape, dtype, int(image.dataobj.offset), np.asanyarray(slope), np.asanyarray(inter), geometry)
+
+
+def read(path: Path) -> Volume:
+    """Read one file to its end, so that a gzip checksum is verified; raises InputError naming the file.
+
+    Memory: the voxels, and some 16 MB while they are read.
+    """
+    with opened(path) as stream:
+        stored = read_stored(stream, path)
+        check_bytes(stored.read_bytes, "its voxels")
+        data = np.empty(stored.shape, stored.geometry.data.dtype)
+        for part, _, voxels in stored.slabs(stream):
+            data[part] = voxels
+        return stored.geometry.with_data(data)
+
+
+def voxel_bytes(path: Path) -> int:
     """Return the bytes that reading this file takes, from its header alone; 0 for one that `read` refuses."""
     try:
-        with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
-            image = _open(cast(BinaryIO, stream))
-            shape = _shape(image.header, path.stat().st_size * (_MAX_DEFLATE if zipped else 1))
-            return _needed(image, shape)
-    except (InputError, MemoryError, *_FAULTS):
+        with opened(path) as stream:
+            return read_stored(stream, path).read_bytes
+    except (InputError, MemoryError):
         return 0
 
 
-def remarks(path: Path, zipped: bool) -> list[tuple[str, str]]:
+def remarks(path: Path) -> list[tuple[str, str]]:
     """Return what is odd about the place that a readable file's header gives, each with its cure."""
     found = []
     try:
-        with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
-            image = _open(cast(BinaryIO, stream))
-            header = image.header
+        with opened(path) as stream:
+            header = _header(stream).header
             shape = tuple(int(size) for size in header.get_data_shape())
             units = header.get_xyzt_units()[0]
             sform, qform = header.get_sform(), header.get_qform()
-    except (InputError, MemoryError, *_FAULTS):
+    except (InputError, MemoryError):
         return []
     codes = int(header["sform_code"]), int(header["qform_code"])
     if len(shape) > 2 and not any(codes):
@@ -154,7 +247,7 @@ def encoder(volume: Volume, zipped: bool) -> Callable[[BinaryIO], None]:
     return encode
 
 
-def _open(stream: BinaryIO) -> Any:
+def _header(stream: BinaryIO) -> Any:
     start = stream.read(544)
     stream.seek(0)
     for order in "<>":
@@ -218,48 +311,10 @@ def _shape(header: Any, most_bytes: int) -> tuple[int, ...]:
     return squeezed
 
 
-def _place(image: Any, dims: int) -> np.ndarray:
-    affine = np.asarray(image.affine, dtype=np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        check_place(affine_spacing_mm(affine, dims), affine)
-    return affine
-
-
-def _needed(image: Any, shape: tuple[int, ...]) -> int:
-    voxels, stored = int(np.prod(shape, dtype=object)), int(image.header.get_data_dtype().itemsize)
-    scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0)
-    return voxels * (stored + (4 if scaled else 8 if stored > 8 else 0))
-
-
-def _voxels(image: Any, shape: tuple[int, ...], stream: BinaryIO) -> np.ndarray:
-    slope, inter = image.dataobj.slope, image.dataobj.inter
-    if not (np.isfinite(slope) and np.isfinite(inter)):
-        raise InputError(f"the header scales voxels by {slope} and {inter}; save the file with a finite slope")
-    check_bytes(_needed(image, shape), "its voxels")
-    dtype = image.header.get_data_dtype()
-    raw = np.empty(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, np.uint8)
-    stream.seek(int(image.dataobj.offset))
-    wanted, got = memoryview(raw.data), 0
-    while got < len(wanted):
-        count = cast(io.RawIOBase, stream).readinto(wanted[got : got + _CHUNK])
-        if not count:
-            raise OSError(f"Expected {len(wanted)} bytes, got {got} bytes - could the file be damaged?")
-        got += count
-    data = raw.view(dtype).reshape(shape[::-1])
-    if (slope, inter) != (1, 0):
-        result = np.empty(data.shape, np.float32)
-        with np.errstate(all="ignore"):  # infinite voxels are refused by the caller, with their place
-            for voxels, target in zip(data, result, strict=True):
-                target[...] = apply_read_scaling(voxels, np.asanyarray(slope), np.asanyarray(inter))
-        return result
-    if data.dtype.kind == "f" and data.dtype.itemsize > 8:
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            return data.astype(np.float64)
-    return data if data.dtype.isnative else data.byteswap(inplace=True).view(data.dtype.newbyteorder("="))
-
-
-def drain(stream: BinaryIO) -> None:
+def _drain(stream: BinaryIO) -> None:
     """Read a compressed file to its end, which checks its sum; raises InputError where much lies behind the voxels."""
+    if not isinstance(stream, gzip.GzipFile):
+        return
     extra = 0
     while block := stream.read(_CHUNK):
         extra += len(block)

@@ -7,6 +7,7 @@ to millimetres in the patient's right-anterior-superior frame, as NIfTI stores i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -43,7 +44,7 @@ class Volume:
         spacing = tuple(float(step) for step in self.spacing_mm)
         if len(spacing) != self.data.ndim or not all(np.isfinite(spacing)) or min(spacing) <= 0:
             raise InputError(
-                f"spacing {spacing} mm does not fit shape {self.data.shape}: one positive number an axis is needed"
+                f"spacing {spacing} mm does not fit shape {self.data.shape}: one positive number per axis is needed"
             )
         affine = np.array(self.affine, dtype=np.float64)
         if affine.shape != (4, 4) or not np.isfinite(affine).all():
@@ -74,7 +75,7 @@ class Volume:
         """Voxels along each axis, (z, y, x) or (y, x)."""
         return tuple(int(size) for size in self.data.shape)
 
-    def like(self, data: np.ndarray) -> Volume:
+    def with_data(self, data: np.ndarray) -> Volume:
         """Return `data`, of the same shape, with this volume's geometry; raises InputError for another shape."""
         if data.shape != self.data.shape:
             raise InputError(f"shape {data.shape} does not fit the geometry of shape {self.data.shape}")
@@ -87,7 +88,7 @@ class Volume:
         """
         if self.data.ndim == 2:
             return self
-        orientation = io_orientation(self.affine)
+        orientation = _orientation(self.affine.tobytes())
         data = apply_orientation(self.data.T, orientation).T
         affine = self.affine @ inv_ornt_aff(orientation, self.data.T.shape)
         # Without codes NIfTI derives the place from the shape alone, which holds no longer once axes moved.
@@ -100,30 +101,16 @@ def canonical_axes(volume: Volume) -> tuple[tuple[int, bool], ...]:
     dims = volume.data.ndim
     if dims == 2:
         return ((0, False), (1, False))
-    orientation = io_orientation(volume.affine)
+    orientation = _orientation(volume.affine.tobytes())
     # nibabel counts axes in the file's order, x, y, z.
     axes = {dims - 1 - int(to): (dims - 1 - axis, flip < 0) for axis, (to, flip) in enumerate(orientation)}
     return tuple((axes[axis][0], bool(axes[axis][1])) for axis in range(dims))
 
 
-def to_native(canonical: np.ndarray, native: Volume) -> np.ndarray:
-    """Undo `to_canonical` exactly: return the array in the axis order and directions of `native`.
-
-    canonical: an array of the shape `native.to_canonical()` has. Raises InputError for another shape.
-    """
-    if native.data.ndim == 2:
-        restored = canonical
-    else:
-        orientation = io_orientation(native.affine)
-        restored = canonical.T
-        # Flip first, then permute: the reverse of what apply_orientation does.
-        order = np.argsort(orientation[:, 0])
-        flips = orientation[order, 1]
-        restored = restored[tuple(slice(None, None, -1 if flip < 0 else 1) for flip in flips)]
-        restored = restored.transpose(orientation[:, 0].astype(int)).T
-    if restored.shape != native.data.shape:
-        raise InputError(f"shape {canonical.shape} does not fit the native shape {native.data.shape}")
-    return restored
+@lru_cache(1024)
+def _orientation(affine: bytes) -> np.ndarray:
+    """nibabel's orientation of an affine, whose search for the nearest axes costs as much as reading a small file."""
+    return np.asarray(io_orientation(np.frombuffer(affine).reshape(4, 4)))
 
 
 def affine_spacing_mm(affine: np.ndarray, ndim: int) -> tuple[float, ...]:

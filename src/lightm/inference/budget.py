@@ -15,9 +15,10 @@ from math import prod
 
 from lightm import memory
 from lightm.errors import InputError
-from lightm.inference import native, sliding
+from lightm.inference import sliding, to_native_space
+from lightm.inference.probabilities import probability_bytes
 from lightm.preparation.plan import MULTIPLE, Plan
-from lightm.preparation.resample import resampled_shape, stream_bytes
+from lightm.preparation.resample import resample_bytes, resampled_shape
 
 # What allocators keep, and what is too small to be counted: with 64 MiB a real CT came out at 43 MB over its limit.
 MARGIN = 160 << 20
@@ -25,7 +26,7 @@ MARGIN = 160 << 20
 # (docs/performance.md, docs/prediction.md). Used where no network can be measured.
 _BYTES_PER_VOXEL = 385
 _LEAST_BYTES = 130_000_000
-# Removal of stray components: bytes a voxel beside the label map.
+# Removal of stray components: bytes per voxel beside the label map.
 _RULES_BYTES = 6
 
 _UNITS = {"": 1, "B": 1, **{u + "B": 1000**n for n, u in enumerate("KMGT", 1)}}
@@ -109,27 +110,22 @@ def case_bytes(case: CaseSize, window_bytes: int, holding: Holding) -> int:
     """Return the most that the process grows by while a case is predicted, in bytes; window_bytes: one call of the
     network, as `call_bytes` measures it.
     """
-    voxels, dims = prod(case.shape), len(case.shape)
+    voxels = prod(case.shape)
     raw = voxels * case.itemsize * holding.voxels
     grid = 4 * prod(case.grid) * case.channels * holding.grid * case.resampled
     # First the images are brought onto the grid.
     prepare = 48 << 20
     if case.resampled:
         across = 4 * case.shape[0] * prod(case.grid[1:]) * holding.grid
-        prepare = max(prepare, stream_bytes(case.shape, case.grid)) + across
+        prepare = max(prepare, resample_bytes(case.shape, case.grid)) + across
     # Then windows are visited, in sums of patch depth, and classes found on the image's own grid.
-    window = prod(case.patch)
     lengths = [max(pair) for pair in zip(case.grid, case.patch, strict=True)]
-    rest = lengths[1:] if holding.sums or dims == 2 else [case.patch[1], lengths[2]]
-    sums = 4 * case.classes * case.patch[0] * prod(rest)
-    run = window_bytes + window * (8 * case.channels + 24)
-    plane = case.classes * prod(case.shape[1:])
-    slices = max(1, native._VALUES_AT_ONCE // plane)
-    grid_plane = case.classes * prod(lengths[1:])
-    held = grid_plane * (-(-min(slices, case.shape[0]) * case.grid[0] // case.shape[0]) + 2)
-    held += max(grid_plane, sliding._VALUES_AT_ONCE)
-    piece = 4 * max(1, min(slices, case.shape[0])) * plane
-    hand_on = 8 * held + piece * (4 if case.resampled else 2) + (2 * piece + (16 << 20)) * case.probabilities
+    sums = sliding.sums_bytes(case.classes, case.patch, lengths, holding.sums)
+    run = window_bytes + prod(case.patch) * (8 * case.channels + 24)
+    slab = sliding.slab_values(case.classes, lengths)
+    grid_shape = (case.grid[0], *lengths[1:])
+    hand_on = to_native_space.class_indices_bytes(case.classes, grid_shape, case.shape, slab, case.resampled)
+    hand_on += probability_bytes(case.classes, case.shape) * case.probabilities
     # The network's activations are gone when classes are found, and the sums of one band are written.
     predict = voxels * case.label_itemsize + grid + raw * (not case.resampled)
     predict += max(sums + run, (sums if holding.sums else 0) + hand_on)
@@ -168,7 +164,7 @@ def estimate_memory(
 
     shape, spacing_mm: of the image, in canonical orientation; spacing_mm=None: that of the plan. itemsize: bytes a
     voxel of one channel in its file. window_bytes: of one call of the network on a patch (`call_bytes`,
-    `Predictor.window_bytes`); by default 385 a voxel, the most that was measured of the presets at 128^3, and at
+    `Predictor.window_bytes`); by default 385 per voxel, the most that was measured of the presets at 128^3, and at
     least 130 MB. Networks to compare with can need several times as much.
     """
     grid = tuple(shape) if spacing_mm is None else resampled_shape(shape, spacing_mm, plan.spacing_mm)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lightm.datasets.cases import Case
+from lightm.datasets.inputs import find_cases
 from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, locked_folder, remove_temporaries
 from lightm.images.io import file_suffix
 from lightm.inference.budget import peak_resident_bytes
-from lightm.inference.inputs import find_cases
 from lightm.inference.one_case import CaseWriter, DiskError, Job, fault_of
 from lightm.inference.predictor import Predictor, Window
-from lightm.inference.reading import each_read
+from lightm.inference.prefetch import each_read
 from lightm.inference.record import (
     PREVIEWS,
     PROBABILITIES,

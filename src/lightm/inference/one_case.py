@@ -17,7 +17,7 @@ from lightm.images.io import read_volume, write_volume
 from lightm.images.lazy import LazyVolume, open_volume
 from lightm.images.volume import Volume
 from lightm.inference.predictor import Predictor
-from lightm.inference.reading import Reading
+from lightm.inference.prefetch import Reading
 from lightm.inference.record import (
     PREVIEWS,
     PROBABILITIES,
@@ -147,7 +147,7 @@ def fault_of(case: Case, error: Exception) -> Fault:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _says_memory(text)):
         text = f"not enough memory ({text or 'MemoryError'}); set a limit (--max-memory), or use a larger machine"
     elif not isinstance(error, LightMError):
-        _log.info("case '%s'", case.id, exc_info=error)
+        _log.error("case '%s' failed unexpectedly", case.id, exc_info=error)
         text = f"{type(error).__name__}: {text}"
     if str(case.images[0].parent) not in text:
         text = f"{case.images[0]}: {text}"

@@ -1,4 +1,4 @@
-"""Clean-up of label maps: stray components, components that are too small, holes.
+"""Post-processing of label maps: stray components, components that are too small, holes.
 
 The rules are plain data, kept with the model (`postprocess` in model.json) as one ordered list; they are chosen on
 validation cases by `lightm.inference.postprocess_choice`. Components are joined over faces (edges in 2D).
@@ -67,7 +67,7 @@ Step = KeepLargest | DropSmall | FillHoles
 
 
 class Postprocess(BaseModel):
-    """The clean-up of a model: its steps in order, and what they were chosen by.
+    """The post-processing of a model: its steps in order, and what they were chosen by.
 
     dsc_before, dsc_after: the mean DSC over the validation `cases` for each label value, a class that is absent in
     label and prediction counted as 1.
@@ -82,7 +82,7 @@ class Postprocess(BaseModel):
 
 
 def read_postprocess(info: Mapping[str, Any], where: str) -> Postprocess:
-    """Return the clean-up that a model's description holds; that of a model without one has no steps.
+    """Return the post-processing that a model's description holds; that of a model without one has no steps.
 
     info: the content of model.json. `{"keep_largest": [[1, 2], [1]]}`, which older models hold, is read as steps.
     Raises InputError, which begins with `where` (the file), for anything else that does not fit the schema.
@@ -116,11 +116,11 @@ def apply_rules(
     """Apply one step after the other and return the label map; `labels` itself where nothing changes.
 
     labels: integers, (Z, Y, X) or (Y, X), background 0. rules: steps; label values alone stand for `KeepLargest`.
-    spacing_mm: one step an axis, which `DropSmall` needs. in_place: write to `labels` instead of to a copy.
+    spacing_mm: one spacing per axis, which `DropSmall` needs. in_place: write to `labels` instead of to a copy.
 
     Raises InputError for a DropSmall without spacing or in another unit than the number of axes asks for.
     Time: linear in the voxels of the classes' bounding boxes, and one pass over the image to find these. Memory: 5
-    bytes a voxel of the box at work and 9 a component (and without `in_place` the copy).
+    bytes per voxel of the box at work and 9 a component (and without `in_place` the copy).
     """
     if not rules:
         return labels
@@ -135,21 +135,6 @@ def apply_rules(
         else:
             _remove(work, (step.value,), step.below / size)
     return work.labels
-
-
-def keep_largest(labels: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """Apply `KeepLargest`; see `apply_rules`."""
-    return apply_rules(labels, [KeepLargest(values=tuple(values))])
-
-
-def drop_small(labels: np.ndarray, value: int, below: float, spacing_mm: Sequence[float]) -> np.ndarray:
-    """Apply `DropSmall`, `below` in ml in 3D and mm2 in 2D; see `apply_rules`."""
-    return apply_rules(labels, [DropSmall(value=value, below=below, unit=unit_of(labels.ndim))], spacing_mm)
-
-
-def fill_holes(labels: np.ndarray, value: int) -> np.ndarray:
-    """Apply `FillHoles`; see `apply_rules`."""
-    return apply_rules(labels, [FillHoles(value=value)])
 
 
 def unit_of(dims: int) -> Literal["ml", "mm2"]:
@@ -261,7 +246,7 @@ def _sizes(components: np.ndarray, count: int) -> np.ndarray:
 
 
 def _parts(array: np.ndarray) -> Iterator[slice]:
-    """Slices along the first axis of about 2^18 voxels: indexing by an array takes 8 bytes a voxel."""
+    """Slices along the first axis of about 2^18 voxels: indexing by an array takes 8 bytes per voxel."""
     step = max(1, (1 << 18) * len(array) // max(1, array.size))
     for start in range(0, len(array), step):
         yield slice(start, start + step)

@@ -1,4 +1,4 @@
-"""Which clean-up steps help on validation cases; see `lightm.inference.postprocess` for the steps."""
+"""Which post-processing steps help on validation cases; see `lightm.inference.postprocess` for the steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
 
 from lightm.inference.postprocess import (
     DropSmall,
@@ -19,6 +18,7 @@ from lightm.inference.postprocess import (
     unit_of,
     voxel_size,
 )
+from lightm.labels import bounding_box, overlap_counts
 
 QUANTILES = (0.05, 0.25, 0.5)
 """Of the sizes of a class's components in the labels; these and a tenth of each are tried as smallest size."""
@@ -32,8 +32,8 @@ class CaseLabels:
     """
 
     def __init__(self, predicted: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> None:
-        found = ndimage.find_objects(((predicted != 0) | (truth != 0)).view(np.uint8))
-        box = found[0] if found else (slice(0, 1),) * predicted.ndim
+        found = (predicted != 0) | (truth != 0)
+        box = bounding_box(found) if found.any() else (slice(0, 1),) * found.ndim
         self.spacing_mm = tuple(spacing_mm)
         self._predicted, self._truth = _Deflated(predicted[box]), _Deflated(truth[box])
 
@@ -62,7 +62,7 @@ class _Deflated:
 
 
 def choose_rules(cases: Sequence[CaseLabels], values: Sequence[int], *, ignore_label: int | None = None) -> Postprocess:
-    """Return the steps that help on these cases, with the gain of each; `cases` hold the cleaned predictions then.
+    """Return the steps that help on these cases, with the gain of each; `cases` hold the processed predictions then.
 
     values: the label values of the foreground classes. Tried in this order, each upon the steps taken before: the
     largest component of all classes together; then for each class its largest component or components above a
@@ -138,11 +138,7 @@ def _dice(predicted: np.ndarray, truth: np.ndarray, values: Sequence[int], ignor
     scores = np.ones(len(values))
     kept = None if ignore_label is None else truth != ignore_label
     for column, value in enumerate(values):
-        p, g = predicted == value, truth == value
-        if kept is not None:
-            p &= kept
-        total = int(np.count_nonzero(p)) + int(np.count_nonzero(g))
-        p &= g
-        if total:
-            scores[column] = 2 * int(np.count_nonzero(p)) / total
+        common, in_pred, in_label = overlap_counts(predicted == value, truth == value, kept)
+        if in_pred or in_label:
+            scores[column] = 2 * common / (in_pred + in_label)
     return scores

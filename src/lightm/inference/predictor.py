@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
@@ -16,15 +17,17 @@ from lightm.errors import InputError, LightMError
 from lightm.images.lazy import LazyVolume, open_volume, read_header
 from lightm.images.volume import Volume
 from lightm.inference import budget
-from lightm.inference.grid import NetworkGrid
-from lightm.inference.native import class_indices
 from lightm.inference.postprocess import Step, apply_rules, read_postprocess
 from lightm.inference.probabilities import ProbabilityFile, check_path
 from lightm.inference.sliding import WindowProgress, logit_slabs, window_logits
+from lightm.inference.to_native_space import class_indices
 from lightm.nets import folder as model_folder
+from lightm.preparation.grid import NetworkGrid
 from lightm.preparation.plan import MULTIPLE, Plan
 from lightm.preparation.preprocess import check_fit
 from lightm.preparation.resample import resampled_shape
+
+_log = logging.getLogger(__name__)
 
 Window = Literal["patch", "whole"]
 
@@ -35,7 +38,7 @@ class Predictor:
     network: (B, C, *patch) -> logits (B, K, *patch); it is moved to `device` and put into evaluation mode.
     overlap: of neighbouring windows, as a share of the patch. tta: average the logits over all flips (4 in 2D, 8 in 3D:
     that many times the work); only for structures that a flip leaves what they are, so not for left and right.
-    rules: clean-up steps, see `lightm.inference.postprocess`.
+    rules: post-processing steps, see `lightm.inference.postprocess`.
 
     max_memory: bytes of resident memory that the whole process may reach (`lightm.inference.budget.parse_memory` reads
     "2GB"), what Python, PyTorch and compiled kernels hold included; None: no limit. It changes where arrays lie, in
@@ -46,9 +49,9 @@ class Predictor:
     window: "patch": sliding windows of the plan's patch, which stream through the volume: each is visited once, in
     order, and slices are done with when no later window reaches them. "whole": the volume, padded to multiples of 8,
     as one window. A whole volume in slabs with the scan's state carried along would not give the network's answer:
-    GroupNorm takes mean and deviation over all voxels first, and convolutions and upsampling look ahead. So "whole" is
-    one call, in memory for all of it (docs/prediction.md says how much); and a network trained on patches sees
-    statistics of a size that it was not trained on.
+    GroupNorm takes mean and standard deviation over all voxels first, and convolutions and upsampling look ahead. So
+    "whole" is one call, in memory for all of it (docs/prediction.md says how much); and a network trained on patches
+    sees statistics of a size that it was not trained on.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class Predictor:
 
         Raises InputError for images that do not fit the plan or each other or the limit of memory, LightMError for a
         network whose output does not, or a disk that refuses. Memory: the images as they are, in float32 at the plan's
-        spacing only where they are resampled, one byte a voxel for the result, and the logits of one slab of patch
+        spacing only where they are resampled, one byte per voxel for the result, and the logits of one slab of patch
         depth; with a limit less, see the class.
         """
         return self._predict(
@@ -171,7 +174,7 @@ class Predictor:
         values = self.plan.values
         dtype = np.dtype(np.uint8 if max(values) <= 255 else np.int16)
         # Geometry alone, so that the image can go before the end.
-        native = geometries[0].like(np.broadcast_to(np.zeros((), geometries[0].data.dtype), geometries[0].shape))
+        native = geometries[0].with_data(np.broadcast_to(np.zeros((), geometries[0].data.dtype), geometries[0].shape))
         canonical = native.to_canonical()
         shape = resampled_shape(canonical.shape, canonical.spacing_mm, self.plan.spacing_mm)
         patch = tuple(self.plan.patch_size) if self.window == "patch" else budget.whole_window(shape)
@@ -210,14 +213,15 @@ class Predictor:
                 shape,
                 canonical.shape,
                 values=values,
-                out=native.like(data).to_canonical().data,  # a view, so that no second map is needed to turn it
+                out=native.with_data(data).to_canonical().data,  # a view: no second map is needed to turn it
                 sink=None if soft is None else soft.add,
             )
             grid.close()
-            labels = data
             if soft is not None:
                 soft.finish()
-            return native.like(apply_rules(np.ascontiguousarray(labels), self.rules, native.spacing_mm, in_place=True))
+            return native.with_data(
+                apply_rules(np.ascontiguousarray(data), self.rules, native.spacing_mm, in_place=True)
+            )
         finally:
             grid.close()
             if soft is not None:
@@ -232,7 +236,8 @@ class Predictor:
             least = self._measure(part)
         except InputError:
             raise
-        except Exception:  # a network that is not made for half a patch says so in its own way
+        except Exception:  # a network may be made for its own patch alone, and fails in any way on half of one
+            _log.debug("half a patch, %s, cannot be measured; a whole one is", part, exc_info=True)
             part = tuple(self.plan.patch_size)
             least = self._measure(part)
         held = budget.resident_bytes()
@@ -256,7 +261,7 @@ class Predictor:
                 f"spacing, needs at least {budget.megabytes(least)}: {budget.megabytes(held)} that the process holds, "
                 f"{budget.megabytes(exact)} for the network on {what} of {case.patch}, "
                 f"{budget.megabytes(prod(case.shape) * case.label_itemsize)} for the label map, and more for sums of "
-                f"{case.classes} classes{' and their clean-up' if case.rules else ''}; allow more"
+                f"{case.classes} classes{' and their post-processing' if case.rules else ''}; allow more"
                 + (", or use window='patch'" if self.window == "whole" else "")
             )
         return holding

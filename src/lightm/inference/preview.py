@@ -16,7 +16,7 @@ def preview_png(image: Volume | LazyVolume, labels: Volume, classes: dict[str, i
     image: first channel, labels: its label map, both as stored; they are shown in radiological convention, with
     letters for the patient's right, left, anterior, posterior, superior, inferior. classes: foreground name to value.
     A 2D image is drawn as stored, without letters. The slice of a plane is that of `best_slice`. Cost: about a second;
-    memory: one byte a voxel, and the three slices.
+    memory: one byte per voxel, and the three slices.
     """
     source = LazyVolume.of(image) if isinstance(image, Volume) else image
     if labels.data.ndim == 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from lightm.errors import InputError
 from lightm.files import atomic_file, disk_refusals
-from lightm.images.disk_array import Spool
+from lightm.images.disk_array import DiskArray
 from lightm.images.io import file_suffix
 from lightm.images.volume import Volume, canonical_axes
+from lightm.inference.to_native_space import piece_bytes
 
 _BLOCK_VOXELS = 4 << 20
 
@@ -39,14 +41,14 @@ class ProbabilityFile:
         first, *rest = native.to_canonical().shape
         with disk_refusals(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._spool = Spool((first, classes, *rest), np.uint8, path.parent)
+        self._stored = DiskArray((first, classes, *rest), np.uint8, path.parent)
         self._done = 0
 
     def add(self, logits: Tensor) -> None:
         """Take the logits (K, n, *rest) of the next n slices of the canonical image."""
         parts = torch.softmax(logits, 0).mul_(255).round_().to(torch.uint8).transpose(0, 1).contiguous().numpy()
-        box = (slice(self._done, self._done + len(parts)), *(slice(0, size) for size in self._spool.shape[1:]))
-        self._spool.write(box, parts)
+        box = (slice(self._done, self._done + len(parts)), *(slice(0, size) for size in self._stored.shape[1:]))
+        self._stored.write(box, parts)
         self._done += len(parts)
 
     def finish(self) -> None:
@@ -61,7 +63,7 @@ class ProbabilityFile:
 
     def close(self) -> None:
         """Remove the temporary file."""
-        self._spool.close()
+        self._stored.close()
 
     def _encode(self, stream: BinaryIO) -> None:
         shape = (*self.native.shape[::-1], 1)[:3]
@@ -81,15 +83,20 @@ class ProbabilityFile:
         length = self.native.shape[0]
         flips = tuple(slice(None, None, -1 if flipped else 1) for _, flipped in axes)
         back = np.argsort([axis for axis, _ in axes])
-        canonical = (self._spool.shape[0], *self._spool.shape[2:])
+        canonical = (self._stored.shape[0], *self._stored.shape[2:])
         step = max(1, _BLOCK_VOXELS * length // int(np.prod(canonical)))
         for index in range(self.classes):
             for start in range(0, length, step):
                 stop = min(start + step, length)
                 part = slice(length - stop, length - start) if axes[along][1] else slice(start, stop)
                 box = [part if axis == along else slice(0, size) for axis, size in enumerate(canonical)]
-                voxels = self._spool.read((box[0], slice(index, index + 1), *box[1:]))[:, 0]
+                voxels = self._stored.read((box[0], slice(index, index + 1), *box[1:]))[:, 0]
                 stream.write(np.ascontiguousarray(voxels[flips].transpose(back)).tobytes())
+
+
+def probability_bytes(classes: int, shape: Sequence[int]) -> int:
+    """What adding the logits of an image of `shape`, piece by piece, needs at most."""
+    return 2 * piece_bytes(classes, shape) + 4 * _BLOCK_VOXELS
 
 
 def check_path(path: Path) -> None:

@@ -15,16 +15,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from lightm import __version__
+from lightm.config_io import load_json
 from lightm.errors import InputError, LightMError
-from lightm.files import write_text
+from lightm.files import file_hash, write_text
 from lightm.images import dicom
 from lightm.images.dicom_files import dicom_files
 from lightm.inference.statistics import ClassStatistics
 from lightm.nets.folder import read_description
-from lightm.preparation.fingerprint import file_hash
 
 RECORD = "prediction.json"
 PREVIEWS, PROBABILITIES = "previews", "probabilities"
@@ -36,7 +36,7 @@ class _Part(BaseModel):
 
 
 class ModelRecord(_Part):
-    """Which model. sha256: over network, plan, clean-up and weights, so over all that makes its label maps."""
+    """Which model. sha256: over network, plan, post-processing and weights, so over all that makes its label maps."""
 
     path: str
     name: str
@@ -155,15 +155,7 @@ def _backend(device: torch.device) -> str:
 
 def load_record(path: Path) -> Record:
     """Read a prediction.json; raises InputError, naming it, for anything else."""
-    try:
-        return Record.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the folder's rights") from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path}: not a record of predictions of this version ({words}); give another folder, or empty it"
-        ) from None
+    return load_json(path, Record, "a record of predictions of this version", "give another folder, or empty it")
 
 
 def describe_model(model_dir: Path) -> ModelRecord:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightm.errors import InputError, LightMError
-from lightm.images.disk_array import Box, Spool
+from lightm.images.disk_array import Box, DiskArray
 
-# The Gaussian's deviation as a share of the window, and the least weight relative to its centre: a voxel seen only
-# in a window's corner must still have a weight that arithmetic can divide by.
+# The Gaussian's standard deviation as a share of the window, and the least weight relative to its centre: a voxel seen
+# only in a window's corner must still have a weight that arithmetic can divide by.
 _SIGMA = 1 / 8
 _FLOOR = 1e-3
 
@@ -37,7 +37,7 @@ WindowProgress = Callable[[int, int], None]
 
 
 class WindowSource(Protocol):
-    """An image of which boxes are asked for; `lightm.inference.grid.NetworkGrid` is one."""
+    """An image of which boxes are asked for; `lightm.preparation.grid.NetworkGrid` is one."""
 
     shape: tuple[int, ...]
     """Its spatial axes."""
@@ -68,6 +68,17 @@ def axis_weights(length: int, window: int, starts: Sequence[int]) -> list[Tensor
     return [(gaussian / total[start : start + window]).float() for start in starts]
 
 
+def sums_bytes(classes: int, patch: Sequence[int], lengths: Sequence[int], held: bool) -> int:
+    """What the sums of logits take in memory, held there or in a file; lengths: of the image, padded to the patch."""
+    rest = lengths[1:] if held or len(patch) == 2 else [patch[1], lengths[2]]
+    return 4 * classes * patch[0] * prod(rest)
+
+
+def slab_values(classes: int, lengths: Sequence[int]) -> int:
+    """The most values of a slab that is handed on."""
+    return max(classes * prod(lengths[1:]), _VALUES_AT_ONCE)
+
+
 def logit_slabs(
     network: nn.Module,
     image: Tensor | WindowSource,
@@ -82,7 +93,7 @@ def logit_slabs(
     """Yield the logits of a volume in slabs along its first axis, in order: each (K, depth, *rest) float32 on the CPU.
 
     image: (C, *spatial) float32 on the CPU, or what gives boxes of it; an axis shorter than its patch is padded with
-    zeros on both sides, as in training. patch_size: voxels an axis; the network gets exactly this size. overlap: share
+    zeros on both sides, as in training. patch_size: voxels per axis; the network gets exactly this size. overlap: share
     of a window in [0, 1). mirror_axes: spatial axes over whose 2^n flips the logits are averaged. progress(done,
     total) is called after every window. folder: where the sums of logits go, None for memory; the result is the same.
 
@@ -101,11 +112,6 @@ def logit_slabs(
     if any(not 0 <= axis < dims for axis in mirror_axes):
         raise InputError(f"mirror axes {tuple(mirror_axes)}: expected axes from 0 to {dims - 1}")
     return _slabs(network, source, patch, overlap, tuple(mirror_axes), torch.device(device), progress, folder)
-
-
-def sliding_logits(network: nn.Module, image: Tensor, **options: object) -> Tensor:
-    """Return the logits (K, *spatial) of a whole volume: the slabs of `logit_slabs`, whose options it takes, joined."""
-    return torch.cat(list(logit_slabs(network, image, **options)), dim=1)  # type: ignore[arg-type]
 
 
 class _Held:
@@ -182,19 +188,19 @@ class _Sums:
     def __init__(self, classes: int, patch: tuple[int, ...], lengths: tuple[int, ...], folder: Path | None) -> None:
         self.depth = patch[0]
         self.patch = patch
-        self._spool = Spool((classes, patch[0], *lengths[1:]), np.float32, folder)
+        self._stored = DiskArray((classes, patch[0], *lengths[1:]), np.float32, folder)
         self._band: np.ndarray | None = None
         self._rows = slice(0, 0)
 
     def add(self, logits: Tensor, corner: tuple[int, ...]) -> None:
         """Add the logits (K, *patch) of the window that starts at `corner`."""
-        rest = self._spool.shape[2:]
-        # The band is whole along the last axis, so that it lies in the file in long stretches.
+        rest = self._stored.shape[2:]
+        # The band is whole along the last axis, so that it lies in the file in long runs.
         rows = slice(corner[1], corner[1] + self.patch[1]) if len(rest) > 1 else slice(0, rest[0])
         if self._band is None or rows != self._rows:
             self.flush()
             self._rows = rows
-            self._band = self._spool.read(self._box(slice(0, self.depth), rows))
+            self._band = self._stored.read(self._box(slice(0, self.depth), rows))
         band = torch.from_numpy(self._band)
         columns = slice(corner[-1], corner[-1] + self.patch[-1])
         inside = (slice(None), columns) if len(rest) > 1 else (columns,)
@@ -205,33 +211,33 @@ class _Sums:
 
     def flush(self) -> None:
         if self._band is not None:
-            self._spool.write(self._box(slice(0, self.depth), self._rows), self._band)
+            self._stored.write(self._box(slice(0, self.depth), self._rows), self._band)
             self._band = None
 
     def take(self, start: int, stop: int, inside: Sequence[slice]) -> Iterator[Tensor]:
         """Yield the sums of slices from start to stop, in pieces of one slice or 16 MB, cut to `inside`; copies."""
         self.flush()
-        size = self._spool.shape[0] * prod(self._spool.shape[2:])
+        size = self._stored.shape[0] * prod(self._stored.shape[2:])
         while start < stop:
             place = start % self.depth
             count = min(stop - start, self.depth - place, max(1, _VALUES_AT_ONCE // size))
-            piece = self._spool.read((slice(0, self._spool.shape[0]), slice(place, place + count), *inside))
-            yield torch.from_numpy(piece.copy() if self._spool.held else piece)
+            piece = self._stored.read((slice(0, self._stored.shape[0]), slice(place, place + count), *inside))
+            yield torch.from_numpy(piece.copy() if self._stored.held else piece)
             start += count
 
     def clear(self, start: int, stop: int) -> None:
         """Set the sums of slices from start to stop to zero, for those that come after."""
-        rest = [slice(0, size) for size in self._spool.shape[2:]]
-        zeros = np.zeros((self._spool.shape[0], 1, *self._spool.shape[2:]), np.float32)
+        rest = [slice(0, size) for size in self._stored.shape[2:]]
+        zeros = np.zeros((self._stored.shape[0], 1, *self._stored.shape[2:]), np.float32)
         for place in (n % self.depth for n in range(start, stop)):
-            self._spool.write((slice(0, self._spool.shape[0]), slice(place, place + 1), *rest), zeros)
+            self._stored.write((slice(0, self._stored.shape[0]), slice(place, place + 1), *rest), zeros)
 
     def _box(self, depth: slice, rows: slice) -> Box:
-        rest = (rows, *(slice(0, size) for size in self._spool.shape[3:]))
-        return (slice(0, self._spool.shape[0]), depth, *rest)
+        rest = (rows, *(slice(0, size) for size in self._stored.shape[3:]))
+        return (slice(0, self._stored.shape[0]), depth, *rest)
 
     def close(self) -> None:
-        self._spool.close()
+        self._stored.close()
 
 
 @torch.no_grad()

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightm.errors import InputError
-
-IGNORE_INDEX = 255
+from lightm.labels import IGNORE_INDEX
 
 
 class Prepared:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightm import __version__
 from lightm.config_io import MAX_JSON_BYTES, parse_json, read_json
 from lightm.errors import InputError, LightMError
-from lightm.files import disk_refusals, replacing, sync_folder, write_text
+from lightm.files import disk_refusals, file_hash, replacing, sync_folder, write_text
 from lightm.nets.described import create_described, tensor_shapes
 
 SCHEMA_VERSION = 1
@@ -58,7 +58,7 @@ def save_model(
                 "network": network,
                 "plan": plan,
                 "training": training,
-                "weights_sha256": _sha256(weights),
+                "weights_sha256": file_hash(weights).partition(":")[2],
             }
             (temporary / "model.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
             (temporary / "card.md").write_text(_card(description), encoding="utf-8")
@@ -144,7 +144,7 @@ def load_model(model: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     if single:
         found, expected = _tensors_sha256(weights), _metadata(weights).get("tensors_sha256")
     else:
-        found, expected = _sha256(weights), info["weights_sha256"]
+        found, expected = file_hash(weights).partition(":")[2], info["weights_sha256"]
     if found != expected:
         raise InputError(f"{weights}: its checksum differs from that in its description; the file is damaged")
     network = create_described(info["network"], tensor_shapes(weights), where, weights)
@@ -205,20 +205,15 @@ def _metadata(file: Path) -> dict[str, str]:
         raise InputError(f"{file}: not a readable safetensors file ({error})") from error
 
 
-def _sha256(path: Path, start: int = 0) -> str:
+def _tensors_sha256(weights: Path) -> str:
+    """SHA-256 of what follows the header of a safetensors file, whose length its first eight bytes give."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(start)
+    with weights.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(8 + min(length, weights.stat().st_size))
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _tensors_sha256(weights: Path) -> str:
-    """SHA-256 of what follows the header of a safetensors file, whose length its first eight bytes give."""
-    with weights.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    return _sha256(weights, 8 + min(length, weights.stat().st_size))
 
 
 def _card(info: dict[str, Any]) -> str:

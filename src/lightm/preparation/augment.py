@@ -12,11 +12,10 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from lightm.errors import InputError
+from lightm.labels import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from monai.transforms import Resample
-
-_IGNORE = 255
 
 
 def _rising(span: tuple[float, float]) -> tuple[float, float]:
@@ -193,8 +192,8 @@ class Augment:
 
 def _move_label(resample: Resample, label: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     # Outside is filled with 0: shifted by 255, that means "ignore".
-    shifted = (label - _IGNORE).to(torch.float32)[None]
-    return _plain(resample(shifted, grid, mode="nearest"))[0].round().to(torch.int64) + _IGNORE
+    shifted = (label - IGNORE_INDEX).to(torch.float32)[None]
+    return _plain(resample(shifted, grid, mode="nearest"))[0].round().to(torch.int64) + IGNORE_INDEX
 
 
 def _plain(image: Any) -> torch.Tensor:

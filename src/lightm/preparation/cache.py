@@ -21,12 +21,12 @@ import platformdirs
 
 from lightm.datasets.cases import Case
 from lightm.errors import LightMError
-from lightm.files import atomic_file
-from lightm.preparation.fingerprint import file_hash
+from lightm.files import atomic_file, file_hash
+from lightm.labels import IGNORE_INDEX
 from lightm.preparation.plan import Plan
 
 # Raised whenever preprocessing gives other numbers, so that older results are left alone.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 _FILES = ("image.npy", "label.npy", "foreground.npz", "meta.json")
 _FOREGROUND_VOXELS = 2000
@@ -193,8 +193,8 @@ def _foreground(case_id: str, label: np.ndarray | None) -> tuple[dict[str, Any],
         if places.size > _FOREGROUND_VOXELS:
             places = np.sort(rng.choice(places, _FOREGROUND_VOXELS, replace=False))
         foreground[str(index)] = np.stack(np.unravel_index(places, label.shape), axis=1).astype(np.int32)
-    return foreground, {str(index): int(count) for index, count in enumerate(counts[:255]) if count}
+    return foreground, {str(index): int(count) for index, count in enumerate(counts[:IGNORE_INDEX]) if count}
 
 
 def _present(counts: np.ndarray) -> Iterable[int]:
-    return (int(index) for index in np.flatnonzero(counts[:255]) if index > 0)
+    return (int(index) for index in np.flatnonzero(counts[:IGNORE_INDEX]) if index > 0)

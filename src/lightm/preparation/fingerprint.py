@@ -7,19 +7,18 @@ import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from lightm.datasets.cases import Case, Dataset
 from lightm.errors import InputError
+from lightm.files import file_hash
 from lightm.images.io import read_volume
 from lightm.images.volume import geometry_difference
 from lightm.progress import Progress
 
 _SAMPLES = 10_000  # foreground voxels of a case that the intensities are taken from
-_CHUNK = 1 << 20
 
 
 class ChannelIntensities(BaseModel):
@@ -116,19 +115,6 @@ def data_hash(dataset: Dataset) -> str:
     for file, content in sorted(zip((f"{file.parent.name}/{file.name}" for file in files), contents, strict=True)):
         whole.update(f"{file}\0{content}\n".encode())
     return whole.hexdigest()
-
-
-def file_hash(file: Path) -> str:
-    """Return size and SHA-256 of a file's content; raises InputError where it cannot be read."""
-    digest, size = hashlib.sha256(), 0
-    try:
-        with open(file, "rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-                size += len(chunk)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror or error}); check the file") from None
-    return f"{size}:{digest.hexdigest()}"
 
 
 def rounded(values: np.ndarray | list[float], digits: int = 6) -> list[float]:

@@ -11,11 +11,10 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
 from lightm.errors import InputError
+from lightm.labels import IGNORE_INDEX
 from lightm.preparation.augment import Augment, AugmentConfig
 from lightm.preparation.cache import PreprocessedCase
 
-_IGNORE = 255
-_MEMORY_BYTES = 2 * 10**9
 _ORDER = 0x0D3  # sets the draw of the order apart from the draws of the patches
 
 
@@ -28,8 +27,8 @@ class PatchDataset(TorchDataset[dict[str, Any]]):
     lies anywhere inside it; the rest is 0 in the image and 255 (ignored) in the label.
 
     An item is {"image": float32 (C, *patch), "label": int64 (*patch), "case": id} and depends on (seed, index) alone:
-    not on earlier items, workers or resuming. Indices have no upper end. in_memory=None keeps cases in memory
-    up to 2 GB.
+    not on earlier items, workers or resuming. Indices have no upper end. Voxels are mapped from the cache's files, so
+    that all workers of a machine share one copy, which the system drops where memory is short.
     Raises InputError for no cases, cases without labels, and a patch of the wrong number of axes.
     """
 
@@ -41,7 +40,6 @@ class PatchDataset(TorchDataset[dict[str, Any]]):
         seed: int,
         augment: AugmentConfig | None = None,
         foreground_fraction: float = 0.5,
-        in_memory: bool | None = None,
     ) -> None:
         if not cases:
             raise InputError("no cases to draw patches from; the split must leave at least one")
@@ -65,10 +63,7 @@ class PatchDataset(TorchDataset[dict[str, Any]]):
         used = augment is not None and augment.enabled
         spacing = cases[0].meta.get("spacing_mm")
         self._augment = Augment(augment, len(self.patch_size), spacing) if used and augment is not None else None
-        if in_memory is None:
-            in_memory = sum(case.image_path.stat().st_size for case in cases) <= _MEMORY_BYTES
-        self._in_memory = in_memory
-        self._loaded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._mapped: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._foreground: dict[int, dict[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -87,7 +82,7 @@ class PatchDataset(TorchDataset[dict[str, Any]]):
         start = self._place(chosen, label.shape, rng)
         sample = {
             "image": torch.from_numpy(cut(image, start, self.patch_size, 0)),
-            "label": torch.from_numpy(cut(label, start, self.patch_size, _IGNORE).astype(np.int64)),
+            "label": torch.from_numpy(cut(label, start, self.patch_size, IGNORE_INDEX).astype(np.int64)),
             "case": self.cases[chosen].id,
         }
         seed = int(rng.integers(2**63))
@@ -95,19 +90,16 @@ class PatchDataset(TorchDataset[dict[str, Any]]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers open the files themselves instead of being sent every voxel."""
-        return {**self.__dict__, "_loaded": {}, "_foreground": {}}
+        return {**self.__dict__, "_mapped": {}, "_foreground": {}}
 
     def _case_of(self, index: int) -> int:
         turn, place = divmod(index, len(self.cases))
         return int(np.random.default_rng((self.seed, turn, _ORDER)).permutation(len(self.cases))[place])
 
     def _arrays(self, chosen: int) -> tuple[np.ndarray, np.ndarray]:
-        if chosen not in self._loaded:
-            image, label = self.cases[chosen].image(), self.cases[chosen].label()
-            if not self._in_memory:
-                return image, label
-            self._loaded[chosen] = (np.array(image), np.array(label))
-        return self._loaded[chosen]
+        if chosen not in self._mapped:
+            self._mapped[chosen] = (self.cases[chosen].image(), self.cases[chosen].label())
+        return self._mapped[chosen]
 
     def _place(self, chosen: int, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[int, ...]:
         # Drawn always, so that the draws after it do not depend on what the case holds.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lightm.config_io import load_yaml, save_yaml, validated
 from lightm.datasets.cases import Dataset
 from lightm.errors import InputError
+from lightm.memory import total_bytes
 from lightm.preparation.fingerprint import Fingerprint, Progress, rounded, take_fingerprint
 
 # Three poolings by 2 halve a patch to whole voxels only where 8 divides it.
@@ -23,6 +23,7 @@ _BATCH = {2: (8, 12), 3: (2, 2)}
 # and the part of the machine's memory that is meant for it.
 _BYTES_PER_VOXEL = 12_000
 _MEMORY_PART = 0.6
+_UNKNOWN_BYTES = 8 * 10**9  # where the system does not say what it has
 _ANISOTROPY = 3.0
 
 _HEADING = """\
@@ -34,7 +35,7 @@ fingerprint    what was measured; a record, changing it changes nothing"""
 
 
 class ChannelNormalization(BaseModel):
-    """How one channel's intensities become numbers of about mean 0 and deviation 1."""
+    """How one channel's intensities become numbers of about mean 0 and standard deviation 1."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -79,7 +80,7 @@ class Plan(BaseModel):
             if len(getattr(self, key)) != length:
                 raise ValueError(f"{key} needs {length} numbers in {length}D, got {getattr(self, key)}")
         if len(self.normalization) != len(self.channels):
-            raise ValueError(f"normalization needs one entry a channel, {len(self.channels)}")
+            raise ValueError(f"normalization needs one entry per channel, {len(self.channels)}")
         if not all(np.isfinite(self.spacing_mm)) or min(self.spacing_mm) <= 0:
             raise ValueError(f"spacing_mm must be positive, got {self.spacing_mm}")
         _check_patch(self.patch_size)
@@ -123,7 +124,7 @@ def make_plan(
     finer scans are not thrown away. Patch: the median shape at that spacing, rounded up to multiples of 8 and
     shortened along its longest axes to at most 128^3 voxels in 3D and 512^2 in 2D, or what the memory holds.
     Batch: 2 in 3D, 8 to 12 in 2D. Normalisation: channels named CT are clipped to the foreground's percentiles
-    0.5 and 99.5 and scaled by its mean and deviation; all others are z-scored, each case by itself.
+    0.5 and 99.5 and scaled by its mean and standard deviation; all others are z-scored, each case by itself.
 
     memory_gb: for training; by default 0.6 of the machine's. Arguments that are given are taken as they are.
     Raises InputError for unusable arguments and for the faults that `take_fingerprint` finds.
@@ -185,15 +186,8 @@ def _voxel_budget(dims: int, memory_gb: float | None) -> int:
     """Voxels of one patch such that the smallest batch of them fits the memory."""
     if memory_gb is not None and memory_gb <= 0:
         raise InputError(f"memory_gb {memory_gb}: a positive number of gigabytes is needed")
-    memory = memory_gb if memory_gb is not None else _machine_memory_gb() * _MEMORY_PART
-    return min(_CAP_VOXELS[dims], int(memory * 1e9 / (_BYTES_PER_VOXEL * _BATCH[dims][0])))
-
-
-def _machine_memory_gb() -> float:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    except (AttributeError, OSError, ValueError):  # not told by this system (Windows)
-        return 8.0
+    there = (total_bytes() or _UNKNOWN_BYTES) * _MEMORY_PART if memory_gb is None else memory_gb * 1e9
+    return min(_CAP_VOXELS[dims], int(there / (_BYTES_PER_VOXEL * _BATCH[dims][0])))
 
 
 def _choose_normalization(name: str, low: float, high: float, mean: float, std: float) -> ChannelNormalization:

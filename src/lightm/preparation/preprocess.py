@@ -13,7 +13,9 @@ import numpy as np
 from lightm.datasets.cases import Case, Dataset
 from lightm.errors import InputError
 from lightm.images.io import read_volume
+from lightm.images.lazy import LazyVolume
 from lightm.images.volume import Volume, geometry_difference
+from lightm.labels import IGNORE_INDEX
 from lightm.preparation.cache import (
     FileHashes,
     PreprocessedCase,
@@ -24,43 +26,39 @@ from lightm.preparation.cache import (
     store,
 )
 from lightm.preparation.fingerprint import Progress
-from lightm.preparation.plan import ChannelNormalization, Plan
-from lightm.preparation.resample import resample_image, resample_label, resampled_shape
+from lightm.preparation.grid import NetworkGrid
+from lightm.preparation.plan import Plan
+from lightm.preparation.resample import resample_label
 
 __all__ = [
-    "IGNORE_INDEX",
     "PreprocessedCase",
     "check_fit",
     "default_cache_dir",
-    "normalize",
     "preprocess_case",
     "preprocess_dataset",
-    "resample_image",
-    "resample_label",
-    "resampled_shape",
     "to_class_indices",
 ]
-
-IGNORE_INDEX = 255
 
 
 def preprocess_case(images: Sequence[Volume], label: Volume | None, plan: Plan) -> tuple[np.ndarray, np.ndarray | None]:
     """Return image (C, *spatial) float32 and label (*spatial) uint8 of class indices, 255 where ignored.
 
     Orientation is made canonical, then images are resampled with cubic splines and label maps by linear
-    interpolation of each class, both to the plan's spacing; then each channel is normalised.
+    interpolation of each class, both to the plan's spacing; then each channel is normalised: what prediction sees, bit
+    by bit (`lightm.preparation.grid`).
     Raises InputError for other channels or axes than planned, geometries that disagree and unknown label values.
-    Cost: about 2 s for 10 million voxels where resampling is needed.
+    Cost: about 1 s for 10 million voxels where resampling is needed.
     """
     check_fit(images, label, plan)
-    volumes = [volume.to_canonical() for volume in images]
-    shape = resampled_shape(volumes[0].shape, volumes[0].spacing_mm, plan.spacing_mm)
-    image = np.stack([volume.data.astype(np.float32) for volume in volumes])
-    image = normalize(resample_image(image, shape), plan.normalization)
+    # Turned and converted here once, not in each of the grid's passes.
+    turned = [image.to_canonical() for image in images]
+    held = [image.with_data(np.ascontiguousarray(image.data, np.float32)) for image in turned]
+    grid = NetworkGrid([LazyVolume.of(image) for image in held], plan)
+    image = grid.read(tuple(slice(0, size) for size in grid.shape))
     if label is None:
         return image, None
     classes = to_class_indices(label.to_canonical().data, plan.values, plan.ignore_label)
-    return image, resample_label(classes, shape)
+    return image, resample_label(classes, grid.shape)
 
 
 def check_fit(images: Sequence[Volume], label: Volume | None, plan: Plan) -> None:
@@ -68,7 +66,7 @@ def check_fit(images: Sequence[Volume], label: Volume | None, plan: Plan) -> Non
     if len(images) != len(plan.channels):
         raise InputError(
             f"{len(images)} images, but the plan has {len(plan.channels)} channels ({', '.join(plan.channels)}); "
-            "give one image a channel, in that order"
+            "give one image per channel, in that order"
         )
     for volume in (*images, *([label] if label is not None else [])):
         if volume.data.ndim != plan.spatial_dims:
@@ -77,47 +75,6 @@ def check_fit(images: Sequence[Volume], label: Volume | None, plan: Plan) -> Non
             )
         if difference := geometry_difference(volume, images[0]):
             raise InputError(f"images and label do not lie in one place: {difference}; resample them onto each other")
-
-
-def normalize(image: np.ndarray, schemes: Sequence[ChannelNormalization]) -> np.ndarray:
-    """Return the image (C, *spatial) as float32, each channel normalised by its scheme.
-
-    "ct": clipped, minus mean, over std of the plan. "zscore": minus the channel's own mean, over its own standard
-    deviation (only the mean is taken off a constant channel).
-    """
-    result = np.empty(image.shape, dtype=np.float32)
-    for channel, output, scheme in zip(image, result, schemes, strict=True):
-        if scheme.scheme == "ct":
-            normalize_slab(channel, scheme, output)
-        else:
-            mean = float(channel.mean(dtype=np.float64))
-            zscore = (mean, zscore_scale(mean, sum(squares(slab, mean) for slab in channel), channel.size))
-            # Slab by slab, so that float64 costs no second copy of a large scan.
-            for slab, target in zip(channel, output, strict=True):
-                normalize_slab(slab, scheme, target, zscore)
-    return result
-
-
-def normalize_slab(
-    slab: np.ndarray, scheme: ChannelNormalization, target: np.ndarray, zscore: tuple[float, float] = (0.0, 1.0)
-) -> None:
-    """Write a part of a channel, float32, normalised to `target`; zscore: mean and scale of the whole channel."""
-    if scheme.scheme == "ct":
-        clipped = np.clip(slab, scheme.clip_low, scheme.clip_high)
-        target[...] = (clipped - np.float32(scheme.mean)) / np.float32(scheme.std)
-    else:
-        target[...] = (slab - np.float64(zscore[0])) / zscore[1]
-
-
-def squares(slab: np.ndarray, mean: float) -> float:
-    """Return the sum of the squared deviations from `mean`, in float64."""
-    return float(np.square(slab - np.float64(mean)).sum())
-
-
-def zscore_scale(mean: float, squares: float, size: int) -> float:
-    """Return the standard deviation of `size` voxels from their summed squares; 1 for a constant channel."""
-    std = float((squares / size) ** 0.5)
-    return std if std > 1e-8 * max(1.0, abs(mean)) else 1.0
 
 
 def to_class_indices(label: np.ndarray, values: Sequence[int], ignore_label: int | None) -> np.ndarray:
@@ -152,7 +109,7 @@ def preprocess_dataset(
     cache_dir: by default `default_cache_dir()`. case_ids: by default all training cases. workers: threads.
 
     Raises InputError, naming the case, for faulty files; LightMError when the disk refuses. Cost: reading, and
-    cubic resampling where spacings differ; 5 bytes a voxel on disk for one channel; memory of one case a worker.
+    cubic resampling where spacings differ; 5 bytes per voxel on disk for one channel; memory of one case per worker.
     """
     folder = Path(cache_dir or default_cache_dir()) / _folder_name(dataset.name)
     cases = dataset.cases if case_ids is None else [dataset.case(case_id) for case_id in case_ids]

@@ -1,13 +1,14 @@
 """Training checkpoints as one safetensors file: the tensors, and everything else as JSON in its header.
 
-Lightning pickles its checkpoints; a pickle can execute code when it is read. This plug-in for Lightning's Trainer
-keeps the same nested state without one, writes it to a temporary file, syncs and renames it.
+A pickle, which `torch.save` writes, can execute code when it is read; these files cannot. They are written atomically
+and hold a checksum. Those of releases that trained with Lightning's Trainer are read as well.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -25,43 +25,62 @@ from lightm.files import replacing
 
 _STATE = "lightm_checkpoint"
 _SUM = "lightm_sha256"
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+_log = logging.getLogger(__name__)
 
 
-class SafeCheckpointIO(CheckpointIO):
-    """Save and load Lightning's checkpoint dictionary without pickles."""
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write nested containers of tensors, arrays, numbers and texts atomically; LightMError names what it cannot."""
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(_encode(checkpoint, tensors, "checkpoint"))
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={_STATE: text, _SUM: _checksum(text, tensors)})
+    except SafetensorError as error:
+        raise LightMError(f"{path}: the checkpoint could not be written ({error})") from error
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write the checkpoint in one step; LightMError names what cannot be written."""
-        tensors: dict[str, torch.Tensor] = {}
-        tree = _encode(checkpoint, tensors, "checkpoint")
-        text = json.dumps(tree)
-        try:
-            with replacing(path) as temporary:
-                save_file(tensors, temporary, metadata={_STATE: text, _SUM: _checksum(text, tensors)})
-        except SafetensorError as error:
-            raise LightMError(f"{path}: the checkpoint could not be written ({error})") from error
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read a checkpoint written by `save_checkpoint`; InputError for any other file."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a readable checkpoint ({error})") from error
-        if _STATE not in metadata:
-            raise InputError(f"{path}: a safetensors file, but not a LightM checkpoint")
-        if metadata.get(_SUM, "") not in ("", _checksum(metadata[_STATE], tensors)):
-            raise InputError(f"{path}: the checkpoint is damaged, its content does not fit its checksum")
-        decoded: dict[str, Any] = _decode(json.loads(metadata[_STATE]), tensors)
-        return decoded
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, its tensors on the CPU; InputError for any other file and a damaged one."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable checkpoint ({error})") from error
+    if _STATE not in metadata:
+        raise InputError(f"{path}: a safetensors file, but not a LightM checkpoint")
+    if metadata.get(_SUM, "") not in ("", _checksum(metadata[_STATE], tensors)):
+        raise InputError(f"{path}: the checkpoint is damaged, its content does not fit its checksum")
+    checkpoint: dict[str, Any] = _decode(json.loads(metadata[_STATE]), tensors)
+    return _without_trainer(checkpoint) if "loops" in checkpoint else checkpoint
 
-    def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint."""
-        Path(path).unlink(missing_ok=True)
+
+def _without_trainer(old: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of Lightning's Trainer, which counts in loops and keeps the state of callbacks, as one of ours."""
+    epochs, state = old["loops"]["fit_loop"]["epoch_progress"]["current"], old["lightm"]
+    ended = epochs["processed"] == epochs["ready"]  # written at the end of an epoch, else within it
+    losses, coefficients = state.get("losses"), state.get("coefficients")
+    return {
+        "epoch": old["epoch"],
+        "global_step": old["global_step"],
+        "state_dict": old["state_dict"],
+        "optimizer_states": old["optimizer_states"],
+        "precision": old.get("MixedPrecision", {}),
+        "lightm": {
+            "epoch": epochs["processed"],
+            "batch": 0 if ended else old["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"],
+            "step": old["global_step"],
+            "elapsed_s": state["elapsed_s"],
+            "ema_dice": state["moving_dice"],
+            "best_dice": state["best_dice"],
+            "waited": old["callbacks"]["Stopping"]["waited"],
+            "skipped": state.get("skipped", 0),
+            "losses": [] if ended or losses is None else losses,
+            "coefficients": [] if ended or coefficients is None else coefficients,
+            "random": state.get("random"),
+        },
+    }
 
 
 def save_rotating(folder: Path, save: Callable[[Path], object]) -> None:
@@ -79,27 +98,27 @@ def save_rotating(folder: Path, save: Callable[[Path], object]) -> None:
             os.replace(last, last.with_name(PREVIOUS))
 
 
-def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Return `last.ckpt`, or `previous.ckpt` (saying so) where that is missing or damaged; None without both.
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return `last.ckpt`, or `previous.ckpt` with a warning where that is missing or damaged; None without both.
 
     Raises InputError when there are checkpoints, but no readable one.
     """
-    faults = []
+    errors = []
     for name in (LAST, PREVIOUS):
         path = Path(folder) / name
         if not path.is_file():
             continue
         try:
-            SafeCheckpointIO().load_checkpoint(path)
+            load_checkpoint(path)
         except InputError as error:
-            faults.append(str(error))
+            errors.append(str(error))
             continue
         if name == PREVIOUS:
-            reason = faults[0] if faults else f"{Path(folder) / LAST} is missing"
-            say(f"{reason}; the run continues from the checkpoint before it, {path}")
+            reason = errors[0] if errors else f"{Path(folder) / LAST} is missing"
+            _log.warning("%s; the run resumes from the checkpoint before it, %s", reason, path)
         return path
-    if faults:
-        raise InputError(f"{'; '.join(faults)}: no checkpoint is left to continue from; start a new run")
+    if errors:
+        raise InputError(f"{'; '.join(errors)}: no checkpoint is left to resume from; start a new run")
     return None
 
 

@@ -1,32 +1,31 @@
-"""The fit of one run: its trainer, what watches over it, and the model kept at its end."""
+"""What surrounds the loop of one run: its network, loss and Fabric before, the model folder after."""
 
 from __future__ import annotations
 
 import logging
-import signal
-import sys
-import warnings
-from collections.abc import Callable
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
+import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_fabric import Fabric
 
 from lightm.datasets.split import Split
-from lightm.errors import LightMError
+from lightm.device import resolve_device
+from lightm.errors import InputError
 from lightm.files import disk_refusals
 from lightm.losses import create_loss
 from lightm.nets import create, save_model
 from lightm.preparation.plan import Plan
-from lightm.training.callbacks import Checkpoints, History, ProgressBar, Stopping
-from lightm.training.checkpoint_io import SafeCheckpointIO, newest_checkpoint
+from lightm.progress import Progress
+from lightm.training.checkpoint_io import BEST, load_checkpoint, newest_checkpoint
 from lightm.training.config import TrainConfig
-from lightm.training.datamodule import PatchDataModule
-from lightm.training.guard import Interrupted, NanGuard, Signals
-from lightm.training.module import SegmentationModule
+from lightm.training.loaders import PatchLoaders
+from lightm.training.loop import Training
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,116 +43,93 @@ class TrainResult:
     skipped_steps: int = 0
 
 
+def build_fabric(
+    device: str | torch.device = "cpu",
+    precision: str = "32-true",
+    *,
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+) -> Fabric:
+    """Return the Fabric that a training runs on: where, on how many devices and machines, and how precisely.
+
+    device: as in `resolve_device`; with a number ("cuda:1") that device alone. precision: "32-true", "bf16-mixed", ...;
+    devices, num_nodes, strategy: as in Fabric.
+    Raises InputError for what this machine does not have.
+
+    >>> build_fabric("cpu").device
+    device(type='cpu')
+    """
+    where = resolve_device(device)
+    chosen: Any = {"devices": devices if where.index is None else [where.index], "precision": precision}
+    try:
+        return Fabric(accelerator=where.type, num_nodes=num_nodes, strategy=strategy, **chosen)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"device '{device}' with precision '{precision}': {error}") from error
+
+
 def fit(
+    fabric: Fabric,
     run_dir: Path,
     config: TrainConfig,
     plan: Plan,
     split: Split,
-    net: torch.nn.Module,
+    network: torch.nn.Module,
     criterion: torch.nn.Module,
-    patches: PatchDataModule,
+    patches: PatchLoaders,
+    *,
     resume: bool,
-    say: Callable[[str], None],
+    progress: Progress | None = None,
 ) -> TrainResult:
-    """Fit the network and keep its best weights, in a prepared run folder; `resume` takes its newest checkpoint.
+    """Fit the network in a prepared run folder and keep its best weights; `resume` takes its newest checkpoint.
 
     Raises what `train_model` says.
     """
-    recipe = config.settings
-    by_time_only = config.max_time_s is not None and not config.epochs_given
-    total_steps = None if by_time_only else recipe.epochs * recipe.steps_per_epoch
-    names = list(plan.labels)[1:]
-    module = SegmentationModule(
-        net,
-        criterion,
-        recipe,
-        class_names=names,
-        total_steps=total_steps,
-        max_time_s=config.max_time_s,
-        guard=NanGuard(config.on_nan, config.nan_limit, say),
-    )
-    signals, stopping = Signals(say), Stopping(config.patience)
-    checkpoints = Checkpoints(run_dir / "checkpoints", signals)
-    # The checkpoint comes last, for it holds the state of the others.
-    callbacks: list[pl.Callback] = [History(run_dir / "history.csv", names, say), stopping, signals, checkpoints]
-    show_bar = sys.stderr.isatty()
-    if show_bar:
-        callbacks.append(ProgressBar())
-    start = newest_checkpoint(checkpoints.folder, say) if resume else None
-    if resume and start is None:
-        say(f"{run_dir}: no checkpoint was kept before the interruption; the run starts anew")
-    for name in ("lightning.pytorch", "lightning.fabric"):  # their notes are about other products and settings
-        logging.getLogger(name).setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
-        warnings.filterwarnings("ignore", message=".*The number of training batches.*")
-        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # its sampler is
-        warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*")  # a step skipped on purpose
-        trainer = pl.Trainer(
-            accelerator={"cuda": "gpu"}.get(config.device, config.device),
-            devices=1,
-            precision=config.precision,
-            max_epochs=-1 if by_time_only else recipe.epochs,
-            logger=TensorBoardLogger(run_dir, name="tensorboard", version=""),
-            callbacks=callbacks,
-            plugins=[SafeCheckpointIO()],
-            gradient_clip_val=recipe.clip_norm,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=show_bar,
-            num_sanity_val_steps=0,
-            log_every_n_steps=recipe.steps_per_epoch,
+    with disk_refusals(run_dir):  # of TensorBoard's files; all others name themselves
+        training = Training(fabric, run_dir, config, list(plan.labels)[1:], network, criterion, patches)
+        if resume:
+            start = newest_checkpoint(training.folder)
+            if start is None:
+                _log.warning("%s: no checkpoint was kept before the interruption; the run starts anew", run_dir)
+            else:
+                training.load(start)
+        reason = training.run(progress)
+    state = training.state
+    if fabric.is_global_zero:
+        best = load_checkpoint(training.folder / BEST)
+        weights = {
+            name.removeprefix("network."): tensor
+            for name, tensor in best["state_dict"].items()
+            if name.startswith("network.")
+        }
+        save_model(
+            run_dir / "model",
+            network=network_description(config, plan),
+            state_dict=weights,
+            plan=plan.model_dump(mode="json"),
+            training={
+                "recipe": config.recipe,
+                "loss": config.settings.loss,
+                "seed": config.seed,
+                "epochs": state.epoch,
+                "steps": state.step,
+                "train_seconds": round(state.elapsed_s, 1),
+                "best_moving_pseudo_dice": state.best_dice,
+                "best_epoch": best["epoch"],
+                "data_hash": plan.fingerprint.data_hash,
+            },
         )
-        try:
-            with disk_refusals(run_dir):  # of TensorBoard's files; all others name themselves
-                trainer.fit(module, patches, ckpt_path=start)
-        except SystemExit as error:  # how Lightning ends on a second Ctrl-C, with the signal ignored from then on
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise Interrupted(
-                f"training was interrupted in epoch {trainer.current_epoch}; continue it with "
-                f"`lightm train --resume {run_dir}`",
-                signals.received or signal.SIGINT,
-            ) from error
-        except RuntimeError as error:
-            if (death := patches.watched.death(str(error))) is None:
-                raise
-            raise LightMError(f"{death}; `lightm train --resume {run_dir}` goes on from the last checkpoint") from error
-    state = SafeCheckpointIO().load_checkpoint(checkpoints.best)
-    weights = {
-        name.removeprefix("network."): tensor
-        for name, tensor in state["state_dict"].items()
-        if name.startswith("network.")
-    }
-    seconds = module.elapsed_s()
-    save_model(
-        run_dir / "model",
-        network=network_description(config, plan),
-        state_dict=weights,
-        plan=plan.model_dump(mode="json"),
-        training={
-            "recipe": config.recipe,
-            "loss": recipe.loss,
-            "seed": config.seed,
-            "epochs": trainer.current_epoch,
-            "steps": trainer.global_step,
-            "train_seconds": round(seconds, 1),
-            "best_moving_pseudo_dice": module.best_dice,
-            "best_epoch": state["epoch"],
-            "data_hash": plan.fingerprint.data_hash,
-        },
-    )
+    fabric.barrier()
     return TrainResult(
         run_dir=run_dir,
         config=config,
         plan=plan,
         split=split,
-        epochs=trainer.current_epoch,
-        best_pseudo_dice=module.best_dice,
-        train_seconds=seconds,
-        reason=stopping.reason or f"all {recipe.epochs} epochs are done",
-        skipped_steps=module.guard.skipped,
+        epochs=state.epoch,
+        best_pseudo_dice=state.best_dice,
+        train_seconds=state.elapsed_s,
+        reason=reason,
+        skipped_steps=state.skipped,
     )
 
 
@@ -170,15 +146,17 @@ def network_description(config: TrainConfig, plan: Plan) -> dict[str, Any]:
 
 
 def build(config: TrainConfig, plan: Plan) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Seed everything, and return the network and the loss of a run."""
-    pl.seed_everything(config.seed, workers=True, verbose=False)
+    """Seed the global random generators, and return the network and the loss of a run."""
+    random.seed(config.seed)
+    np.random.seed(config.seed)  # noqa: NPY002 (networks may use it)
+    torch.manual_seed(config.seed)
     described = network_description(config, plan)
     options = described.pop("options")
-    net = create(**described, **options)
+    network = create(**described, **options)
     criterion = create_loss(
         config.settings.loss,
         spatial_dims=plan.spatial_dims,
         num_classes=len(plan.labels),
         **config.settings.loss_options,
     )
-    return net, criterion
+    return network, criterion

@@ -85,7 +85,7 @@ def refuse_used_folder(run_dir: Path) -> None:
         raise InputError(f"{run_dir}: is a file; give a folder for the run")
     if (run_dir / "config.yaml").exists():
         raise InputError(
-            f"{run_dir}: already holds a run; continue it with `lightm train --resume {run_dir}`, or give another "
+            f"{run_dir}: already holds a run; resume it with `lightm train --resume {run_dir}`, or give another "
             "folder with -o"
         )
     # A run killed within its first moments leaves its lock, and these before it could be resumed.

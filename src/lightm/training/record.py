@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import lightning_fabric
 import torch
 from torch import nn
 
@@ -28,13 +29,14 @@ def run_record(
     if resumed is not None and (resumed / "run.json").is_file():
         first = json.loads((resumed / "run.json").read_text(encoding="utf-8")).get("started", first)
     called = Path(sys.argv[0]).stem
-    packages = ("torch", "lightning", "monai", "numba", "numpy", "nibabel")
+    packages = ("torch", "monai", "numba", "numpy", "nibabel")
     return {
         "command": " ".join(["lightm", *sys.argv[1:]]) if called == "lightm" else "lightm.train_model()",
         "versions": {
             "lightm-unet": __version__,
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in packages},
+            "lightning-fabric": lightning_fabric.__version__,
         },
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         "seed": config.seed,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning_fabric import Fabric
 
 from lightm.datasets.dataset import Dataset, open_dataset
 from lightm.datasets.split import Split, load_split
@@ -19,8 +21,8 @@ from lightm.preparation.plan import Plan, load_plan
 from lightm.preparation.preprocess import PreprocessedCase, default_cache_dir, preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.config import TrainConfig, load_config, parse_duration, resolve_config
-from lightm.training.datamodule import PatchDataModule
-from lightm.training.fit import TrainResult, build, fit
+from lightm.training.fit import TrainResult, build, build_fabric, fit
+from lightm.training.loaders import PatchLoaders
 from lightm.training.prepare import check_classes, choose_plan, choose_split, refuse_used_folder, with_sizes
 from lightm.training.record import run_record, write_json
 
@@ -54,7 +56,7 @@ def train_model(
     on_nan: Literal["stop", "skip"] = "stop",
     nan_limit: int = 10,
     progress: Progress | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train a network on a data set, watch it on validation patches, and keep the best weights as a model folder.
 
@@ -77,6 +79,7 @@ def train_model(
     there; LightMError when the training cannot go on (a loss that is not finite, a full disk, a dead worker process)
     and Interrupted at Ctrl-C and SIGTERM: the last checkpoint is kept then.
     """
+    fabric = build_fabric(device, precision)  # before anything is read
     data = open_dataset(Path(dataset), labels=None if labels is None else Path(labels))
     run_dir = Path(out) if out is not None else Path("runs") / f"{data.name}-{network}"
     refuse_used_folder(run_dir)
@@ -107,7 +110,7 @@ def train_model(
         nan_limit=nan_limit,
     )
     plan_ = with_sizes(plan_, config, patch_size, batch_size)
-    return _run(run_dir, config, data, plan_, choose_split(data, config), False, progress, say)
+    return _run(fabric, run_dir, config, data, plan_, choose_split(data, config), False, progress, say)
 
 
 def resume_training(
@@ -118,7 +121,7 @@ def resume_training(
     patience: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Continue an interrupted or ended run from its last checkpoint, with the options that it was started with.
 
@@ -139,14 +142,16 @@ def resume_training(
         update["max_time_s"] = parse_duration(max_time)
     update.update({k: v for k, v in {"patience": patience, "workers": workers}.items() if v is not None})
     config = config.model_copy(update=update)
+    fabric = build_fabric(config.device, config.precision)
     data = open_dataset(Path(config.dataset), labels=None if config.labels is None else Path(config.labels))
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
     plan = load_plan(run_dir / "plan.yaml")
     with locked_folder(run_dir, "training"):
-        return _run(run_dir, config, data, plan, split, True, progress, say)
+        return _run(fabric, run_dir, config, data, plan, split, True, progress, say)
 
 
 def _run(
+    fabric: Fabric,
     run_dir: Path,
     config: TrainConfig,
     data: Dataset,
@@ -154,7 +159,7 @@ def _run(
     split: Split,
     resume: bool,
     progress: Progress | None,
-    say: Callable[[str], None],
+    say: Callable[[str], None] | None,
 ) -> TrainResult:
     started = datetime.now(timezone.utc)
     net, criterion = build(config, plan)  # before the long preprocessing, so that a bad name costs nothing
@@ -173,10 +178,13 @@ def _run(
         if not resume:
             stack.enter_context(locked_folder(run_dir, "training"))
             refuse_used_folder(run_dir)  # another run may have come first while the data were prepared
-        return _run_locked(run_dir, config, plan, split, net, criterion, train_cases, val_cases, resume, started, say)
+        return _run_locked(
+            fabric, run_dir, config, plan, split, net, criterion, train_cases, val_cases, resume, started, progress, say
+        )
 
 
 def _run_locked(
+    fabric: Fabric,
     run_dir: Path,
     config: TrainConfig,
     plan: Plan,
@@ -187,7 +195,8 @@ def _run_locked(
     val_cases: list[PreprocessedCase],
     resume: bool,
     started: datetime,
-    say: Callable[[str], None],
+    progress: Progress | None,
+    say: Callable[[str], None] | None,
 ) -> TrainResult:
     for folder in (run_dir, run_dir / "checkpoints"):
         remove_temporaries(folder)
@@ -197,7 +206,7 @@ def _run_locked(
     config.save(run_dir / "config.yaml")  # the last of the three: with it the run can be resumed
     record = run_record(config, plan, net, started, run_dir if resume else None)
     write_json(run_dir / "run.json", record)
-    patches = PatchDataModule(
+    patches = PatchLoaders(
         train_cases,
         val_cases,
         config.settings,
@@ -208,7 +217,10 @@ def _run_locked(
         workers=config.workers,
     )
     try:
-        result = fit(run_dir, config, plan, split, net, criterion, patches, resume, say)
+        with contextlib.nullcontext() if say is None else _told(say):
+            result = fit(
+                fabric, run_dir, config, plan, split, net, criterion, patches, resume=resume, progress=progress
+            )
     except BaseException:
         with contextlib.suppress(LightMError):  # a full disk; what ended the training is what to tell
             write_json(run_dir / "run.json", {**record, "status": "interrupted"})
@@ -223,3 +235,18 @@ def _run_locked(
     )
     write_json(run_dir / "run.json", record)
     return result
+
+
+@contextlib.contextmanager
+def _told(say: Callable[[str], None]) -> Iterator[None]:
+    """Pass what the training logs to `say` as well."""
+    logger, handler = logging.getLogger("lightm.training"), logging.Handler(logging.INFO)
+    handler.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(min(logging.INFO, level or logging.INFO))
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

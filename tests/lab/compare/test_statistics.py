@@ -275,7 +275,7 @@ def test_a_summary_is_read_back_and_repeats(tmp_path: Path):
     assert (bare.low, bare.difference.low) == (None, None)
     assert bare.difference.verdict == "better"
     (tmp_path / "results.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(InputError, match=r"results\.json: is no summary"):
+    with pytest.raises(InputError, match=r"results\.json: not a summary"):
         load_summary(tmp_path / "results.json")
     with pytest.raises(InputError, match="bootstrap is -1"):
         summarize_comparison(read_comparison(tmp_path / "c"), bootstrap=-1)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lightm.datasets.convert.found import Found
 from lightm.datasets.convert.lits import find_lits
 from lightm.datasets.convert.msd import find_folder, find_msd
+from lightm.datasets.convert.sources import Found
 from lightm.datasets.convert.write import Converted, Progress, write_found
 from lightm.datasets.convert.xray import find_montgomery_shenzhen
 from lightm.errors import InputError, did_you_mean

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lightm.datasets.convert.found import Found, Source, error, files_below, stem_of
+from lightm.datasets.cases import error, split_name
+from lightm.datasets.convert.sources import Found, Source, files_below
 from lightm.errors import InputError
 
 _NAME = re.compile(r"(test-volume|volume|segmentation)-(\d+)", re.IGNORECASE)
@@ -20,7 +21,7 @@ def find_lits(source: Path, labels: Path | None = None) -> Found:
     }
     kinds: dict[str, dict[int, Path]] = {"volume": {}, "segmentation": {}, "test-volume": {}}
     for path in files_below(source):
-        match = _NAME.fullmatch(stem_of(path))
+        match = _NAME.fullmatch(split_name(path)[0])
         if match is None:
             found.remarks.append(f"{path}: not named as a file of LiTS; left out")
             continue

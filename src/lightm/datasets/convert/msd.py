@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightm.datasets.convert.found import Found, Source, error, stem_of
+from lightm.datasets.cases import error, split_name
+from lightm.datasets.convert.sources import Found, Source
 from lightm.datasets.description import read_description
 from lightm.datasets.discovery import scan
 from lightm.errors import InputError
@@ -37,7 +38,7 @@ def find_msd(source: Path, labels: Path | None = None) -> Found:
                 if not path.resolve().is_relative_to(source.resolve()):
                     raise InputError(f"{description.file}: lists {given[key]}, which lies outside; move it inside")
                 files.append(path)
-            case = stem_of(files[0])
+            case = split_name(files[0])[0]
             named.update(path.resolve() for path in files)
             missing = [path for path in files if not path.is_file()]
             for path in missing:

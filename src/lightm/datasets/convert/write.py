@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lightm.datasets.cases import Problem
-from lightm.datasets.convert.found import Found, Source, error
+from lightm.datasets.cases import Problem, error
+from lightm.datasets.convert.sources import Found, Source
 from lightm.errors import InputError, LightMError
 from lightm.files import atomic_file
 from lightm.images.io import file_suffix, read_volume, write_volume
@@ -104,7 +104,7 @@ class _Writer:
         try:
             return self._case(source, train, written)
         except InputError as fault:
-            problem = error(source.case, source.images[0], str(fault), "mend the file, or leave the case out")
+            problem = error(source.case, source.images[0], str(fault), "fix the file, or leave the case out")
             for path in written:
                 path.unlink(missing_ok=True)
             return [problem]
@@ -128,7 +128,7 @@ class _Writer:
         target = self.root / "labelsTr" / f"{source.case}{self.ending}"
         written.append(target)
         if source.masks:
-            write_volume(target, first.like(merged(source.masks, first)), kind="label")
+            write_volume(target, first.with_data(merged(source.masks, first)), kind="label")
         elif source.label is not None:
             self._label(source.label, first, target)
         return []
@@ -141,7 +141,7 @@ class _Writer:
             raise InputError(f"{path}: holds the value {unknown[0]}, which is no label ({known})")
         gap = geometry_difference(image, label)
         if gap and self.trust and image.shape == label.shape:
-            write_volume(target, image.like(label.data), kind="label")
+            write_volume(target, image.with_data(label.data), kind="label")
         elif gap:
             cure = "; --trust-image-geometry takes the image's" if image.shape == label.shape else ""
             raise InputError(f"{path}: does not fit its image: {gap}{cure}")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightm.datasets.cases import Problem
-from lightm.datasets.convert.found import Found, Source, error, files_below, stem_of
+from lightm.datasets.cases import Problem, error, split_name
+from lightm.datasets.convert.sources import Found, Source, files_below
 from lightm.errors import InputError
 
 
@@ -27,13 +27,15 @@ def find_montgomery_shenzhen(source: Path, labels: Path | None = None) -> Found:
     for path in files_below(source):
         folder = path.parent.name.lower()
         if folder == "cxr_png":
-            twin = pictures.setdefault(stem_of(path), path)
+            twin = pictures.setdefault(split_name(path)[0], path)
             if twin is not path:
-                found.problems.append(error(stem_of(path), path, f"exists twice, also as {twin}", "remove one of them"))
+                found.problems.append(
+                    error(split_name(path)[0], path, f"exists twice, also as {twin}", "remove one of them")
+                )
         elif folder in ("leftmask", "rightmask"):
-            masks[folder.removesuffix("mask")][stem_of(path)] = path
+            masks[folder.removesuffix("mask")][split_name(path)[0]] = path
         elif folder in ("mask", "masks"):
-            masks["whole"][stem_of(path).removesuffix("_mask")] = path
+            masks["whole"][split_name(path)[0].removesuffix("_mask")] = path
     if not pictures:
         raise InputError(f"{source}: no folder CXR_png with pictures (.png) in it; is this Montgomery or Shenzhen?")
     if not any(masks.values()):

@@ -19,6 +19,7 @@ from scipy.spatial import cKDTree
 from skimage.morphology import skeletonize
 
 from lightm.errors import InputError
+from lightm.labels import bounding_box
 
 Mask = NDArray[np.bool_]
 
@@ -65,7 +66,7 @@ def part_scores(
     _same_shape(label, predictions)
     if not label.any():
         return [[] for _ in predictions]
-    box = _box([label, *predictions], margin=0)
+    box = bounding_box(np.logical_or.reduce([label, *predictions]), margin=0)
     label, predictions = label[box], [pred[box] for pred in predictions]
     numbered, count = ndimage.label(label, np.ones((3,) * label.ndim))
     nearest = ndimage.distance_transform_edt(~label, sampling=spacing_mm, return_distances=False, return_indices=True)
@@ -99,7 +100,7 @@ def radius_counts(label: Mask, predictions: Sequence[Mask], spacing_mm: Sequence
     if not label.any():
         empty = np.zeros(0, dtype=np.int64)
         return RadiusCounts(np.zeros(0), empty, empty, [empty for _ in predictions], [empty for _ in predictions])
-    box = _box([label, *predictions], margin=1)
+    box = bounding_box(np.logical_or.reduce([label, *predictions]), margin=1)
     label, predictions = label[box], [pred[box] for pred in predictions]
     distance = _inner_distance(label, spacing_mm)
     skeleton = _skeleton(label, distance)
@@ -135,7 +136,7 @@ def is_tubular(label: Mask, spacing_mm: Sequence[float]) -> bool:
         return False
     numbered, _ = ndimage.label(label, np.ones((3,) * label.ndim))
     largest = numbered == np.bincount(numbered[label]).argmax()
-    largest = ndimage.binary_fill_holes(largest[_box([largest], margin=1)])
+    largest = ndimage.binary_fill_holes(largest[bounding_box(largest, margin=1)])
     distance = _inner_distance(largest, spacing_mm)
     skeleton = _skeleton(largest, distance)
     radius = distance[skeleton]
@@ -172,16 +173,6 @@ def _length(skeleton: Mask, spacing_mm: Sequence[float]) -> float:
     steps = np.linalg.norm((places[first] - places[second]) * np.asarray(spacing_mm), axis=1)
     tree = minimum_spanning_tree(coo_matrix((steps, (first, second)), shape=(len(places), len(places))))
     return float(tree.sum())
-
-
-def _box(masks: Sequence[Mask], *, margin: int) -> tuple[slice, ...]:
-    """The box around all masks; it must be cut with a margin where distances to the outside are needed."""
-    found = np.logical_or.reduce(masks)
-    box = []
-    for axis, size in enumerate(found.shape):
-        (where,) = np.nonzero(found.any(axis=tuple(other for other in range(found.ndim) if other != axis)))
-        box.append(slice(max(0, int(where[0]) - margin), min(size, int(where[-1]) + 1 + margin)))
-    return tuple(box)
 
 
 def _same_shape(label: NDArray[Any], predictions: Sequence[NDArray[Any]]) -> None:

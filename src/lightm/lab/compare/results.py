@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from lightm.config_io import load_yaml
+from lightm.config_io import load_json, load_yaml
 from lightm.datasets.split import Split
 from lightm.errors import InputError
 from lightm.evaluation.evaluation import Evaluation, load_evaluation
@@ -161,7 +161,4 @@ def read_networks(folder: Path) -> dict[str, NetworkRecord]:
 
 
 def _parsed(path: Path, model: type[Model]) -> Model:
-    try:
-        return model.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); delete it and run again") from error
+    return load_json(path, model, f"a {model.__name__}", "delete it and run again")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from lightm.errors import InputError
+from lightm.config_io import load_json
 from lightm.evaluation.evaluation import CaseRow
 from lightm.evaluation.metrics import Status
 from lightm.files import write_text
@@ -170,13 +170,4 @@ class Summary(BaseModel):
 
 def load_summary(path: Path | str) -> Summary:
     """Read a results.json; InputError naming the file when it is missing or is something else."""
-    try:
-        return Summary.model_validate_json(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); write it with `lightm compare`") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(
-            f"{path}: is no summary of a comparison ({where}: {first['msg']}); write it again with `lightm compare`"
-        ) from error
+    return load_json(path, Summary, "a summary of a comparison", "write it again with `lightm compare`")

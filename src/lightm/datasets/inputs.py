@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
-from lightm.datasets.cases import Case
+from lightm.datasets.case_lists import Entry, is_list, read_list
+from lightm.datasets.cases import Case, join_channels, split_channel, split_name
 from lightm.errors import InputError, did_you_mean
 from lightm.images import dicom
 from lightm.images.io import SUFFIXES, file_suffix
-from lightm.inference.lists import Entry, is_list, read_list
 
-_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 _DATASET_FOLDERS = ("imagesTs", "imagesTr", "images")
 
 
@@ -27,7 +25,7 @@ def find_cases(
     a folder whose subfolders, at any depth, hold them (NIfTI and PNG files directly in it come first): every series is
     a case, named by its folder, and by its UID too where the folder holds several; with several channels the
     folders are named CASE_0000, CASE_0001, ... and hold one series each. A list of cases, .txt or .csv (see
-    `lightm.inference.lists`), whose lines with one path hold any of the former. Several of all these together.
+    `lightm.datasets.case_lists`), whose lines with one path hold any of the former. Several of all these together.
 
     Raises InputError, naming file (of a list, the line) and case, for a path that does not exist, no image, a missing
     or surplus channel, a case that is there twice, a name without channel number, or a case that is not there.
@@ -102,7 +100,7 @@ def _entry_cases(entry: Entry, channels: Sequence[str], cases: Set[str] | None) 
                 raise InputError(f"{file}: not a format that can be read; expected {', '.join(SUFFIXES)}, or DICOM")
         if entry.case is not None:
             return [Case(entry.case, entry.paths)]
-        stem = _split(first)[0] if file_suffix(first) else first.name.replace(dicom.SEPARATOR, "_")
+        stem = split_name(first)[0] if file_suffix(first) else first.name.replace(dicom.SEPARATOR, "_")
         return [Case(stem.removesuffix("_0000"), entry.paths)]
     return [case for _, case in _given(first, channels, cases)]
 
@@ -134,72 +132,26 @@ def _from_folders(inputs: Path, folders: list[Path], channels: Sequence[str], wa
         raise InputError(f"{folders[0]}: no image; expected files that end in {', '.join(SUFFIXES)}, or DICOM")
     if _is_series(files[0]):
         return _dicom_cases(folders[0], files, channels, wanted)
-    groups = _grouped(files, channels, wanted)
-    return [_case(case_id, groups[case_id], channels) for case_id in sorted(groups)]
+    return _joined([(split_name(file)[0], file) for file in files], channels, wanted)
 
 
 def _single(file: Path, channels: Sequence[str]) -> list[Case]:
-    stem, suffix = _split(file)
-    match = _CHANNEL.match(stem)
+    stem, suffix = split_name(file)
     if len(channels) == 1:
         return [Case(stem.removesuffix("_0000"), (file,))]
-    if match is None:
-        raise InputError(
-            f"{file}: the model needs {len(channels)} channels ({', '.join(channels)}); name the files "
-            f"{stem}_0000{suffix}, {stem}_0001{suffix}, ... in one folder and give the first"
-        )
-    siblings = {
-        int(other["channel"]): path
-        for path in sorted(file.parent.glob("*" + suffix))
-        if (other := _CHANNEL.match(_split(path)[0])) and other["case"] == match["case"]
-    }
-    return [_case(match["case"], siblings, channels)]
+    if (found := split_channel(stem)) is None:
+        return _joined([(stem, file)], channels)
+    named = [(split_name(other)[0], other) for other in sorted(file.parent.glob("*" + suffix))]
+    return _joined([(name, other) for name, other in named if (split_channel(name) or "")[:1] == found[:1]], channels)
 
 
-def _grouped(files: list[Path], channels: Sequence[str], wanted: Set[str] | None) -> dict[str, dict[int, Path]]:
-    """Return {case: {channel: file}}; with `wanted`, of those cases only."""
-    numbered = {stem.removesuffix("_0000") for stem, _ in map(_split, files) if stem.endswith("_0000")}
-    groups: dict[str, dict[int, Path]] = {}
-    for file in files:
-        stem, suffix = _split(file)
-        match = _CHANNEL.match(stem)
-        # With one channel a trailing number may belong to the name, as in scan_0017, unless scan_0000 is there too.
-        if match is not None and (len(channels) > 1 or match["case"] in numbered):
-            case_id, channel = match["case"], int(match["channel"])
-        elif len(channels) == 1:
-            case_id, channel = stem, 0
-        else:
-            if wanted is None:
-                raise InputError(
-                    f"{file}: the name has no channel number, but the model needs {len(channels)} channels "
-                    f"({', '.join(channels)}); rename it to {stem}_0000{suffix}, the others _0001 and so on"
-                )
-            continue
-        if wanted is not None and case_id not in wanted:
-            # Still listed, so that a misspelt name can be told from a missing one.
-            groups.setdefault(case_id, {})
-            continue
-        twin = groups.setdefault(case_id, {}).setdefault(channel, file)
-        if twin is not file:
-            raise InputError(f"{file}: case '{case_id}' is there twice, also as {twin}; keep one of them")
-    return groups
-
-
-def _case(case_id: str, files: dict[int, Path], channels: Sequence[str]) -> Case:
-    if not files:
-        return Case(case_id, ())
-    any_file = next(iter(files.values()))
-    for index, channel in enumerate(channels):
-        if index not in files:
-            missing = any_file.with_name(f"{case_id}_{index:04d}{_split(any_file)[1]}")
-            raise InputError(f"{missing}: channel {index} ('{channel}') of case '{case_id}' is missing; add the file")
-    surplus = sorted(index for index in files if index >= len(channels))
-    if surplus:
-        raise InputError(
-            f"{files[surplus[0]]}: channel {surplus[0]} of case '{case_id}', but the model takes {len(channels)} "
-            f"({', '.join(channels)}); remove the file"
-        )
-    return Case(case_id, tuple(files[index] for index in range(len(channels))))
+def _joined(named: list[tuple[str, Path]], channels: Sequence[str], wanted: Set[str] | None = None) -> list[Case]:
+    """Return the cases of named images; raises InputError for the first problem of those that are wanted."""
+    cases, problems = join_channels(named, channels, owner="the model", bare=True)
+    for problem in problems:
+        if wanted is None or problem.case in wanted:
+            raise InputError(str(problem))
+    return cases
 
 
 def _is_series(path: Path) -> bool:
@@ -240,17 +192,7 @@ def _dicom_cases(root: Path, sources: list[Path], channels: Sequence[str], wante
             named[name] = source
     if len(channels) == 1:
         return [Case(name, (named[name],)) for name in sorted(named)]
-    groups: dict[str, dict[int, Path]] = {}
-    for name, source in named.items():
-        match = _CHANNEL.match(name)
-        if match is not None:
-            groups.setdefault(match["case"], {})[int(match["channel"])] = source
-        elif wanted is None:
-            raise InputError(
-                f"{dicom.split_source(source)[0]}: the folder's name has no channel number, but the model needs "
-                f"{len(channels)} channels ({', '.join(channels)}); rename it to {name}_0000, the others _0001, ..."
-            )
-    return [_case(case_id, groups[case_id], channels) for case_id in sorted(groups)]
+    return _joined(list(named.items()), channels, wanted)
 
 
 def _dicom_single(source: Path, channels: Sequence[str]) -> list[Case]:
@@ -262,8 +204,3 @@ def _dicom_single(source: Path, channels: Sequence[str]) -> list[Case]:
     series = dicom.find_series(source)
     name = source.stem if source.is_file() else series.folder.resolve().name or "dicom"
     return [Case(name, (source,))]
-
-
-def _split(file: Path) -> tuple[str, str]:
-    suffix = file_suffix(file) or file.suffix
-    return file.name[: len(file.name) - len(suffix)], file.name[len(file.name) - len(suffix) :]

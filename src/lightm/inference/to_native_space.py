@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from lightm.preparation.resample import linear_neighbours
 
 # Upsampled logits held at once, in values: 8 MB of float32.
 _VALUES_AT_ONCE = 2_000_000
@@ -40,12 +43,12 @@ def class_indices(
     grid_shape, shape = tuple(grid_shape), tuple(shape)
     result = np.empty(shape, dtype=np.uint8) if out is None else out
     written = None if values is None else np.asarray(values, result.dtype)
-    low, high, share = _neighbours(grid_shape[0], shape[0])
+    low, high, share = linear_neighbours(grid_shape[0], shape[0])
     held: Tensor | None = None  # the slices of the network's grid that are still needed, from `first` on
     first = done = 0
     for slab in slabs:
         held = slab if held is None or not held.shape[1] else torch.cat([held, slab], dim=1)
-        step = max(1, _VALUES_AT_ONCE // (held.shape[0] * int(np.prod(shape[1:]))))
+        step = _slices_at_once(held.shape[0], shape)
         while done < shape[0]:
             stop = min(done + step, shape[0])
             if high[stop - 1] >= first + held.shape[1]:
@@ -67,14 +70,22 @@ def class_indices(
     return result
 
 
-def _neighbours(grid: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `length` voxels: the two grid voxels around its centre, and how far it lies towards the second."""
-    centre = (np.arange(length) + 0.5) * (grid / length) - 0.5
-    centre = np.clip(centre, 0, grid - 1)
-    low = np.floor(centre).astype(np.int64)
-    share = centre - low
-    # A voxel on a centre needs no second neighbour, which may belong to a slab that is not there yet.
-    return low, np.where(share > 0, low + 1, low), share
+def class_indices_bytes(
+    classes: int, grid: Sequence[int], shape: Sequence[int], slab_values: int, resampled: bool
+) -> int:
+    """What `class_indices` needs at most beside its result, where slabs of so many values come."""
+    slices = min(_slices_at_once(classes, shape), shape[0])
+    held = classes * prod(grid[1:]) * (-(-slices * grid[0] // shape[0]) + 2) + slab_values
+    return 8 * held + piece_bytes(classes, shape) * (4 if resampled else 2)
+
+
+def piece_bytes(classes: int, shape: Sequence[int]) -> int:
+    """Bytes of the logits that a sink is given at once."""
+    return 4 * classes * prod(shape[1:]) * min(_slices_at_once(classes, shape), shape[0])
+
+
+def _slices_at_once(classes: int, shape: Sequence[int]) -> int:
+    return max(1, _VALUES_AT_ONCE // (classes * prod(shape[1:])))
 
 
 def _blend(held: Tensor, low: np.ndarray, high: np.ndarray, share: np.ndarray) -> Tensor:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lightm.datasets.inputs import find_cases
 from lightm.errors import InputError
-from lightm.inference.inputs import find_cases
 
 
 @pytest.fixture

@@ -39,20 +39,9 @@ class Found:
     about: dict[str, str] = field(default_factory=dict)
 
 
-def error(case: str | None, file: Path, message: str, cure: str) -> Problem:
-    """Return a problem that keeps its case out."""
-    return Problem("error", case, file, message, cure)
-
-
 def files_below(folder: Path) -> Iterator[Path]:
     """All readable image files below a folder in the order of their paths, without hidden ones (macOS's `._x`)."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
         if not hidden and file_suffix(path) is not None and path.is_file():
             yield path
-
-
-def stem_of(path: Path) -> str:
-    """A file's name without .nii, .nii.gz or .png."""
-    suffix = file_suffix(path)
-    return path.name[: -len(suffix)] if suffix else path.name

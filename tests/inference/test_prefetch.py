@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lightm.inference.reading import each_read
+from lightm.inference.prefetch import each_read
 
 
 def test_the_next_is_read_while_the_present_one_is_worked_on_and_no_further() -> None:

@@ -1,0 +1,43 @@
+"""Which device a computation runs on, resolved once and before any other work."""
+
+from __future__ import annotations
+
+import torch
+
+from lightm.errors import InputError
+
+_KNOWN = "cpu, cuda, cuda:N, mps, gpu or auto"
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """Return the device of that name; PyTorch can use it on this machine.
+
+    name: "cpu"; "cuda" or "cuda:1", an NVIDIA or ROCm GPU; "mps", an Apple GPU; "gpu", whichever of the two there is;
+    "auto", a CUDA device if there is one, else the CPU.
+    Raises InputError for an unknown name and for a device that this machine or this build of PyTorch does not have.
+
+    >>> resolve_device("cpu")
+    device(type='cpu')
+    """
+    text = str(name).strip().lower()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    apple = torch.backends.mps.is_available()
+    if text == "auto":
+        text = "cuda" if count else "cpu"
+    elif text == "gpu":
+        text = "mps" if apple and not count else "cuda"
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise InputError(f"device '{name}': unknown; give {_KNOWN}") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "cuda" and (device.index or 0) < count:
+        return device
+    if device.type == "mps" and apple:
+        return torch.device("mps")
+    if device.type == "cuda" and count:
+        raise InputError(f"device '{name}': this machine has {count} CUDA device(s), numbered from cuda:0")
+    if device.type in ("cuda", "mps"):
+        raise InputError(f"device '{name}': PyTorch {torch.__version__} finds none on this machine; use cpu or auto")
+    raise InputError(f"device '{name}': not supported; give {_KNOWN}")

@@ -1,0 +1,56 @@
+"""What a run records after each epoch: a row of history.csv, scalars for TensorBoard, a line for the log."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from lightm.files import write_text
+
+_log = logging.getLogger(__name__)
+COLUMNS = ["epoch", "step", "train_loss", "val_loss", "pseudo_dice", "pseudo_dice_ema", "lr", "epoch_seconds"]
+
+
+class History:
+    """The records of a run folder; those of epochs before `epoch` stay, the others are of epochs that are done again.
+
+    To be closed, or used in a `with` statement.
+    """
+
+    def __init__(self, run_dir: Path, more_columns: Sequence[str], epoch: int) -> None:
+        self.path, self.columns = run_dir / "history.csv", [*COLUMNS, *more_columns]
+        self.rows: list[dict[str, Any]] = []
+        if self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+        self._board = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def __enter__(self) -> History:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._board.close()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Record an epoch; history.csv is written atomically."""
+        self.rows.append({name: row[name] for name in self.columns})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+        for name in row.keys() - {"step", "epoch_seconds"}:
+            self._board.add_scalar(name, row[name], row["step"] - 1)
+        dice = ", ".join(
+            f"{name.removeprefix('pseudo_dice/')} {row[name]:.3f}" for name in self.columns if "dice/" in name
+        )
+        _log.info(
+            f"Epoch {row['epoch']}: train_loss {row['train_loss']:.4f}  val_loss {row['val_loss']:.4f}  "
+            f"pseudo Dice [{dice}]  EMA {row['pseudo_dice_ema']:.3f}  lr {row['lr']:.2e}  {row['epoch_seconds']:.1f} s"
+        )

@@ -1,0 +1,326 @@
+"""The training loop: epochs, steps, validation, checkpoints and the end, from top to bottom.
+
+`Training.run` is the loop. What changes while it runs is in `State`; a checkpoint holds that, the weights, the
+optimizer's state and those of the global random generators, so that a run resumed after any step ends as one that
+nothing interrupted, bit for bit.
+
+With several ranks (processes) every rank runs this loop on its share of the patches. They agree after each step on the
+clock and the signals of rank 0, which alone writes files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from lightm.errors import InputError, LightMError
+from lightm.labels import IGNORE_INDEX, overlap_counts
+from lightm.losses import AdaptiveRegion
+from lightm.progress import Progress
+from lightm.training.checkpoint_io import BEST, load_checkpoint, save_checkpoint, save_rotating
+from lightm.training.config import TrainConfig
+from lightm.training.guard import Interrupted, NanGuard, Signals, gradients_are_finite
+from lightm.training.history import History
+from lightm.training.loaders import Batch, PatchLoaders
+from lightm.training.optimizer import create_optimizer, learning_rate
+from lightm.training.random_states import random_states, set_random_states
+
+EMA = 0.9  # weight of the past in the exponential moving average (EMA) of the pseudo Dice, as in nnU-Net
+
+
+@dataclass
+class State:
+    """How far a run is and what it must remember; times in seconds, `losses` of the epoch at work."""
+
+    epoch: int = 0  # the epoch at work
+    batch: int = 0  # its steps that are done
+    step: int = 0  # all steps that are done
+    elapsed_s: float = 0.0
+    ema_dice: float | None = None
+    best_dice: float | None = None  # the best EMA so far
+    waited: int = 0  # epochs since then
+    skipped: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    coefficients: list[Tensor] = field(default_factory=list)  # of the adaptive region-specific loss
+    random: dict[str, Any] | None = None
+
+
+class Training:
+    """One run: `network` is trained on the patches and its checkpoints, history.csv and TensorBoard files are written.
+
+    The pseudo Dice of a class is 2 TP / (2 TP + FP + FN) with the counts summed over all validation patches of the
+    epoch (as in nnU-Net: no per-case mean, hence "pseudo"). A class that neither occurs nor is predicted there has
+    none (NaN) and takes no part in the mean. The EMA of the mean chooses `best.ckpt`.
+    """
+
+    checkpoint_every_s = 600.0
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        run_dir: Path,
+        config: TrainConfig,
+        class_names: list[str],
+        network: nn.Module,
+        criterion: nn.Module,
+        patches: PatchLoaders,
+    ) -> None:
+        self.fabric, self.run_dir, self.config, self.recipe = fabric, run_dir, config, config.settings
+        self.class_names, self.patches = class_names, patches
+        self.criterion = fabric.to_device(criterion)
+        self.network, self.optimizer = fabric.setup(network, create_optimizer(network, self.recipe))
+        patches.open(fabric.global_rank, fabric.world_size, pin_memory=fabric.device.type == "cuda")
+        by_time_alone = config.max_time_s is not None and not config.epochs_given
+        self.epochs = None if by_time_alone else self.recipe.epochs
+        self.guard = NanGuard(config.on_nan, config.nan_limit)
+        self.signals, self.state = Signals(), State()
+        self.folder = run_dir / "checkpoints"
+        self._adaptive = next((part for part in criterion.modules() if isinstance(part, AdaptiveRegion)), None)
+
+    def run(self, progress: Progress | None = None) -> str:
+        """Train to the end and return why it ended; `Interrupted` at Ctrl-C and SIGTERM, with a checkpoint kept.
+
+        progress(what, done, total) is called after every step.
+        """
+        state = self.state
+        self._started, self._saved = time.monotonic() - state.elapsed_s, time.monotonic()
+        if state.random is not None:  # only now: what came before may have drawn numbers
+            set_random_states(state.random)
+        with self.open_history() as history, self.signals:
+            try:
+                while state.batch or not (reason := self.finished()):
+                    epoch_started = time.monotonic()
+                    self.train_epoch(progress)
+                    row = {"epoch": state.epoch, "step": state.step, **self.train_metrics(), **self.validate()}
+                    is_best = self.update_best(row["pseudo_dice"])
+                    row["pseudo_dice_ema"] = math.nan if state.ema_dice is None else state.ema_dice
+                    row["epoch_seconds"] = round(time.monotonic() - epoch_started, 2)
+                    if history is not None:
+                        history.add(row)
+                    state.epoch, state.batch, state.losses, state.coefficients = state.epoch + 1, 0, [], []
+                    self.agree()
+                    self.save(is_best)
+                    self.stop_if_asked()
+            except KeyboardInterrupt:  # the second Ctrl-C
+                self.signals.received = self.signals.received or signal.SIGINT
+                self.stop_if_asked()
+            except RuntimeError as error:
+                if (death := self.patches.watched.death(str(error))) is None:
+                    raise
+                raise LightMError(
+                    f"{death}; `lightm train --resume {self.run_dir}` resumes from the last checkpoint"
+                ) from error
+            finally:
+                self.patches.close()
+        return reason
+
+    def finished(self) -> str:
+        """Why the run is at its end; empty while it is not."""
+        state, config = self.state, self.config
+        if config.max_time_s is not None and state.elapsed_s >= config.max_time_s:
+            return f"the time budget of {config.max_time_s:.0f} s is used"
+        if config.patience is not None and state.waited >= config.patience:
+            return f"no better EMA pseudo Dice for {config.patience} epochs"
+        return f"all {self.epochs} epochs are done" if self.epochs is not None and state.epoch >= self.epochs else ""
+
+    # ---- steps --------------------------------------------------------------------------------------------
+
+    def train_epoch(self, progress: Progress | None) -> None:
+        """The steps of the epoch that are not done yet, up to the end of the time budget."""
+        state, steps, max_time_s = self.state, self.recipe.steps_per_epoch, self.config.max_time_s
+        what = f"epoch {state.epoch}" + ("" if self.epochs is None else f"/{self.epochs - 1}")
+        for batch in self.patches.training(state.epoch, state.batch):
+            self.step(self.fabric.to_device(batch))
+            state.batch, state.step = state.batch + 1, state.step + 1
+            if progress is not None:
+                progress(what, state.batch, steps)
+            due = self.agree()
+            if max_time_s is not None and state.elapsed_s >= max_time_s:
+                break
+            if state.batch < steps and (due or self.signals.received is not None):  # else the epoch's end saves
+                self.save()
+                self.stop_if_asked()
+
+    def step(self, batch: Batch) -> None:
+        """One optimizer step; one whose loss or gradient is not finite is left to the guard."""
+        state, network, optimizer = self.state, self.network, self.optimizer
+        rate = self.learning_rate()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = self.loss_of(batch)
+        mean = self.fabric.all_reduce(loss.detach(), reduce_op="mean")
+        optimizer.zero_grad()
+        if not torch.isfinite(mean):
+            return self.guard.handle(f"the loss is {mean.item()}", state.step, batch["case"], network)
+        state.losses.append(mean)
+        if self._adaptive is not None and self._adaptive.last_coefficients is not None:
+            state.coefficients.append(torch.cat(self._adaptive.last_coefficients))
+        self.fabric.backward(loss)
+        scaled = getattr(self.fabric.strategy.precision, "scaler", None) is not None  # it skips infinite ones itself
+        if not scaled and not gradients_are_finite(network):
+            return self.guard.handle("a gradient is NaN or infinite", state.step, batch["case"], network)
+        if self.recipe.clip_norm is not None:
+            self.fabric.clip_gradients(network, optimizer, max_norm=self.recipe.clip_norm, error_if_nonfinite=False)
+        optimizer.step()
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The loss of a training batch."""
+        loss: Tensor = self.criterion(self.network(batch["image"]), batch["label"])
+        return loss
+
+    def learning_rate(self) -> float:
+        """The rate of the next step; the run is as far as the further of its steps and its time."""
+        state, parts = self.state, [0.0]
+        if self.epochs is not None:
+            parts.append(state.step / (self.epochs * self.recipe.steps_per_epoch))
+        if self.config.max_time_s is not None:
+            parts.append(state.elapsed_s / self.config.max_time_s)
+        return learning_rate(self.recipe, state.step, min(1.0, max(parts)))
+
+    def agree(self) -> bool:
+        """Take over the time and the signals of rank 0; returns whether a checkpoint is due."""
+        now = time.monotonic()
+        mine = (now - self._started, self.signals.received, now - self._saved >= self.checkpoint_every_s)
+        self.state.elapsed_s, self.signals.received, due = self.fabric.broadcast(mine)
+        return bool(due)
+
+    # ---- ends of epochs -----------------------------------------------------------------------------------
+
+    def train_metrics(self) -> dict[str, float]:
+        """The epoch's mean loss, last learning rate and, with the adaptive region-specific loss, mean coefficients."""
+        state, names = self.state, self.coefficient_names()
+        metrics = {
+            "train_loss": float(torch.stack(state.losses).mean()) if state.losses else math.nan,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        if names:  # a step without a region of a class has none (NaN); an epoch of such steps neither
+            nothing = torch.full((len(names),), math.nan)
+            means = torch.stack(state.coefficients).nanmean(0) if state.coefficients else nothing
+            means = self.fabric.all_reduce(self.fabric.to_device(means), reduce_op="mean")
+            metrics.update(zip(names, means.tolist(), strict=True))
+        return metrics
+
+    def coefficient_names(self) -> list[str]:
+        """`arsl_alpha/CLASS` and `arsl_beta/CLASS`: how the loss weighs false and missed voxels, if it is adaptive."""
+        if self._adaptive is None:
+            return []
+        names = [*(["background"] if self._adaptive.include_background else []), *self.class_names]
+        return [f"arsl_{which}/{name}" for which in ("alpha", "beta") for name in names]
+
+    @torch.inference_mode()
+    def validate(self) -> dict[str, float]:
+        """Loss and pseudo Dice on the validation patches; the networks' modes are as before afterwards."""
+        training = [part for part in (*self.network.modules(), *self.criterion.modules()) if part.training]
+        self.network.eval(), self.criterion.eval()
+        counts = torch.zeros(len(self.class_names), 3, dtype=torch.int64, device=self.fabric.device)
+        losses = []
+        for batch in self.patches.validation(self.state.epoch):
+            batch = self.fabric.to_device(batch)
+            logits, target = self.network(batch["image"]), batch["label"]
+            losses.append(self.criterion(logits, target))
+            predicted, valid = logits.argmax(1), target != IGNORE_INDEX
+            for k in range(len(self.class_names)):
+                tp, in_pred, in_label = overlap_counts(predicted == k + 1, target == k + 1, valid)
+                counts[k] += torch.stack([tp, in_pred - tp, in_label - tp])
+        for part in training:
+            part.training = True
+        tp, fp, fn = self.fabric.all_reduce(counts, reduce_op="sum").cpu().double().unbind(1)
+        dice = (2 * tp / (2 * tp + fp + fn)).tolist()  # 0/0 is NaN: absent and not predicted
+        known = [value for value in dice if not math.isnan(value)]
+        return {
+            "val_loss": float(self.fabric.all_reduce(torch.stack(losses).mean(), reduce_op="mean")),
+            "pseudo_dice": sum(known) / len(known) if known else math.nan,
+            **{f"pseudo_dice/{name}": value for name, value in zip(self.class_names, dice, strict=True)},
+        }
+
+    def update_best(self, dice: float) -> bool:
+        """Take an epoch's pseudo Dice into its EMA; returns whether that is the best so far."""
+        state = self.state
+        if not math.isnan(dice):
+            state.ema_dice = dice if state.ema_dice is None else EMA * state.ema_dice + (1 - EMA) * dice
+        is_best = state.ema_dice is not None and (state.best_dice is None or state.ema_dice > state.best_dice)
+        state.best_dice = state.ema_dice if is_best else state.best_dice
+        state.waited = 0 if is_best else state.waited + 1
+        return is_best
+
+    def open_history(self) -> contextlib.AbstractContextManager[History | None]:
+        """The records of the run on rank 0, None on the others."""
+        if not self.fabric.is_global_zero:
+            return contextlib.nullcontext()
+        columns = [*(f"pseudo_dice/{name}" for name in self.class_names), *self.coefficient_names()]
+        return History(self.run_dir, columns, self.state.epoch)
+
+    # ---- checkpoints --------------------------------------------------------------------------------------
+
+    def save(self, is_best: bool = False) -> None:
+        """Write `last.ckpt`, keeping the one before as `previous.ckpt`, and `best.ckpt` when it is the best or first.
+
+        Called after every epoch, within one when the last checkpoint is older than ten minutes, and at a signal.
+        """
+        self.state.skipped, self.state.random = self.guard.skipped, random_states()
+        best = self.folder / BEST
+        if self.fabric.is_global_zero:
+            checkpoint = {
+                "epoch": self.state.epoch if self.state.batch else self.state.epoch - 1,
+                "global_step": self.state.step,
+                "state_dict": {
+                    **{f"network.{name}": value for name, value in self.network.state_dict().items()},
+                    **{f"loss.{name}": value for name, value in self.criterion.state_dict().items()},
+                },
+                "optimizer_states": [self.optimizer.state_dict()],
+                "precision": self.fabric.strategy.precision.state_dict(),
+                "lightm": {
+                    **vars(self.state),
+                    "losses": torch.stack(self.state.losses) if self.state.losses else [],
+                    "coefficients": torch.stack(self.state.coefficients) if self.state.coefficients else [],
+                },
+            }
+            if not self.state.batch and (is_best or not best.exists()):
+                # The best one first: a run killed between the two does this epoch again, and finds it the best again.
+                save_checkpoint(checkpoint, best)
+                save_rotating(self.folder, lambda path: shutil.copyfile(best, path))
+            else:
+                save_rotating(self.folder, lambda path: save_checkpoint(checkpoint, path))
+        self.fabric.barrier()
+        self._saved = time.monotonic()
+
+    def load(self, path: Path) -> None:
+        """Take up the run where a checkpoint left it, before `run`; InputError when that is none of this run."""
+        checkpoint = load_checkpoint(path)
+        try:
+            parts: dict[str, dict[str, Tensor]] = {"network": {}, "loss": {}}
+            for name, value in checkpoint["state_dict"].items():
+                part, _, key = name.partition(".")
+                parts[part][key] = value
+            self.network.load_state_dict(parts["network"])
+            self.criterion.load_state_dict(parts["loss"])
+            self.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+            self.fabric.strategy.precision.load_state_dict(checkpoint["precision"])
+            state = checkpoint["lightm"]
+            lists = {name: list(self.fabric.to_device(state[name])) for name in ("losses", "coefficients")}
+            self.state = State(**{**state, **lists})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{path}: does not fit this run ({error}); resume it with the LightM that wrote it, or start a new run"
+            ) from error
+        self.guard.skipped = self.state.skipped
+
+    def stop_if_asked(self) -> None:
+        """Raise Interrupted after a signal."""
+        if self.signals.received is not None:
+            state = self.state
+            raise Interrupted(
+                f"training was interrupted in epoch {state.epoch if state.batch else max(0, state.epoch - 1)}, after "
+                f"step {state.step}; resume it with `lightm train --resume {self.run_dir}`",
+                self.signals.received,
+            )
