@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from arsl_cliff_figures import draw, read_csv, tables, takeover
-from lightm import train_model
 from lightm.datasets.dataset import open_dataset
 from lightm.datasets.phantoms import make_phantoms
 from lightm.losses import AdaptiveRegion, SegmentationLoss, create_loss
@@ -36,6 +35,7 @@ from lightm.losses.regions import Grid, soft_counts
 from lightm.preparation.patches import PatchDataset
 from lightm.preparation.plan import make_plan
 from lightm.preparation.preprocess import preprocess_dataset
+from lightm.training import train_model
 
 A_PLUS_B = 0.7
 EPS = (1e-7, 1e-5, 1e-3, 1e-1, 1.0)
@@ -263,7 +263,6 @@ def train(name: str, work: Path) -> list[dict[str, Any]]:
                 settings={"steps_per_epoch": STEPS, "loss_options": options, **recipe},
                 seed=1 if name.endswith("seed 1") else 0,
                 val_patches=24,
-                say=lambda text: print(f"{name}: {text}", file=sys.stderr),
             )
         finally:
             handle.remove()

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 
 import torch
 
-from lightm import __version__, train_model
+from lightm import __version__, train
 from lightm.nets import count_parameters, create
 
 SPM = {"layer": "spm", "pooling": "add", "bottleneck_layers": 3}
@@ -45,14 +44,14 @@ def main() -> None:
     for index, (what, options) in enumerate(ROWS):
         run = given.out / f"row-{index}"
         if not (run / "model").is_dir():
-            train_model(
+            train(
                 given.dataset,
                 run,
                 network="lightm-unet-small",
                 network_options=options,
                 epochs=4,
-                settings={"steps_per_epoch": 50},
-                say=lambda text: print(text, file=sys.stderr),
+                steps_per_epoch=50,
+                test=False,
             )
         with (run / "history.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))

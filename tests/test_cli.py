@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = lightm("train", "Dataset001_Balls", "-o", "run", "--config", "small.yaml", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["overall"]["dsc"]["mean"] > 0.3
-    assert "Pseudo dice" in done.stderr
+    assert "pseudo Dice" in done.stderr
     return place
 
 

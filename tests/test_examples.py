@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lightm.nets import create
-from lightm.training.config import USER_KEYS, parse_duration, read_user_config, resolve_config
+from lightm.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARISONS = ("quick.yaml",)  # and examples/compare; tested in tests/lab/compare/test_experiment.py
@@ -17,14 +19,10 @@ TRAININGS = sorted(path for path in (ROOT / "examples").glob("*.yaml") if path.n
 
 @pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.stem)
 def test_every_example_resolves_to_a_configuration_and_a_network(path: Path) -> None:
-    options = read_user_config(path)
-    settings = dict(options.pop("settings", {}))
-    settings.update({key: options.pop(key) for key in ("loss", "lr") if key in options})
-    fields = {k: v for k, v in options.items() if k not in ("max_time", "batch_size", "patch_size", "epochs")}
+    given = TrainConfig.of(path, {}, "train")
     for dims in (2, 3):
-        config = resolve_config("data", dims, settings=settings, **fields)
+        config = given.resolved(dims)
         create(config.network, dims, 1, 2, **config.network_options)
-    parse_duration(options.get("max_time", "1h"))
 
 
 def test_the_readmes_commands_exist() -> None:
@@ -36,11 +34,17 @@ def test_the_readmes_commands_exist() -> None:
     assert "Not for clinical decisions" in readme
 
 
-def test_the_documented_keys_are_options_of_train() -> None:
-    import inspect
-
-    from lightm.training import train_model
-
-    assert set(USER_KEYS) <= set(inspect.signature(train_model).parameters)
+def test_the_readmes_links_lead_somewhere() -> None:
     for name in re.findall(r"\]\(((?:docs|src)/[^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), name
+
+
+def test_an_own_network_and_loss_are_trained_in_fifteen_lines(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "own_network.py"
+    lines = [line for line in script.read_text(encoding="utf-8").splitlines() if line.strip()]
+    assert len(lines) <= 15
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "own" / "run" / "report.html").is_file()
+    assert "(32, 32)" in done.stdout
+    assert done.stderr == "", "the library prints nothing"

@@ -8,18 +8,14 @@ from pathlib import Path
 import pytest
 
 from lightm.errors import InputError
-from lightm.pipeline import demo, finish_run, score_run, train_and_test
+from lightm.pipeline import demo, finish_run, score_run, train
 from lightm.training import train_model
 from tests.helpers import make_balls
 
 
-def quiet(text: str) -> None:
-    """Say nothing."""
-
-
 def test_the_demo_goes_from_phantoms_to_a_report_and_replaces_only_itself(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    result = demo(out, max_time="2s", cases=6, size=32, say=quiet)
+    result = demo(out, max_time="2s", cases=6, size=32)
     assert result.report == out / "report.html"
     assert result.evaluation is not None
     assert set(result.evaluation.cases) == set(result.training.split.test)
@@ -27,13 +23,13 @@ def test_the_demo_goes_from_phantoms_to_a_report_and_replaces_only_itself(tmp_pa
     described = json.loads((out / "model" / "model.json").read_text(encoding="utf-8"))
     assert described["postprocess"]["cases"] == len(result.training.split.val)
     with pytest.raises(InputError, match="--overwrite"):
-        demo(out, max_time="2s", cases=6, size=32, say=quiet)
-    again = demo(out, max_time="2s", cases=6, size=32, overwrite=True, say=quiet)
+        demo(out, max_time="2s", cases=6, size=32)
+    again = demo(out, max_time="2s", cases=6, size=32, overwrite=True)
     assert again.report.is_file()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(InputError, match="already holds"):
-        demo(tmp_path / "mine", max_time="2s", cases=6, size=32, overwrite=True, say=quiet)
+        demo(tmp_path / "mine", max_time="2s", cases=6, size=32, overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").is_file()
 
 
@@ -42,7 +38,7 @@ def test_two_plain_folders_are_trained_on_scored_and_reported(tmp_path: Path) ->
     (data / "dataset.json").unlink()
     for path in (data / "imagesTr").iterdir():
         path.rename(path.with_name(path.name.replace("_0000", "")))
-    result = train_and_test(
+    result = train(
         data / "imagesTr",
         tmp_path / "run",
         labels=data / "labelsTr",
@@ -50,7 +46,6 @@ def test_two_plain_folders_are_trained_on_scored_and_reported(tmp_path: Path) ->
         settings={"steps_per_epoch": 2},
         epochs=1,
         val_patches=1,
-        say=quiet,
     )
     assert result.evaluation is not None
     assert [summary.class_name for summary in result.evaluation.classes] == ["label_1"]
@@ -71,7 +66,6 @@ def test_scoring_needs_a_trained_run_with_test_cases(tmp_path: Path) -> None:
         settings={"steps_per_epoch": 1},
         epochs=1,
         val_patches=1,
-        say=quiet,
     )
     with pytest.raises(InputError, match="no test cases"):
         score_run(tmp_path / "run")

@@ -12,7 +12,7 @@ from lightm.datasets.dataset import open_dataset
 from lightm.losses import create_loss
 from lightm.nets import create
 from lightm.preparation.plan import make_plan
-from lightm.training.config import read_user_config, resolve_config
+from lightm.training.config import TrainConfig
 from lightm.training.prepare import choose_split, with_sizes
 from tests.datasets.test_convert import make_lits, make_msd, make_xrays
 
@@ -30,11 +30,9 @@ def test_the_example_resolves_on_the_converted_data(name: str, tmp_path: Path) -
     convert_dataset(kind, make(tmp_path / "src"), tmp_path / "out")
     data = open_dataset(tmp_path / "out")
     plan = make_plan(data)
-    options = read_user_config(ROOT / "examples" / f"{name}.yaml")
-    sizes = {"patch": options.pop("patch_size"), "batch": options.pop("batch_size")}
-    settings = {**options.pop("settings"), "epochs": options.pop("epochs")}
-    config = resolve_config(str(tmp_path / "out"), plan.spatial_dims, settings=settings, **options)
-    plan = with_sizes(plan, config, sizes["patch"], sizes["batch"])
+    given = TrainConfig.of(ROOT / "examples" / f"{name}.yaml", {}, "train")
+    config = given.resolved(plan.spatial_dims)
+    plan = with_sizes(plan, config)
     recipe = config.settings
     assert (plan.patch_size, plan.batch_size) == (patch, batch)
     assert (recipe.loss, recipe.optimizer, recipe.lr, recipe.schedule) == ("ce+arsl", "sgd", 1e-4, "poly")

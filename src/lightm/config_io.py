@@ -69,6 +69,11 @@ def load_json(path: Path | str, model: type[Model], what: str, remedy: str) -> M
 
 def load_yaml(path: Path | str, model: type[Model]) -> Model:
     """Read a YAML file into a model; raises InputError with the file, the key and, for an unknown one, the nearest."""
+    return validated(model, read_yaml(path), str(path))
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """Return the keys and values of a YAML file; raises InputError, naming it, for anything else."""
     path = Path(path)
     try:
         with path.open("rb") as stream:
@@ -87,7 +92,15 @@ def load_yaml(path: Path | str, model: type[Model]) -> Model:
         raise InputError(f"{path}: not valid YAML ({reason}); mend the line") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values, got {type(content).__name__}; write it again")
-    return validated(model, content, str(path))
+    return content
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return the value that a short text holds in YAML, such as `{a: 1e-3}`; InputError, naming `where`, for none."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, *_FAULTS) as error:
+        raise InputError(f"{where} '{text}': not valid YAML ({' '.join(str(error).split())[:200]})") from None
 
 
 def save_yaml(path: Path | str, model: BaseModel, heading: str) -> None:

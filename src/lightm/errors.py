@@ -11,13 +11,24 @@ from collections.abc import Iterable
 
 
 class LightMError(Exception):
-    """Work that could not be finished; the command line exits with 1."""
+    """Work that could not be finished; the command line exits with 1.
+
+    >>> issubclass(lightm.InputError, lightm.LightMError)
+    True
+    """
 
     exit_code = 1
 
 
-class InputError(LightMError):
-    """A wrong call or wrong input (file, folder, option, configuration); the command line exits with 2."""
+class InputError(LightMError, ValueError):
+    """A wrong call or wrong input (file, folder, option, configuration); the command line exits with 2.
+
+    >>> try:
+    ...     lightm.phantoms("livr", "data")
+    ... except ValueError as error:
+    ...     print(type(error).__name__)
+    InputError
+    """
 
     exit_code = 2
 

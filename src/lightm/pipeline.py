@@ -2,63 +2,173 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightm.datasets.dataset import Dataset, open_dataset
+from torch import Tensor, nn
+
+from lightm.datasets.cases import Dataset
+from lightm.datasets.dataset import open_dataset
 from lightm.datasets.phantoms import make_phantoms
+from lightm.datasets.split import Split, load_split
 from lightm.errors import InputError
 from lightm.evaluation import Evaluation, evaluate_folder, write_report
 from lightm.images.io import read_volume
 from lightm.inference import Predictor, predict_folder
+from lightm.inference.folder import PredictOptions, load_predictor
 from lightm.inference.postprocess import Postprocess, describe
 from lightm.inference.postprocess_choice import CaseLabels, choose_rules
 from lightm.nets.folder import set_postprocess
+from lightm.preparation.plan import Plan
 from lightm.progress import Progress
-from lightm.training import TrainResult, load_split, train_model
-from lightm.training.config import load_config
+from lightm.training import TrainResult
+from lightm.training.config import TrainConfig, load_config
+from lightm.training.run import ResumeOptions, Run, earlier_run, new_run, run_training
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a whole run gave: its training, its evaluation (None without test cases) and its report."""
+    """What a whole run gave: its training, its evaluation (None without test cases) and its report (None untested)."""
 
     training: TrainResult
     evaluation: Evaluation | None
-    report: Path
+    report: Path | None
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return self.training.run_dir
+
+    @property
+    def model(self) -> Path:
+        """The model folder."""
+        return self.run_dir / "model"
 
 
-def train_and_test(dataset: Path | str, out: Path | str | None = None, **options: Any) -> RunResult:
-    """Train (the options are those of `lightm.train_model`), predict and score the test cases, write the report."""
-    progress, say = options.get("progress"), options.get("say")
-    return finish_run(train_model(dataset, out, **options), progress=progress, say=say)
+def train(
+    dataset: Path | str,
+    out: Path | str | None = None,
+    *,
+    config: TrainConfig | Mapping[str, Any] | Path | str | None = None,
+    network: str | nn.Module | None = None,
+    loss: str | Callable[[Tensor, Tensor], Tensor] | None = None,
+    plan: Plan | Path | str | None = None,
+    split: Split | Path | str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> RunResult:
+    """Train a network, choose its post-processing, predict and score the test cases, and write the report.
+
+    Arguments:
+        dataset: folder in the nnU-Net raw or MSD layout, or a folder of images with `labels=` beside it.
+        out: run folder, new or empty; by default `runs/DATASET-NETWORK`.
+        config: a TrainConfig, a mapping, or a YAML file of options; `options` are its fields and override it: epochs,
+            max_time ("15m"), recipe, lr, batch_size, patch_size, seed, folds, device, test, ... Equal seeds and numbers
+            of epochs give equal runs on one machine; under a time budget the learning rate follows the clock.
+        network: a name (`lightm.network`), or a module (B, C, *S) -> logits (B, K, *S), K classes with the background,
+            which is trained in place. No file holds a module: `lightm.load` and `lightm.resume` need it again.
+        loss: a name (`lightm.loss`), or a callable (logits (B, K, *S), target (B, *S) class indices) -> scalar, where
+            255 in the target marks voxels that must not count.
+        plan, split: objects or paths; by default DATASET/plan.yaml or a fresh plan, and a draw of 7:1:2.
+
+    Returns the run's training, evaluation and report. Raises InputError for bad input before anything is written;
+    LightMError when the training cannot go on, and Interrupted at Ctrl-C and SIGTERM: `lightm.resume` continues then.
+
+    >>> data = lightm.phantoms("xray", folder / "data", cases=4, size=32)
+    >>> run = lightm.train(data, folder / "run", epochs=1, steps_per_epoch=2, val_patches=1, patch_size=[32, 32])
+    >>> run.training.epochs, run.report.name
+    (1, 'report.html')
+    """
+    run = new_run(
+        dataset, out, config=config, network=network, loss=loss, plan=plan, split=split, progress=progress, **options
+    )
+    return _finished(run, progress)
+
+
+def resume(
+    run: Path | str,
+    *,
+    network: nn.Module | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> RunResult:
+    """Resume an interrupted or ended run from its last checkpoint, and do all that `lightm.train` does after it.
+
+    network, loss: the objects that the run was started with, if they were no names. options: epochs, max_time (both of
+    the whole run), patience, workers, postprocess and test may change; everything else is as it was started. A run
+    that was resumed has the same weights as one that was never interrupted, as long as epochs and not time end it. A
+    damaged last checkpoint is left for the one before it, which is logged.
+    Raises InputError for a folder without a run or in use, and for a data set that has changed; else as `lightm.train`.
+
+    >>> data = lightm.phantoms("xray", folder / "data", cases=4, size=32)
+    >>> options = {"steps_per_epoch": 2, "val_patches": 1, "patch_size": [32, 32], "test": False}
+    >>> run = lightm.train(data, folder / "run", epochs=1, **options)
+    >>> lightm.resume(run.run_dir, epochs=2).training.epochs
+    2
+    """
+    return _finished(earlier_run(run, ResumeOptions.of(None, options, "resume"), network=network, loss=loss), progress)
+
+
+def _finished(run: Run, progress: Progress | None) -> RunResult:
+    training = run_training(run, progress)
+    _log.info("trained %d epochs in %.0f s (%s)", training.epochs, training.train_seconds, training.reason)
+    return finish_run(training, data=run.data, network=run.network, progress=progress)
 
 
 def finish_run(
-    training: TrainResult, *, progress: Progress | None = None, say: Callable[[str], None] | None = None
+    training: TrainResult,
+    *,
+    data: Dataset | None = None,
+    network: nn.Module | None = None,
+    progress: Progress | None = None,
 ) -> RunResult:
-    """Choose the model's clean-up on the validation cases, predict and score the test cases, and write the report."""
-    choose_postprocess(training, progress=progress, say=say)
-    evaluation = score_run(training.run_dir, progress=progress) if training.split.test else None
+    """Choose the model's post-processing on the validation cases, predict and score the test cases, write the report.
+
+    data, network: those of the training, where they are at hand. What its configuration switches off (`postprocess`,
+    `test`) is left out.
+    """
+    config = training.config
+    if not config.postprocess and not config.test:
+        return RunResult(training, None, None)
+    data = _data(config) if data is None else data
+    model = training.run_dir / "model"
+    predictor = load_predictor(model, PredictOptions(device=config.device), network)
+    if config.postprocess:
+        choose_postprocess(training, data=data, predictor=predictor, progress=progress)
+    if not config.test:
+        return RunResult(training, None, None)
+    evaluation = None
+    if training.split.test:
+        evaluation = score_cases(data, training.run_dir, training.split.test, predictor=predictor, progress=progress)
     return RunResult(training, evaluation, write_report(training.run_dir))
 
 
-MOST_VALIDATION_CASES = 20  # enough to choose a clean-up by
+MOST_VALIDATION_CASES = 20  # enough to choose post-processing
 
 
 def choose_postprocess(
-    training: TrainResult, *, progress: Progress | None = None, say: Callable[[str], None] | None = None
+    training: TrainResult,
+    *,
+    data: Dataset | None = None,
+    predictor: Predictor | None = None,
+    progress: Progress | None = None,
 ) -> Postprocess:
-    """Keep with the model the clean-up steps that help on the validation cases, at most 20 of them, and say which.
+    """Keep with the model the post-processing that helps on the validation cases, at most 20 of them; it is logged.
 
+    data, predictor: the training's data set and its model, where they are at hand; the predictor has the steps then.
     Memory: that of one prediction; of the others their deflated label maps are kept.
     """
-    model, config, plan = training.run_dir / "model", training.config, training.plan
-    data = open_dataset(Path(config.dataset), labels=None if config.labels is None else Path(config.labels))
-    predictor = Predictor.from_folder(model, config.device)
+    model, plan = training.run_dir / "model", training.plan
+    data = _data(training.config) if data is None else data
+    if predictor is None:
+        predictor = load_predictor(model, PredictOptions(device=training.config.device))
     predictor.rules = ()
     cases = []
     ids = training.split.val[:MOST_VALIDATION_CASES]
@@ -68,16 +178,16 @@ def choose_postprocess(
             truth = read_volume(case.label, kind="label")
             cases.append(CaseLabels(predicted.data, truth.data, predicted.spacing_mm))
         if progress is not None:
-            progress("clean-up", done + 1, len(ids))
+            progress("post-processing", done + 1, len(ids))
     chosen = choose_rules(cases, plan.values[1:], ignore_label=plan.ignore_label)
+    predictor.rules = chosen.steps
     set_postprocess(model, chosen.model_dump(mode="json"))
-    if say is not None:
-        names = {value: name for name, value in plan.labels.items()}
-        for step in chosen.steps:
-            gains = ", ".join(f"{names[value]} {gain:+.4f}" for value, gain in step.gain.items() if gain)
-            say(f"clean-up: {describe(step, names)} (DSC on {chosen.cases} validation cases: {gains})")
-        if not chosen.steps:
-            say(f"clean-up: none helps on {chosen.cases} validation cases")
+    names = {value: name for name, value in plan.labels.items()}
+    for step in chosen.steps:
+        gains = ", ".join(f"{names[value]} {gain:+.4f}" for value, gain in step.gain.items() if gain)
+        _log.info(f"post-processing: {describe(step, names)} (DSC on {chosen.cases} validation cases: {gains})")
+    if not chosen.steps:
+        _log.info(f"post-processing: none helps on {chosen.cases} validation cases")
     return chosen
 
 
@@ -90,29 +200,30 @@ def score_run(run_dir: Path | str, *, nsd_tolerance_mm: float = 1.0, progress: P
     if not (run_dir / "model" / "model.json").is_file():
         raise InputError(f"{run_dir}: holds no trained run (model/model.json is missing); finish its training first")
     config = load_config(run_dir / "config.yaml")
-    data = open_dataset(Path(config.dataset), labels=None if config.labels is None else Path(config.labels))
+    data = _data(config)
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
     if not split.test:
         raise InputError(f"{run_dir / 'split.json'}: the split has no test cases")
+    predictor = load_predictor(run_dir, PredictOptions(device=config.device))
     return score_cases(
-        data, run_dir, split.test, nsd_tolerance_mm=nsd_tolerance_mm, device=config.device, progress=progress
+        data, run_dir, split.test, predictor=predictor, nsd_tolerance_mm=nsd_tolerance_mm, progress=progress
     )
 
 
 def score_cases(
     data: Dataset,
     run_dir: Path,
-    case_ids: list[str],
+    case_ids: Sequence[str],
     *,
+    predictor: Predictor,
     nsd_tolerance_mm: float = 1.0,
-    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Evaluation:
     """Predict the named cases of a data set with a run's model and score them against their labels."""
     predictions = run_dir / "predictions"
     if predictions.exists():  # of an earlier scoring of the same run
         shutil.rmtree(predictions)
-    predict_folder(run_dir / "model", data.root, predictions, cases=case_ids, device=device, progress=progress)
+    predict_folder(predictor, data.root, predictions, cases=case_ids, progress=progress)
     labels = [case.label for case in map(data.case, case_ids)]
     folder = labels[0].parent if labels and labels[0] is not None else data.root
     foreground = {name: value for name, value in data.labels.items() if value != data.values[0]}
@@ -128,6 +239,10 @@ def score_cases(
     )
 
 
+def _data(config: TrainConfig) -> Dataset:
+    return open_dataset(Path(config.dataset), labels=None if config.labels is None else Path(config.labels))
+
+
 DEMO_CASES, DEMO_SIZE, DEMO_TIME = 60, 64, "6m"
 
 
@@ -140,7 +255,6 @@ def demo(
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
 ) -> RunResult:
     """Make liver phantoms, train on them, predict and score the test cases, and write `OUT/report.html`.
 
@@ -159,4 +273,4 @@ def demo(
     make_phantoms("liver", data, cases=cases, size=size, seed=seed, progress=progress)
     # whole slices, which tell left from right, and half the height: more steps in the same minutes
     patch = [max(8, part * size // 4 // 8 * 8) for part in (1, 4, 4)]
-    return train_and_test(data, out, max_time=max_time, patch_size=patch, seed=seed, progress=progress, say=say)
+    return train(data, out, max_time=max_time, patch_size=patch, seed=seed, progress=progress)

@@ -25,6 +25,7 @@ from lightm.images.io import read_volume
 from lightm.inference import predict_folder
 from lightm.inference.predictor import Predictor
 from lightm.inference.record import Record
+from tests.messages import on_message
 
 from .factories import MODEL, Threshold, add
 
@@ -134,10 +135,11 @@ def test_ctrl_c_ends_the_run_and_leaves_it_ready_to_go_on(
     use(Threshold(0.0), model, monkeypatch)
     lines: list[str] = []
     steps: list[tuple[int, int]] = []
-    predict_folder(
-        MODEL, scans, out, statistics=True, resume=True, say=lines.append,
-        progress=lambda what, done, total: steps.append((done, total)),
-    )  # fmt: skip
+    with on_message(lines.append, "inference"):
+        predict_folder(
+            MODEL, scans, out, statistics=True, resume=True,
+            progress=lambda what, done, total: steps.append((done, total)) if what == "predict" else None,
+        )  # fmt: skip
     assert lines[0] == "2 of 4 case(s) finished earlier"
     assert lines[1].startswith("[3/4] c 9x12x5 ")
     assert "4 case(s) segmented" in lines[-1]
@@ -209,8 +211,11 @@ def test_whatever_happens_in_a_case_is_told_and_the_others_go_on(
 ) -> None:
     use(Interrupted(error), model, monkeypatch)
     lines: list[str] = []
-    with pytest.raises(LightMError, match=r"1 of 4 cases could not be predicted:\n  case 'c': ") as caught:
-        predict_folder(MODEL, scans, tmp_path / "out", say=lines.append)
+    with (
+        pytest.raises(LightMError, match=r"1 of 4 cases could not be predicted:\n  case 'c': ") as caught,
+        on_message(lines.append, "inference"),
+    ):
+        predict_folder(MODEL, scans, tmp_path / "out")
     assert caught.value.exit_code == 1
     assert words in str(caught.value)
     assert any(line.startswith("[3/4] c failed: ") for line in lines)
@@ -232,7 +237,7 @@ def test_all_that_can_be_asked_for(model: dict[str, Any], scans: Path, tmp_path:
     windows: list[tuple[int, int]] = []
     predict_folder(
         MODEL, scans, out, save_probabilities=True, statistics=True, preview=True, report=report,
-        windows=lambda done, total: windows.append((done, total)),
+        progress=lambda what, done, total: windows.append((done, total)) if what == "windows" else None,
     )  # fmt: skip
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     cases = {f"{part}{name}{ending}" for name in "abcd"

@@ -39,7 +39,7 @@ def test_alpha_and_beta_of_each_class_stand_in_the_history(tmp_path: Path, monke
 
     monkeypatch.setattr(AdaptiveRegion, "compute", watched)
     data = make_balls(tmp_path / "Dataset001_Discs", dims=2, size=16)
-    train_model(data, tmp_path / "run", loss="ce+arsl", say=lambda text: None, **SMALL)  # type: ignore[arg-type]
+    train_model(data, tmp_path / "run", loss="ce+arsl", **SMALL)  # type: ignore[arg-type]
     rows = rows_of(tmp_path / "run")
     columns = [f"arsl_{which}/{name}" for which in ("alpha", "beta") for name in ("shell", "core")]
     assert len(rows) == 2
@@ -54,7 +54,7 @@ def test_alpha_and_beta_of_each_class_stand_in_the_history(tmp_path: Path, monke
 def test_other_losses_write_no_such_columns(tmp_path: Path) -> None:
     data = make_balls(tmp_path / "Dataset001_Discs", dims=2, size=16)
     options = {**SMALL, "settings": {"steps_per_epoch": 1}, "epochs": 1}
-    train_model(data, tmp_path / "run", loss="ce+tversky", say=lambda text: None, **options)  # type: ignore[arg-type]
+    train_model(data, tmp_path / "run", loss="ce+tversky", **options)  # type: ignore[arg-type]
     assert not any("arsl" in name for name in rows_of(tmp_path / "run")[0])
 
 

@@ -259,7 +259,6 @@ def test_a_peer_is_trained_saved_and_predicts(name: str, options: dict[str, Any]
         epochs=1,
         val_patches=2,
         patch_size=[32, 32],
-        say=lambda text: None,
     )
     assert result.epochs == 1
     _, info = load_model(result.run_dir / "model")
@@ -274,5 +273,5 @@ def test_a_peer_is_trained_saved_and_predicts(name: str, options: dict[str, Any]
 def test_a_patch_that_a_peer_cannot_take_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     data = make_balls(tmp_path / "Dataset001_Balls", cases=4, dims=2, classes=1)
     with pytest.raises(InputError, match=r"network 'swinunetr': .*Y=16 is not divisible by 32; use 32"):
-        train_model(data, tmp_path / "run", network="swinunetr", patch_size=[16, 16], epochs=1, say=lambda text: None)
+        train_model(data, tmp_path / "run", network="swinunetr", patch_size=[16, 16], epochs=1)
     assert not (tmp_path / "run").exists()

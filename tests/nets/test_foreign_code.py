@@ -52,7 +52,7 @@ def test_a_window_that_does_not_fit_and_metadata() -> None:
         expected = network(image)
         assert torch.equal(network(MetaTensor(image)), expected)
         assert torch.equal(sliding_window_inference(image, (16, 16), 1, network), expected)
-        with pytest.raises(ValueError, match="X=18 is not divisible by 4 .*pad it to 16 or 20"):
+        with pytest.raises(ValueError, match=r"X=18 is not divisible by 4 .*pad it to 16 or 20"):
             sliding_window_inference(torch.zeros(1, 1, 30, 30), (16, 18), 1, network)
 
 

@@ -174,13 +174,13 @@ def test_what_weight_decay_leaves_alone() -> None:
 
 def test_runs_on_the_scan_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    original = ops.ssd_scan
+    original = ops.ssd_scan_with_state
 
     def spy(u: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.append(tuple(u.shape))
         return original(u, *args, **kwargs)
 
-    monkeypatch.setattr(ops, "ssd_scan", spy)
+    monkeypatch.setattr(ops, "ssd_scan_with_state", spy)
     VSS2(32, parts=4)(torch.randn(2, 10, 32))
     assert seen == [(2, 10, 4, 16)]  # one scan for all parts
 

@@ -6,7 +6,7 @@ import torch
 from comparing import Inputs
 from torch import Tensor
 
-from lightm.ops import selective_scan
+from lightm.ops import selective_scan_with_state
 
 
 def make_inputs(batch: int, length: int, channels: int, states: int, groups: int = 0, optional: str = "") -> Inputs:
@@ -34,8 +34,6 @@ def make_inputs(batch: int, length: int, channels: int, states: int, groups: int
 
 def scan(impl: str, softplus: bool):  # type: ignore[no-untyped-def]
     def call(**inputs: Tensor) -> tuple[Tensor, ...]:
-        result = selective_scan(**inputs, delta_softplus=softplus, return_state=True, impl=impl)  # type: ignore[arg-type]
-        assert isinstance(result, tuple)
-        return result
+        return selective_scan_with_state(**inputs, delta_softplus=softplus, impl=impl)  # type: ignore[arg-type]
 
     return call

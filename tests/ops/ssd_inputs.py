@@ -6,7 +6,7 @@ import torch
 from comparing import Inputs
 from torch import Tensor
 
-from lightm.ops import ssd_scan
+from lightm.ops import ssd_scan_with_state
 
 F64 = torch.float64
 FAST = ["cpu", "chunked"]
@@ -39,7 +39,7 @@ def make_inputs(
 
 def scan(impl: str, softplus: bool = True):  # type: ignore[no-untyped-def]
     def call(**inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return ssd_scan(**inputs, delta_softplus=softplus, return_state=True, impl=impl)  # type: ignore[call-overload, no-any-return]
+        return ssd_scan_with_state(**inputs, delta_softplus=softplus, impl=impl)  # type: ignore[arg-type]
 
     return call
 

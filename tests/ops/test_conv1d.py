@@ -35,7 +35,7 @@ def test_gradients_are_the_finite_differences() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "taps", "bias", "activation"),
+    ("shape", "kernel_size", "bias", "activation"),
     [
         ((1, 1, 16), 4, True, "silu"),
         ((2, 2, 4), 4, False, None),
@@ -45,9 +45,9 @@ def test_gradients_are_the_finite_differences() -> None:
         ((1, 1030, 20), 1, True, "silu"),
     ],
 )
-def test_against_oracle(shape: tuple[int, int, int], taps: int, bias: bool, activation: str | None) -> None:
+def test_against_oracle(shape: tuple[int, int, int], kernel_size: int, bias: bool, activation: str | None) -> None:
     torch.manual_seed(1)
-    inputs = {"x": torch.randn(shape), "weight": torch.randn(shape[2], taps)}
+    inputs = {"x": torch.randn(shape), "weight": torch.randn(shape[2], kernel_size)}
     if bias:
         inputs["bias"] = torch.randn(shape[2])
 

@@ -17,7 +17,7 @@ def test_by_hand(impl: str) -> None:
     x = torch.zeros(1, 3, 3, 1)
     x[0, 1, 0, 0] = 2.0
     weight = torch.arange(9.0).reshape(3, 3, 1)
-    # y[p] = sum_k w[k] x[p + k - 1]: the impulse at (1, 0) meets tap (2 - y, 1 - x)
+    # y[p] = sum_k w[k] x[p + k - 1]: the impulse at (1, 0) meets weight (2 - y, 1 - x)
     expected = torch.tensor([[14.0, 12.0, 0.0], [8.0, 6.0, 0.0], [2.0, 0.0, 0.0]])
     assert torch.equal(depthwise_conv(x, weight, impl)[0, ..., 0], expected)
 

@@ -131,12 +131,13 @@ def test_parts_are_products_side_by_side(parts: int, rows: int, wide: int, high:
 
 @pytest.mark.parametrize(("parts", "wide", "high"), [(1, 20, 50), (2, 7, 16), (4, 16, 8), (3, 5, 40), (8, 4, 5)])
 def test_packed_blocks_are_the_dense_product(parts: int, wide: int, high: int) -> None:
+    from lightm.ops.bounds import address
     from lightm.ops.linear_cpu import SCRATCH
-    from lightm.ops.matmul_kernels import Packed, product_kernel
+    from lightm.ops.matmul_kernels import Packed, matmul_kernel
 
     torch.manual_seed(0)
     x, bias = torch.randn(50, parts * wide), torch.randn(parts * high + 4 * parts + parts)
-    # three stretches of columns one after the other, each block diagonal over all rows
+    # three segments of columns one after the other, each block diagonal over all rows
     blocks = [torch.block_diag(*torch.randn(parts, wide, columns)) for columns in (high, 4, 1)]
     dense = torch.cat(blocks, dim=1)
     packed = Packed(dense, bias, spans=[(block.shape[1], parts) for block in blocks])
@@ -144,9 +145,7 @@ def test_packed_blocks_are_the_dense_product(parts: int, wide: int, high: int) -
     out, scratch = torch.full((51, packed.columns), 7.0), torch.empty(SCRATCH // 4)
     plan, count, weight, shift = packed.arguments
     row = 4 * packed.columns
-    product_kernel(
-        plan, count, x.data_ptr(), 4 * x.shape[1], weight, shift, out.data_ptr(), row, 50, scratch.data_ptr()
-    )
+    matmul_kernel(plan, count, address(x), 4 * x.shape[1], weight, shift, address(out), row, 50, address(scratch))
     assert relative(out[:50], x.double() @ dense.double() + bias) < 1e-6
     assert torch.equal(out[50], torch.full_like(out[50], 7.0))  # nothing beyond the rows is written
     single = Packed(blocks[0], groups=parts)

@@ -38,7 +38,7 @@ def test_against_oracle(
 
 
 def test_beyond_one_stretch() -> None:
-    # the backward pass works in stretches of 8192 tokens; the kernel's own float32 forward and a split call agree
+    # the backward pass works in segments of 8192 tokens; the kernel's own float32 forward and a split call agree
     inputs = {name: x.float() for name, x in make_inputs(1, 8200, 16, 4, 0, "dzbi").items()}
     whole = run(scan("cpu", True), inputs, torch.float32)
 

@@ -10,7 +10,8 @@ from comparing import check_against_oracle, run
 from scan_inputs import make_inputs, scan
 
 from lightm.ops.jit import LANES
-from lightm.ops.scan import operator
+from lightm.ops.scan import cpu
+from lightm.ops.scan.inputs import ScanInputs
 from lightm.ops.scan.layout import Layout
 
 HALF = LANES // 2
@@ -35,15 +36,15 @@ def test_against_oracle(groups: int, of_group: int, states: int, optional: str) 
 def test_the_same_bits_as_with_a_tile_for_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = {name: x.float() for name, x in make_inputs(2, 200, 4 * HALF, 16, 4, "dzbi").items()}
     paired = run(scan("cpu", True), inputs, torch.float32)
-    pair = operator._layout
+    pair = cpu.layout_of
     used = []
 
-    def apart(*args: torch.Tensor) -> Layout:
-        layout = pair(*args)
+    def apart(inputs: ScanInputs) -> Layout:
+        layout = pair(inputs)
         used.append(layout.paired)
         return replace(layout, paired=False)
 
-    monkeypatch.setattr(operator, "_layout", apart)
+    monkeypatch.setattr(cpu, "layout_of", apart)
     single = run(scan("cpu", True), inputs, torch.float32)
     assert used == [True, True]
     for name in ("out0", "out1", "du", "ddelta", "dA", "dd_skip", "dz", "ddelta_bias", "dinitial_state"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightm.ops import selective_scan
+from lightm.ops import selective_scan, selective_scan_with_state
 
 NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which not every Python names: memory that is counted when it is written
 
@@ -49,7 +49,7 @@ def test_more_than_2_to_the_31_elements() -> None:
     half = torch.full((1,), 0.5, dtype=torch.float16).expand(1, tokens, 16)
     ones = torch.ones(1, dtype=torch.float16).expand(1, tokens, 2)
     rate = torch.tensor([[-1.0, -2.0]]).expand(16, 2)
-    y, state = selective_scan(u, half, rate, ones, ones, return_state=True, impl="cpu")
+    y, state = selective_scan_with_state(u, half, rate, ones, ones, impl="cpu")
     assert y.numel() > 2**31
     # after k tokens of equal input a state is the geometric sum dt * u * (1 - x^k) / (1 - x), x = exp(dt * A)
     decay = torch.exp(0.5 * rate[0].double())

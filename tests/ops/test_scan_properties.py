@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightm.ops import selective_scan
+from lightm.ops import selective_scan, selective_scan_with_state
 
 
 def parts(seed: int, length: int, channels: int = 8, states: int = 4) -> dict[str, Tensor]:
@@ -64,11 +64,11 @@ def test_cut_with_the_state_carried_equals_whole(seed: int, length: int, data: s
     cut = data.draw(st.integers(1, length - 1))
     x = parts(seed, length)
     fixed = x.pop("A")
-    whole, last = selective_scan(**x, A=fixed, return_state=True)  # type: ignore[arg-type]
+    whole, last = selective_scan_with_state(**x, A=fixed)  # type: ignore[arg-type]
     first = {name: value[:, :cut] for name, value in x.items()}
     second = {name: value[:, cut:] for name, value in x.items()}
-    y1, state = selective_scan(**first, A=fixed, return_state=True)  # type: ignore[arg-type]
-    y2, state = selective_scan(**second, A=fixed, initial_state=state, return_state=True)  # type: ignore[arg-type]
+    y1, state = selective_scan_with_state(**first, A=fixed)  # type: ignore[arg-type]
+    y2, state = selective_scan_with_state(**second, A=fixed, initial_state=state)  # type: ignore[arg-type]
     assert torch.equal(torch.cat((y1, y2), dim=1), whole)
     assert torch.equal(state, last)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightm.ops import selective_scan
+from lightm.ops import selective_scan, selective_scan_with_state
 
 F64 = torch.float64
 
@@ -35,9 +35,7 @@ def test_geometric_decay(impl: str, dtype: torch.dtype) -> None:
     u = torch.zeros(1, length, 1, dtype=dtype)
     u[0, 0, 0] = 1.0
     ones = torch.ones(1, length, 1, dtype=dtype)
-    y, state = selective_scan(
-        u, dt * ones, torch.full((1, 1), -rate, dtype=dtype), ones, ones, return_state=True, impl=impl
-    )
+    y, state = selective_scan_with_state(u, dt * ones, torch.full((1, 1), -rate, dtype=dtype), ones, ones, impl=impl)
     expected = dt * torch.exp(-rate * dt * torch.arange(length, dtype=F64))
     torch.testing.assert_close(y[0, :, 0].double(), expected, rtol=1e-5, atol=0)
     assert state.item() == pytest.approx(expected[-1].item(), rel=1e-5)
@@ -81,8 +79,6 @@ def test_gradients_are_the_finite_differences(groups: int) -> None:
     )
 
     def call(*x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        result = selective_scan(*x[:8], delta_softplus=True, initial_state=x[8], return_state=True, impl="reference")
-        assert isinstance(result, tuple)
-        return result
+        return selective_scan_with_state(*x[:8], delta_softplus=True, initial_state=x[8], impl="reference")
 
     assert torch.autograd.gradcheck(call, inputs)

@@ -25,6 +25,7 @@ from lightm.ops import causal_conv1d, selective_scan
 from lightm.ops.checks import choose
 from lightm.ops.scan import gpu
 from lightm.ops.scan.gpu import Plan, triton_limits
+from lightm.ops.scan.inputs import ScanInputs
 
 needs_triton = pytest.mark.skipif(gpu._MISSING is not None, reason=str(gpu._MISSING))
 
@@ -313,7 +314,7 @@ def test_plan() -> None:
 def test_more_programs_than_can_be_numbered() -> None:
     u = torch.empty(2**21, 1, device="meta").expand(2**21, 2**20).unsqueeze(-1)
     with pytest.raises(ValueError, match="programs for u of shape"):
-        gpu.plan_for(u, torch.empty(1, 1, device="meta"), u.unsqueeze(-1))
+        gpu.plan_for(ScanInputs(u, u, u[0, :1], u.unsqueeze(-1), u.unsqueeze(-1)))
 
 
 def test_explicit_choice_does_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:

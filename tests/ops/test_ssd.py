@@ -11,7 +11,7 @@ from comparing import Inputs, assert_close, check_against_oracle, run
 from ssd_inputs import F64, FAST, make_inputs, scan, single
 from torch import Tensor
 
-from lightm.ops import selective_scan, ssd_scan
+from lightm.ops import selective_scan_with_state, ssd_scan, ssd_scan_with_state
 from lightm.ops.ssd import chunked
 
 CASES = [
@@ -50,7 +50,7 @@ def test_equals_the_selective_scan_with_one_decay_a_head(impl: str, softplus: bo
         heads, width = x["u"].shape[2:]
         repeated = {name: x[name].repeat_interleave(width, -1) for name in ("delta", "d_skip", "delta_bias")}
         A = x["A"].repeat_interleave(width).unsqueeze(-1).expand(-1, 6)
-        y, state = selective_scan(
+        y, state = selective_scan_with_state(
             x["u"].flatten(2),
             A=A,
             B=x["B"],
@@ -58,7 +58,6 @@ def test_equals_the_selective_scan_with_one_decay_a_head(impl: str, softplus: bo
             z=x["z"].flatten(2),
             initial_state=x["initial_state"].flatten(1, 2),
             delta_softplus=softplus,
-            return_state=True,
             impl="reference",
             **repeated,
         )
@@ -84,7 +83,7 @@ def test_geometric_decay(impl: str) -> None:
     u = torch.zeros(1, length, 1, 1)
     u[0, 0] = 1.0
     ones = torch.ones(1, length, 1)
-    y, state = ssd_scan(u, dt * ones, torch.tensor([-rate]), ones, ones, return_state=True, impl=impl)
+    y, state = ssd_scan_with_state(u, dt * ones, torch.tensor([-rate]), ones, ones, impl=impl)
     expected = dt * torch.exp(-rate * dt * torch.arange(length, dtype=F64))
     torch.testing.assert_close(y.flatten().double(), expected, rtol=2e-5, atol=0)
     assert state.item() == pytest.approx(expected[-1].item(), rel=2e-5)
@@ -102,7 +101,7 @@ def test_gradients_of_the_oracle_are_the_finite_differences(groups: int) -> None
 
 
 def test_beyond_one_stretch_of_the_kernel() -> None:
-    # the backward pass works in stretches of 8192 tokens; a split call shifts them
+    # the backward pass works in segments of 8192 tokens; a split call shifts them
     inputs = single(make_inputs(1, 8200, 2, 8, 4, 0, "dzbi"))
     whole = run(scan("cpu"), inputs, torch.float32)
 
@@ -120,11 +119,11 @@ def test_beyond_one_stretch_of_the_kernel() -> None:
     assert_close(parts, whole, 1e-5)
 
 
-def test_stretches_of_the_chunked_form_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 300 tokens in one stretch, and in three with recomputation between them
+def test_segments_of_the_chunked_form_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 300 tokens in one segment, and in three with recomputation between them
     inputs = make_inputs(1, 300, 2, 4, 4, 0, "dzbi")
     whole = run(scan("chunked"), inputs, F64)
-    monkeypatch.setattr(chunked, "STRETCH", 2 * chunked.CHUNK)
+    monkeypatch.setattr(chunked, "SEGMENT", 2 * chunked.CHUNK)
     assert_close(run(scan("chunked"), inputs, F64), whole, 1e-12)
 
 
@@ -226,7 +225,7 @@ def test_empty_axes(impl: str, shape: tuple[int, ...]) -> None:
 
 
 def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightm.ops.ssd._said", set())
+    monkeypatch.setattr("lightm.ops.checks._said", set())
     caplog.set_level(logging.INFO, logger="lightm.ops")
     ones = torch.ones(1, 1, 1)
     for x in (ones, ones, ones.double()):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssd_inputs import F64, FAST, make_inputs, scan, single
 
-from lightm.ops import ssd_scan
+from lightm.ops import ssd_scan, ssd_scan_with_state
 
 
 @settings(max_examples=15, deadline=None)
@@ -22,11 +22,11 @@ def test_cut_with_the_state_carried_equals_whole(seed: int, length: int, data: s
     x = single(make_inputs(1, length, 2, 8, 4))
     rate = x.pop("A")
     for impl in FAST:
-        whole, last = ssd_scan(**x, A=rate, return_state=True, impl=impl)  # type: ignore[call-overload]
+        whole, last = ssd_scan_with_state(**x, A=rate, impl=impl)  # type: ignore[call-overload]
         state, ys = None, []
         for part in (slice(0, cut), slice(cut, None)):
             some = {name: value[:, part] for name, value in x.items()}
-            y, state = ssd_scan(**some, A=rate, initial_state=state, return_state=True, impl=impl)  # type: ignore[call-overload]
+            y, state = ssd_scan_with_state(**some, A=rate, initial_state=state, impl=impl)  # type: ignore[call-overload]
             ys.append(y)
         if impl == "cpu":  # the same operations in the same order
             assert torch.equal(torch.cat(ys, dim=1), whole)

@@ -29,7 +29,8 @@ def train(data: str, run: str, **options: Any) -> None:
 
 
 def preprocess(data: str, cache: str) -> None:
-    from lightm import make_plan, open_dataset
+    from lightm import open_dataset
+    from lightm.preparation.plan import make_plan
     from lightm.preparation.preprocess import preprocess_dataset
 
     dataset = open_dataset(Path(data))

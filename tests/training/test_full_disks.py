@@ -22,8 +22,8 @@ from lightm.inference import predict_folder
 from lightm.training import resume_training, train_model
 from lightm.training.checkpoint_io import load_checkpoint
 from tests.helpers import make_balls
+from tests.messages import on_message
 from tests.training.faults import OPTIONS, Server, compare_cases, leftovers, posix
-from tests.training.messages import on_message
 from tests.training.test_guard import same
 from tests.training.test_train import SMALL
 

@@ -27,7 +27,7 @@ from lightm.training.guard import Interrupted, NanGuard, gradients_are_finite
 from lightm.training.loop import Training
 from lightm.training.random_states import random_states, set_random_states
 from tests.helpers import make_balls
-from tests.training.messages import on_message
+from tests.messages import on_message
 from tests.training.test_train import SMALL, history, weights
 
 STEPS = 9  # three epochs of three steps

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from lightning_fabric import Fabric
 
-from lightm import make_plan, open_dataset
+from lightm import open_dataset
+from lightm.preparation.plan import make_plan
 from lightm.preparation.preprocess import preprocess_dataset
 from lightm.training import make_split
 from lightm.training.config import resolve_config

@@ -14,15 +14,17 @@ import pytest
 import torch
 import yaml
 
-from lightm import make_plan, open_dataset
+from lightm import open_dataset
 from lightm.errors import InputError, LightMError
 from lightm.nets import load_model
+from lightm.preparation.plan import make_plan
 from lightm.training import resume_training, train_model
 from lightm.training.checkpoint_io import load_checkpoint
-from lightm.training.config import parse_duration, read_user_config
+from lightm.training.config import TrainConfig, load_config, parse_duration
 from lightm.training.loop import Training
+from lightm.training.recipes import Recipe
 from tests.helpers import make_balls
-from tests.training.messages import on_message
+from tests.messages import on_message
 
 SMALL: dict[str, Any] = {
     "network": "lightm-unet-small",
@@ -69,7 +71,7 @@ def test_a_run_leaves_everything_a_reader_needs(balls: Path, tmp_path: Path) -> 
     assert record["seed"] == 5
     assert record["parameters"] == sum(p.numel() for p in load_model(run / "model")[0].parameters())
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    assert config["settings"]["epochs"] == 2
+    assert config["epochs"] == 2
     assert set(json.loads((run / "split.json").read_text(encoding="utf-8"))["test"]) == set(result.split.test)
     assert list((run / "tensorboard").glob("events.*"))
     assert said[0].startswith("Epoch 0: train_loss")
@@ -177,11 +179,11 @@ def refuse(balls: Path, run: Path, match: str, **options: Any) -> None:
 def test_wrong_options_are_refused_before_anything_is_written(balls: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     refuse(balls, run, "unknown network 'lightn'", network="lightn", network_options={})
-    refuse(balls, run, "unknown recipe 'sed'; did you mean 'seed'", recipe="sed")
+    refuse(balls, run, "unknown recipe 'arls'; did you mean 'arsl'", recipe="arls")
     refuse(balls, run, "ce\\+dise", loss="ce+dise")
     refuse(balls, run, "unknown key 'settings.epoch'; did you mean 'epochs'", settings={"epoch": 3})
     refuse(balls, run, "patch size", patch_size=[12, 16, 16])
-    refuse(balls, run, "batch size 0", batch_size=0)
+    refuse(balls, run, "batch_size", batch_size=0)
     refuse(balls, run, "device 'cuda:99'", device="cuda:99")
     refuse(tmp_path / "nowhere", run, "precision '8-bit'", precision="8-bit")  # before the data are looked at
     refuse(balls, run, "lr", lr=-1.0)
@@ -265,16 +267,52 @@ def test_a_used_folder_is_refused_and_left_as_it_is(balls: Path, tmp_path: Path)
         resume_training(other)
 
 
-def test_user_config_names_the_unknown_key(tmp_path: Path) -> None:
+def test_a_yaml_of_options_is_checked_and_read_as_numbers(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("network: lightm-unet\nlearning_rate: 1\nepoch: 3\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"mine\.yaml: unknown key 'learning_rate'"):
-        read_user_config(path)
-    path.write_text("- a\n- b\n", encoding="utf-8")
-    with pytest.raises(InputError, match="mapping"):
-        read_user_config(path)
-    path.write_text("seed: 3\nsettings:\n  lr: 0.01\n", encoding="utf-8")
-    assert read_user_config(path) == {"seed": 3, "settings": {"lr": 0.01}}
+    for text, words in {
+        "network: lightm-unet\nlearning_rate: 1\nepoch: 3\n": r"mine\.yaml: unknown key 'learning_rate'",
+        "- a\n- b\n": "mine.*keys and values",
+        "lr: 1\nlr: 2\n": "mine.*'lr' is given twice",
+        "settings: {epoch: 3}\n": "mine.*unknown key 'settings.epoch'; did you mean 'epochs'",
+        "lr: fast\n": "mine.*lr",
+    }.items():
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=words):
+            TrainConfig.of(path, {}, "train")
+    path.write_text("seed: 3\nlr: 1e-3\npatch_size: [16, 24]\n", encoding="utf-8")
+    config = TrainConfig.of(path, {"seed": 4, "epochs": None}, "train")
+    assert (config.seed, config.lr, config.patch_size, config.epochs_given) == (4, 1e-3, [16, 24], False)
+    path.write_text("seed: 3\nsettings:\n  lr: 1e-3\n", encoding="utf-8")
+    assert TrainConfig.of(path, {}, "train").lr == 1e-3
+
+
+def test_a_configuration_of_an_earlier_version_means_what_it_meant(tmp_path: Path) -> None:
+    new = TrainConfig(dataset="data", recipe="arsl", max_time="15m", lr=0.5).resolved(3)
+    settings = {name: value for name, value in new.model_dump(mode="json").items() if name in Recipe.model_fields}
+    old = {"dataset": "data", "recipe": "seed", "settings": settings, "max_time_s": 900.0, "epochs_given": False}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(old), encoding="utf-8")
+    loaded = load_config(path)
+    assert loaded.model_dump() == new.model_dump()
+    assert (loaded.recipe, loaded.max_time_s, loaded.epochs_given) == ("arsl", 900.0, False)
+    loaded.save(path)
+    again = load_config(path)
+    assert (again.model_dump(), again.epochs_given) == (new.model_dump(), False)
+    path.write_text(yaml.safe_dump({**old, "epochs_given": True}), encoding="utf-8")
+    assert load_config(path).epochs_given
+
+
+def test_a_run_of_an_earlier_version_is_resumed(balls: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_model(balls, run, epochs=1, **SMALL)
+    now = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    for key in ("plan", "postprocess", "test", "patch_size", "batch_size"):
+        now.pop(key)
+    settings = {key: now.pop(key) for key in list(now) if key in Recipe.model_fields}
+    old = {**now, "settings": settings, "max_time_s": now.pop("max_time"), "epochs_given": True}
+    old.pop("max_time")
+    (run / "config.yaml").write_text(yaml.safe_dump(old), encoding="utf-8")
+    assert resume_training(run, epochs=2).epochs == 2
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("15m", 900), ("1h30m", 5400), (12, 12), ("7", 7)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from lightm.errors import InputError
 
 if TYPE_CHECKING:
     from lightm.evaluation import Evaluation
@@ -30,16 +29,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Dataset = Annotated[
     Path, typer.Argument(help="Data set: nnU-Net raw or MSD layout, or a folder of images (then with --labels).")
 ]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="File; default DATASET/plan.yaml.")]
 Labels = Annotated[Path | None, typer.Option(help="Folder of labels, when DATASET is a folder of images.")]
-
-
-def sizes(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.replace("x", ",").replace(" ", ",").split(",") if part]
-    except ValueError as error:
-        raise InputError(f"patch size '{text}': write whole numbers as 40,56,40") from error
 
 
 def echo(text: str) -> None:
@@ -79,6 +70,9 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
 
 
 def print_run(result: RunResult, *, as_json: bool) -> None:
+    if result.report is None:
+        typer.echo(json.dumps({"run": str(result.run_dir)}) if as_json else f"model: {result.model}")
+        return
     if result.evaluation is not None:
         print_evaluation(result.evaluation, as_json)
     echo(f"report: {result.report}")

@@ -28,19 +28,15 @@ def compare(
 
     Example: lightm compare examples/quick.yaml
     """
-    from lightm.lab.compare import compare_experiment, write_results
+    from lightm.api import compare as run
+    from lightm.lab.compare import write_results
 
-    source = experiment
-    if experiment.is_dir():
-        source, out = experiment / "experiment.yaml", experiment if out is None else out
     with progress_bar() as progress:
         if only_report:
             page = write_results(experiment if out is None else out, progress=progress)
             typer.echo(json.dumps({"page": str(page)}) if as_json else str(page))
             return
-        result = compare_experiment(
-            source, out, dataset=dataset, jobs=jobs, total_time=total_time, retry=retry, progress=progress, say=echo
-        )  # fmt: skip
+        result = run(experiment, out, dataset=dataset, jobs=jobs, total_time=total_time, retry=retry, progress=progress)
     failed = [record.id for record in result.comparison.failed]
     if as_json:
         answer = {

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lightm.cli.common import Json, app, echo, progress_bar, sizes
+from lightm.cli.common import Json, app, echo, progress_bar
 from lightm.errors import InputError
 
 
@@ -43,7 +43,7 @@ def info(
 
     Example: lightm info lightm-unet --spatial 128 128 128
     """
-    from lightm.lab.complexity import account, compare, describe
+    from lightm.lab.complexity import compare, describe
     from lightm.lab.complexity.table import as_text
 
     names, shape = _name_and_sizes(words or [], spatial)
@@ -69,9 +69,9 @@ def info(
         raise InputError(
             f"one network is needed, got {', '.join(names) or 'none'}: `lightm info lightm-unet`, or --all"
         )
-    cost = account(
-        names[0], spatial=shape, in_channels=in_channels, out_channels=classes, options=options, latency=latency
-    )
+    from lightm.api import info as run
+
+    cost = run(names[0], spatial=shape, in_channels=in_channels, out_channels=classes, latency=latency, **options)
     if diagram is not None:
         from lightm.files import write_text
         from lightm.lab.complexity.diagram import draw_network
@@ -88,8 +88,9 @@ def _name_and_sizes(words: list[str], spatial: str | None) -> tuple[list[str], t
     if numbers and spatial is None:
         raise InputError(f"{' '.join(numbers)}: sizes are given as --spatial {' '.join(numbers)}")
     try:
-        shape = sizes(" ".join([spatial or "128,128,128", *numbers])) or []
-    except InputError as error:
+        given = " ".join([spatial or "128,128,128", *numbers]).replace("x", ",").replace(" ", ",")
+        shape = [int(part) for part in given.split(",") if part]
+    except ValueError as error:
         raise InputError(f"spatial size '{spatial}': write whole numbers, as --spatial 128 128 128") from error
     return [word for word in words if not word.isdigit()], tuple(shape)
 

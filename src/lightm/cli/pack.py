@@ -11,8 +11,9 @@ import typer
 from lightm.cli.common import Json, app, echo
 
 
+@app.command("pack", hidden=True)
 @app.command()
-def pack(
+def export(
     model: Annotated[Path, typer.Argument(help="Model folder, or the run folder that holds it.")],
     out: Annotated[Path, typer.Argument(help="File to write; its name ends in .safetensors.")],
     overwrite: Annotated[bool, typer.Option(help="Replace a file in OUT.")] = False,
@@ -20,11 +21,11 @@ def pack(
 ) -> None:
     """Write a trained model as a single file, which every verb takes in place of the folder.
 
-    Example: lightm pack runs/hippocampus hippocampus.safetensors
+    Example: lightm export runs/hippocampus hippocampus.safetensors
     """
-    from lightm.nets import pack_model
+    from lightm.api import export as run
 
-    path = pack_model(model, out, overwrite=overwrite)
+    path = run(model, out, overwrite=overwrite)
     if as_json:
         typer.echo(json.dumps({"file": str(path), "bytes": path.stat().st_size}))
     else:

@@ -1,4 +1,4 @@
-"""Verbs that make data, look at it and train: demo, phantom, check, plan, train."""
+"""Verbs that make data, look at it and train: demo, phantoms, check, plan, train, resume."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lightm.cli.common import Dataset, Json, Labels, app, echo, print_run, progress_bar, sizes
-from lightm.errors import InputError, LightMError
+from lightm.cli.common import Dataset, Json, Labels, Out, app, echo, print_run, progress_bar
+from lightm.cli.options import command
+from lightm.errors import InputError
 
 
 @app.command()
@@ -28,21 +29,13 @@ def demo(
     from lightm.pipeline import demo as run
 
     with progress_bar() as progress:
-        result = run(
-            out,
-            max_time=max_time,
-            cases=cases,
-            size=size,
-            seed=seed,
-            overwrite=overwrite,
-            progress=progress,
-            say=echo,
-        )
+        result = run(out, max_time=max_time, cases=cases, size=size, seed=seed, overwrite=overwrite, progress=progress)
     print_run(result, as_json=False)
 
 
+@app.command("phantom", hidden=True)
 @app.command()
-def phantom(
+def phantoms(
     kind: Annotated[str, typer.Argument(help="liver, vessels or xray.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, in the nnU-Net raw layout.")],
     cases: Annotated[int, typer.Option(help="Number of cases.")] = 20,
@@ -51,15 +44,12 @@ def phantom(
 ) -> None:
     """Make synthetic scans with labels.
 
-    Example: lightm phantom liver data/Dataset900_Liver --cases 24 --size 64 --seed 1
+    Example: lightm phantoms liver data/Dataset900_Liver --cases 24 --size 64 --seed 1
     """
-    from lightm.datasets.phantoms import make_phantoms
+    from lightm.api import phantoms as run
 
-    default = {"vessels": 96, "xray": 256}.get(kind, 64)
     with progress_bar() as progress:
-        folder = make_phantoms(
-            kind, out, cases=cases, size=default if size is None else size, seed=seed, progress=progress
-        )
+        folder = run(kind, out, cases=cases, size=size, seed=seed, progress=progress)
     echo(f"{cases} {kind} phantoms in {folder}")
 
 
@@ -69,10 +59,10 @@ def check(dataset: Dataset, labels: Labels = None, as_json: Json = False) -> Non
 
     Example: lightm check data/Dataset004_Hippocampus
     """
-    from lightm.datasets.check import check_dataset
+    from lightm.api import check as run
 
     with progress_bar() as progress:
-        result = check_dataset(dataset, labels=labels, progress=progress)
+        result = run(dataset, labels=labels, progress=progress)
     if as_json:
         problems = [
             {
@@ -80,7 +70,7 @@ def check(dataset: Dataset, labels: Labels = None, as_json: Json = False) -> Non
                 "case": p.case,
                 "file": p.file and str(p.file),
                 "message": p.message,
-                "cure": p.cure,
+                "hint": p.cure,
             }
             for p in result.problems
         ]
@@ -94,97 +84,85 @@ def check(dataset: Dataset, labels: Labels = None, as_json: Json = False) -> Non
         raise typer.Exit(InputError.exit_code)
 
 
-@app.command()
-def plan(
-    dataset: Dataset,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File; default DATASET/plan.yaml.")] = None,
-    labels: Labels = None,
-    patch_size: Annotated[str | None, typer.Option(help="Patch in voxels, z,y,x: 40,56,40.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Patches a step.")] = None,
-    memory: Annotated[float | None, typer.Option(help="GB of memory to plan for; default: the machine's.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Look at a data set and write its plan: spacing, patch, batch, normalisation.
+def _plan_options() -> Any:
+    from lightm.api import PlanOptions
+
+    return PlanOptions
+
+
+@command(_plan_options)
+def plan(dataset: Dataset, out: Out = None, as_json: Json = False, *, given: dict[str, Any]) -> None:
+    """Look at a data set and write its plan: spacing, patch, batch, normalization.
 
     Example: lightm plan data/Dataset004_Hippocampus -o plan.yaml
     """
-    from lightm.datasets.dataset import open_dataset
-    from lightm.preparation.plan import make_plan
+    from lightm.api import plan as run
 
-    data = open_dataset(dataset, labels=labels)
-    path = data.root / "plan.yaml" if out is None else out
     with progress_bar() as progress:
-        made = make_plan(data, patch_size=sizes(patch_size), batch_size=batch_size, memory_gb=memory, progress=progress)
-    try:
-        made.save(path)
-    except LightMError as error:
-        raise InputError(f"{error}, or give another file with -o") from error
+        made = run(dataset, out=out, progress=progress, **given)
+    path = Path(dataset) / "plan.yaml" if out is None else out
     typer.echo(made.model_dump_json(indent=1) if as_json else f"{path}\n{path.read_text(encoding='utf-8')}")
 
 
-@app.command()
+def _train_options() -> Any:
+    from lightm.training.config import TrainConfig
+
+    return TrainConfig
+
+
+@command(_train_options)
 def train(
     dataset: Annotated[Path | None, typer.Argument(help="Data set; not needed with --resume.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/DATASET-NETWORK.")] = None,
-    labels: Labels = None,
-    network: Annotated[str | None, typer.Option(help="Network preset or peer; default lightm-small.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="default, paper, seed or released.")] = None,
-    loss: Annotated[str | None, typer.Option(help="Loss, such as ce+dice or ce+arsl.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs.")] = None,
-    max_time: Annotated[str | None, typer.Option(help="Wall-clock budget of the training: 90s, 15m, 2h.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Stop after that many epochs without a better Dice.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Patches a step.")] = None,
-    patch_size: Annotated[str | None, typer.Option(help="Patch in voxels, z,y,x: 40,56,40.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights and patches.")] = None,
-    split_seed: Annotated[int | None, typer.Option(help="Seed of the split.")] = None,
-    folds: Annotated[int | None, typer.Option(help="Draw that many folds instead of 7:1:2.")] = None,
-    fold: Annotated[int | None, typer.Option(help="The fold to test.")] = None,
-    split: Annotated[Path | None, typer.Option(help="split.json of another run, to use the same split.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Plan to use instead of DATASET/plan.yaml.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML with any of these options, and `settings`.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that prepare patches.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    on_nan: Annotated[
-        str | None, typer.Option(help="At a loss or gradient that is NaN: stop (default) or skip.")
-    ] = None,
-    nan_limit: Annotated[int | None, typer.Option(help="Steps that --on-nan skip may skip; default 10.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Run folder to continue.")] = None,
-    test: Annotated[bool, typer.Option(help="Predict and score the test cases and write the report.")] = True,
+    config: Annotated[Path | None, typer.Option(help="YAML with any of these options.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to resume, as `lightm resume` does.")] = None,
     as_json: Json = False,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Train a network; then predict and score the test cases and write report.html.
 
     Example: lightm train data/Dataset004_Hippocampus -o runs/hippocampus --max-time 15m
     """
-    from lightm import training as package
-    from lightm.pipeline import finish_run
-    from lightm.training.config import read_user_config
+    if resume is not None:
+        wrong = sorted(set(given) - set(_resume_options().model_fields))
+        wrong += [n for n, v in (("DATASET", dataset), ("out", out), ("config", config)) if v is not None]
+        if wrong:
+            raise InputError(
+                f"--resume continues a run as it was started; {', '.join(wrong)} cannot change. Only "
+                f"{', '.join(_resume_options().model_fields)} can"
+            )
+        _resume(resume, given, as_json)
+        return
+    if dataset is None:
+        raise InputError("no data set: `lightm train DATASET`, or `lightm resume RUN`")
+    from lightm.pipeline import train as run
 
-    given: dict[str, Any] = {k: v for k, v in {
-        "labels": labels, "network": network, "recipe": recipe, "loss": loss, "epochs": epochs, "max_time": max_time,
-        "patience": patience, "lr": lr, "batch_size": batch_size, "patch_size": sizes(patch_size), "seed": seed,
-        "split_seed": split_seed, "folds": folds, "fold": fold, "split": split, "plan": plan, "workers": workers,
-        "device": device, "on_nan": on_nan, "nan_limit": nan_limit,
-    }.items() if v is not None}  # fmt: skip
     with progress_bar() as progress:
-        if resume is not None:
-            wrong = sorted(set(given) - {"epochs", "max_time", "patience", "workers"})
-            wrong += [n for n, v in (("DATASET", dataset), ("out", out), ("config", config)) if v is not None]
-            if wrong:
-                raise InputError(
-                    f"--resume continues a run as it was started; {', '.join(wrong)} cannot change. Only --epochs, "
-                    "--max-time, --patience and --workers can"
-                )
-            trained = package.resume_training(resume, progress=progress, say=echo, **given)
-        else:
-            if dataset is None:
-                raise InputError("no data set: `lightm train DATASET`, or `lightm train --resume RUN`")
-            options = {**(read_user_config(config) if config is not None else {}), **given}
-            trained = package.train_model(dataset, out, progress=progress, say=echo, **options)
-        echo(f"trained {trained.epochs} epochs in {trained.train_seconds:.0f} s ({trained.reason})")
-        if not test:
-            typer.echo(json.dumps({"run": str(trained.run_dir)}) if as_json else f"model: {trained.run_dir / 'model'}")
-            return
-        result = finish_run(trained, progress=progress, say=echo)
+        result = run(dataset, out, config=config, progress=progress, **given)
+    print_run(result, as_json=as_json)
+
+
+def _resume_options() -> Any:
+    from lightm.training.run import ResumeOptions
+
+    return ResumeOptions
+
+
+@command(_resume_options)
+def resume(
+    run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Json = False, *, given: dict[str, Any]
+) -> None:
+    """Resume an interrupted or ended training from its last checkpoint, and do what `lightm train` does after it.
+
+    Example: lightm resume runs/hippocampus --max-time 30m
+    """
+    _resume(run, given, as_json)
+
+
+def _resume(run_dir: Path, given: dict[str, Any], as_json: bool) -> None:
+    from lightm.pipeline import resume as run
+
+    with progress_bar() as progress:
+        result = run(run_dir, progress=progress, **given)
     print_run(result, as_json=as_json)

@@ -21,6 +21,10 @@ def open_dataset(path: Path | str, *, labels: Path | str | None = None) -> Datas
 
     Raises InputError for a folder that is none of these, a faulty dataset.json, a label without its image or the
     reverse, missing channels, and cases that exist twice. What only voxels tell is found by `check_dataset`.
+
+    >>> data = lightm.open_dataset(lightm.phantoms("xray", folder / "data", cases=2, size=32))
+    >>> [case.id for case in data.cases], data.labels
+    (['xray_000', 'xray_001'], {'background': 0, 'lung': 1})
     """
     dataset, problems = scan(Path(path), None if labels is None else Path(labels))
     errors = [problem for problem in problems if problem.severity == "error"]

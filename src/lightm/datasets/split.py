@@ -15,7 +15,11 @@ from lightm.files import write_text
 
 
 class Split(BaseModel):
-    """Case ids of the three parts, and how they were drawn: `kind` is "7:1:2" or "k-fold", `fold` its part."""
+    """Case ids of the three parts, and how they were drawn: `kind` is "7:1:2" or "k-fold", `fold` its part.
+
+    >>> split = lightm.Split(kind="by hand", seed=0, train=["a", "b"], val=["c"], test=["d"])
+    >>> split.save(folder / "split.json")
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -73,13 +77,18 @@ def make_split(case_ids: Sequence[str], *, seed: int = 0, folds: int | None = No
 def load_split(path: Path, case_ids: Sequence[str]) -> Split:
     """Read a split and check it against the data set's cases; InputError, naming the file, when they disagree."""
     split = load_json(path, Split, "a split", "correct it, or delete it to have one drawn")
+    return check_split(split, case_ids, str(path))
+
+
+def check_split(split: Split, case_ids: Sequence[str], where: str) -> Split:
+    """Return the split where it fits the data set's cases; InputError, naming `where`, else."""
     named = [*split.train, *split.val, *split.test]
     unknown = sorted(set(named) - set(case_ids))
     if unknown:
-        raise InputError(f"{path}: names cases that the data set has not: {', '.join(unknown[:5])}")
+        raise InputError(f"{where}: names cases that the data set has not: {', '.join(unknown[:5])}")
     twice = sorted(case for case, count in Counter(named).items() if count > 1)
     if twice:
-        raise InputError(f"{path}: names cases more than once: {', '.join(twice[:5])}")
+        raise InputError(f"{where}: names cases more than once: {', '.join(twice[:5])}")
     if not split.train or not split.val:
-        raise InputError(f"{path}: no cases to train on or none to validate on; both lists need one at least")
+        raise InputError(f"{where}: no cases to train on or none to validate on; both lists need one at least")
     return split

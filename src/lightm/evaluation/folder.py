@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from lightm.datasets.description import read_description
 from lightm.errors import InputError, did_you_mean
@@ -14,26 +15,47 @@ from lightm.evaluation.evaluation import CaseRow, Evaluation, summarize
 from lightm.evaluation.metrics import case_metrics, resolve_tolerances
 from lightm.images.io import SUFFIXES, file_suffix, read_volume
 from lightm.images.volume import Volume, geometry_difference
+from lightm.options import Names, Options, PathText
 from lightm.progress import Progress
 
 
+class EvaluateOptions(Options):
+    """The options of `lightm.evaluate` and of `lightm evaluate`.
+
+    >>> lightm.EvaluateOptions(cases="case_1,case_2").cases
+    ['case_1', 'case_2']
+    """
+
+    labels_map: dict[str, Any] | None = Field(
+        None, description="Classes, {liver: 1}; default: those of the labels' dataset.json."
+    )
+    ignore_label: int | None = Field(None, description="Label value of voxels that do not count.")
+    out: PathText | None = Field(
+        None, description="Folder for metrics.json and metrics.csv.", json_schema_extra={"flags": ["-o"]}
+    )
+    cases: Literal["predicted"] | Names | None = Field(
+        None, description="Cases to score, c1,c2, or predicted; default: every label.", union_mode="left_to_right"
+    )
+    nsd_tolerance_mm: float | dict[str, float] = Field(
+        1.0, description="Tolerance of the surface Dice in mm.", json_schema_extra={"flags": ["--tolerance"]}
+    )
+    bootstrap: int = Field(1000, description="Resamples of the confidence intervals; 0: no intervals.")
+    seed: int = Field(0, ge=0, description="Seed of the resampling.")
+
+
 def evaluate_folder(
-    predictions: Path,
-    labels: Path,
+    predictions: Path | str,
+    labels: Path | str,
     *,
-    labels_map: Mapping[str, int] | None = None,
-    ignore_label: int | None = None,
-    out: Path | None = None,
-    cases: Iterable[str] | Literal["predicted"] | None = None,
-    nsd_tolerance_mm: float | Mapping[str, float] = 1.0,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    options: EvaluateOptions | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    **more: Any,
 ) -> Evaluation:
     """Measure every class in every case of a folder of predictions, and summarise over cases.
 
     `labels` holds one label file per case, `predictions` one file of the same name (its suffix may differ).
-    `cases` names the cases to score; `None` means every label, "predicted" every prediction. `labels_map`
+    Options, as an object or their fields as `more`: `cases` names the cases to score; `None` means every label,
+    "predicted" every prediction. `labels_map`
     gives class names and values (background, value 0, is left out); without it they are read from the
     `dataset.json` in `labels` or the folder above it, which also says which value to ignore. With `out`,
     `metrics.json` and `metrics.csv` are written there, after the last case. Metrics are those of
@@ -42,12 +64,14 @@ def evaluate_folder(
     Raises `InputError` naming the files for a case without prediction or label, for shapes or affines that
     differ, and for values that are no class. Holds one case in memory at a time.
     """
+    chosen = EvaluateOptions.of(options, more, "evaluate")
+    bootstrap = chosen.bootstrap
     predictions, labels = Path(predictions), Path(labels)
-    classes, ignore = _class_values(labels, labels_map, ignore_label)
-    tolerances = resolve_tolerances(nsd_tolerance_mm, classes)
+    classes, ignore = _class_values(labels, chosen.labels_map, chosen.ignore_label)
+    tolerances = resolve_tolerances(chosen.nsd_tolerance_mm, classes)
     if bootstrap < 0:
         raise InputError(f"bootstrap is {bootstrap}: expected a number of resamples, or 0 for no intervals")
-    pairs = _pair_files(predictions, labels, cases)
+    pairs = _pair_files(predictions, labels, chosen.cases)
     rows: list[CaseRow] = []
     dims: dict[int, Path] = {}
     for done, (case, (pred_path, label_path)) in enumerate(pairs.items()):
@@ -79,11 +103,11 @@ def evaluate_folder(
         distance_unit="px" if pixels else "mm",
         nsd_tolerance_mm=tolerances,
         bootstrap=bootstrap,
-        seed=seed,
+        seed=chosen.seed,
     )
-    if out is not None:
-        evaluation.to_csv(Path(out) / "metrics.csv")
-        evaluation.to_json(Path(out) / "metrics.json")
+    if chosen.out is not None:
+        evaluation.to_csv(Path(chosen.out) / "metrics.csv")
+        evaluation.to_json(Path(chosen.out) / "metrics.json")
     return evaluation
 
 
@@ -118,8 +142,6 @@ def _pair_files(
     elif cases == "predicted":
         wanted = sorted(predicted)
     else:
-        if isinstance(cases, str):
-            raise InputError(f"cases='{cases}': expected a list of case names, None or \"predicted\"")
         wanted = sorted(set(cases))
         if not wanted:
             raise InputError("no case to evaluate: the list of cases is empty")

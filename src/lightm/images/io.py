@@ -43,6 +43,10 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     more than 2^31 voxels or more than its length or the machine's memory can hold, of more than three axes, with NaN
     or infinite voxels, or, for labels, with other than whole numbers; docs/files.md lists every rule. Cost: the voxels
     once, once more while a label map is converted, and at most 64 MB beside them.
+
+    >>> data = lightm.phantoms("xray", folder / "data", cases=1, size=32)
+    >>> int(lightm.read_volume(data / "labelsTr" / "xray_000.png", kind="label").data.max())
+    1
     """
     path = Path(path)
     if "\0" in str(path):
@@ -109,6 +113,12 @@ def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) 
     arrays, which no scanner makes, and keeps every other dtype. NIfTI keeps affine and codes, units millimetres;
     the same volume gives the same bytes. PNG takes 2D arrays of whole numbers from 0 to 255, or uint16.
     Missing folders are made. Raises InputError for what the format cannot hold, LightMError when writing fails.
+
+    >>> import numpy as np
+    >>> volume = lightm.Volume.from_spacing(np.ones((4, 8, 8), np.uint8), (2.0, 1.0, 1.0))
+    >>> lightm.write_volume(folder / "label.nii.gz", volume, kind="label")
+    >>> lightm.read_volume(folder / "label.nii.gz").spacing_mm
+    (2.0, 1.0, 1.0)
     """
     path = Path(path)
     suffix = file_suffix(path)

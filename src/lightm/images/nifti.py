@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import logging
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,9 +29,6 @@ from lightm.errors import InputError
 from lightm.images.finite import FiniteCheck
 from lightm.images.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes, check_place
 from lightm.images.volume import Volume, affine_spacing_mm
-
-# nibabel prints a line for each field of a header that it repairs; a fault that matters is an error here.
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
 
 _CHUNK = 1 << 20  # of one read
 _SLAB_BYTES = 8 << 20

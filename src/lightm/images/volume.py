@@ -27,6 +27,11 @@ class Volume:
     voxel (x, y, z, 1) to millimetres (right, anterior, superior); its column lengths are the spacing.
     form_codes: NIfTI's sform and qform codes, kept so that a file goes back as it came.
     Raises InputError when these do not fit together. Voxel values are not looked at.
+
+    >>> import numpy as np
+    >>> volume = lightm.Volume.from_spacing(np.zeros((4, 8, 8), np.float32), (2.0, 1.0, 1.0))
+    >>> volume.shape, volume.spacing_mm
+    ((4, 8, 8), (2.0, 1.0, 1.0))
     """
 
     data: np.ndarray

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from lightm.datasets.cases import Case
 from lightm.datasets.inputs import find_cases
@@ -13,14 +18,15 @@ from lightm.files import LOCK, locked_folder, remove_temporaries
 from lightm.images.io import file_suffix
 from lightm.inference.budget import peak_resident_bytes
 from lightm.inference.one_case import CaseWriter, DiskError, Job, fault_of
-from lightm.inference.predictor import Predictor, Window
+from lightm.inference.predictor import Predictor
 from lightm.inference.prefetch import each_read
 from lightm.inference.record import (
     PREVIEWS,
     PROBABILITIES,
     RECORD,
-    Options,
+    PredictOptions,
     Record,
+    RecordedOptions,
     describe_model,
     file_record,
     load_record,
@@ -28,52 +34,41 @@ from lightm.inference.record import (
     now,
     remove_written,
 )
-from lightm.inference.sliding import WindowProgress
 from lightm.inference.statistics import write_statistics
+from lightm.nets.folder import find_model
 from lightm.progress import Progress
 
-__all__ = ["RECORD", "CaseWriter", "Progress", "predict_folder"]
+__all__ = ["RECORD", "CaseWriter", "PredictOptions", "load_predictor", "predict_folder"]
+
+_log = logging.getLogger(__name__)
 
 
 def predict_folder(
-    model_dir: Path | str,
+    model: Path | str | Predictor,
     inputs: Path | str | Sequence[Path | str],
     out: Path | str,
     *,
-    overlap: float = 0.5,
-    tta: bool = False,
-    cases: Iterable[str] | None = None,
+    options: PredictOptions | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-    windows: WindowProgress | None = None,
-    say: Callable[[str], None] | None = None,
-    device: str = "cpu",
-    max_memory: int | None = None,
-    window: Window = "patch",
-    postprocess: bool = True,
-    overwrite: bool = False,
-    resume: bool = False,
-    save_probabilities: bool = False,
-    statistics: bool = False,
-    preview: bool = False,
-    report: Path | str | None = None,
-    also: CaseWriter | None = None,
+    extra_writer: CaseWriter | None = None,
+    **more: Any,
 ) -> list[Path]:
     """Segment every case in `inputs` and return the label maps in `out` that are done, sorted by case.
 
-    model_dir: a model folder (`model.safetensors`, `model.json`), a file that `lightm pack` wrote, or the run folder
-    that holds one. inputs: what `find_cases` takes: an image; a folder of CASE_0000.EXT, CASE_0001.EXT, ... (CASE.EXT
-    with one channel); a dataset, whose imagesTs is taken; with `cases`, only these ids, from imagesTr too; DICOM
-    series, which give CASE.nii.gz; a list in a .txt or .csv file; or several of these.
-    overlap, tta, device, max_memory (bytes), window, postprocess: as in `Predictor.from_folder`.
-    progress("predict", done, total) counts cases, windows(done, total) those of the present case, say(line) gets a
-    line a case and one at the end.
+    model: a model folder, a file that `lightm export` wrote, the run folder that holds one, or a Predictor
+    made of one of these, whose own options for loading hold then. inputs: what `find_cases` takes: an image; a folder
+    of CASE_0000.EXT, CASE_0001.EXT, ... (CASE.EXT with one channel); a dataset, whose imagesTs is taken; with `cases`,
+    only these ids, from imagesTr too; DICOM series, which give CASE.nii.gz; a list in a .txt or .csv file; or several
+    of these. options: how, as an object, or its fields as `more`.
+    progress("predict", done, total) counts cases, progress("windows", done, total) those of the present case; a line
+    per case and one at the end are logged.
 
     Written to `out`, each file complete or not at all: CASE + its own file ending, in the geometry of its image;
     after every case prediction.json (`lightm.inference.record.Record`: model, options, times, checksums, faults, peak
     memory); and as asked for probabilities/CASE.nii.gz (see `lightm.inference.probabilities`), statistics.csv and .json
-    (`lightm.inference.statistics`), previews/CASE.png, and what also(case) writes: it may refuse a case, and returns
-    what writes a second file of its label map, as `lightm.export.dicom_seg.seg_writer` does. report: a .json file for
-    another copy of the record.
+    (`lightm.inference.statistics`), previews/CASE.png, and what extra_writer(case) writes: it may refuse a case, and
+    returns what writes a second file of its label map, as `lightm.interchange.dicom_seg.seg_writer` does. The option
+    `report` names a .json file for another copy of the record.
 
     A case that cannot be predicted, for whatever reason, is left out and the others go on; the call ends with one
     LightMError that lists every fault (the InputError itself where there is one case alone). A disk that refuses ends
@@ -85,52 +80,48 @@ def predict_folder(
     neither `overwrite` nor `resume`, or another process writes to it. Memory: as `Predictor`, and without `max_memory`
     the images of the next case, which are read meanwhile.
     """
-    model_dir, out = Path(model_dir), Path(out)
-    model_dir = model_dir / "model" if (model_dir / "model" / "model.json").is_file() else model_dir
-    if overwrite and resume:
-        raise InputError("overwrite and continue exclude each other: start anew, or go on; choose one")
-    _check_out(out, any_content=overwrite or resume or (out / LOCK).exists())
-    report = None if report is None else _checked_report(Path(report), replace=overwrite or resume)
+    chosen = PredictOptions.of(options, more, "predict")
+    out = Path(out)
+    if chosen.overwrite and chosen.resume:
+        raise InputError("overwrite and resume exclude each other: start anew, or resume; choose one")
+    replace = chosen.overwrite or chosen.resume
+    _check_out(out, any_content=replace or (out / LOCK).exists())
+    report = None if chosen.report is None else _checked_report(Path(chosen.report), replace=replace)
     given = [Path(inputs)] if isinstance(inputs, (str, Path)) else [Path(path) for path in inputs]
-    predictor = Predictor.from_folder(
-        model_dir, device, overlap=overlap, tta=tta, max_memory=max_memory, window=window, postprocess=postprocess
-    )
-    found = find_cases(given, predictor.plan.channels, cases=cases)
+    if isinstance(model, Predictor):
+        predictor, chosen = model, _as_loaded(model, chosen)
+    else:
+        predictor = load_predictor(model, chosen)
+    if predictor.source is None:
+        raise InputError("a Predictor without a file: save its network as a model and load that, so that it is known")
+    found = find_cases(given, predictor.plan.channels, cases=chosen.cases)
     targets = {case.id: out / (case.id + (file_suffix(case.images[0]) or ".nii.gz")) for case in found}
     _check_targets(found, targets, out)
-    options = Options(
-        overlap=overlap,
-        tta=tta,
-        window=window,
-        postprocess=postprocess,
-        device=str(predictor.device),
-        max_memory=max_memory,
-        save_probabilities=save_probabilities,
-        statistics=statistics,
-        preview=preview,
-        second_file=also is not None,
-    )
-    record = new_record(describe_model(model_dir), [str(path) for path in given], out, options)
+    recorded = RecordedOptions(
+        **{name: getattr(chosen, name) for name in RecordedOptions.model_fields if name != "second_file"},
+        second_file=extra_writer is not None,
+    ).model_copy(update={"device": str(predictor.device)})
+    record = new_record(describe_model(predictor.source), [str(path) for path in given], out, recorded)
     with _held(out):
-        _check_out(out, any_content=overwrite or resume)
-        if overwrite:
+        _check_out(out, any_content=replace)
+        if chosen.overwrite:
             remove_written(out)
-        elif resume and (out / RECORD).is_file():
+        elif chosen.resume and (out / RECORD).is_file():
             _take_over(load_record(out / RECORD), record, found, out)
-        elif resume:
+        elif chosen.resume:
             _check_out(out, any_content=False)
         try:
             record.write(out / RECORD)  # so that a run that is killed in its first case can go on too
-            job = Job(predictor, options, targets, also, windows)
-            _run(job, record, found, out, progress, say or (lambda line: None))
+            windows = None if progress is None else functools.partial(progress, "windows")
+            job = Job(predictor, recorded, targets, extra_writer, windows)
+            _run(job, record, found, out, progress)
         finally:
             if not record.cases:
                 with contextlib.suppress(OSError):  # what stopped the run is the error to tell
                     (out / RECORD).unlink(missing_ok=True)
             if report is not None:
                 record.write(report)
-    if say is not None:
-        say(_closing(record))
+    _log.info(_closing(record))
     if record.failed:
         if len(found) == 1 and record.failed[0].kind == InputError.__name__:
             raise InputError(record.failed[0].error)
@@ -139,14 +130,39 @@ def predict_folder(
     return [targets[case.id] for case in found]
 
 
-def _run(
-    job: Job, record: Record, found: list[Case], out: Path, progress: Progress | None, say: Callable[[str], None]
-) -> None:
+_LOADING = ("overlap", "tta", "window", "device", "max_memory")
+
+
+def _as_loaded(predictor: Predictor, options: PredictOptions) -> PredictOptions:
+    """The options with those that a Predictor has already; raises InputError where others were asked for."""
+    if wrong := [name for name in (*_LOADING, "postprocess") if name in options.model_fields_set]:
+        raise InputError(f"{', '.join(wrong)}: the Predictor has these already; give them to lightm.load instead")
+    return options.model_copy(update={name: getattr(predictor, name) for name in _LOADING if name != "device"})
+
+
+def load_predictor(model: Path | str, options: PredictOptions, network: nn.Module | None = None) -> Predictor:
+    """Return the model of a model folder, single file or run with the options that concern it.
+
+    network: the module, for a model with a network of one's own. Raises InputError as `load_model`.
+    """
+    return Predictor.from_folder(
+        find_model(model),
+        options.device,
+        overlap=options.overlap,
+        tta=options.tta,
+        max_memory=options.max_memory,
+        window=options.window,
+        postprocess=options.postprocess,
+        network=network,
+    )
+
+
+def _run(job: Job, record: Record, found: list[Case], out: Path, progress: Progress | None) -> None:
     """Predict what the record does not hold yet, and keep it up to date."""
     finished = {entry.case for entry in record.cases}
     left = [case for case in found if case.id not in finished]
     if finished:
-        say(f"{len(finished)} of {len(found)} case(s) finished earlier")
+        _log.info(f"{len(finished)} of {len(found)} case(s) finished earlier")
     if progress is not None:
         progress("predict", len(finished), len(found))
     done = len(finished)
@@ -160,12 +176,12 @@ def _run(
         except Exception as error:
             fault = fault_of(case, error)
             record.failed.append(fault)
-            say(f"[{done}/{len(found)}] {case.id} failed: {fault.error}")
+            _log.info(f"[{done}/{len(found)}] {case.id} failed: {fault.error}")
         else:
             record.cases.append(entry)
             record.cases.sort(key=lambda one: one.case)
             size = "x".join(str(length) for length in reversed(entry.shape))
-            say(f"[{done}/{len(found)}] {case.id} {size} {entry.seconds:.1f} s")
+            _log.info(f"[{done}/{len(found)}] {case.id} {size} {entry.seconds:.1f} s")
         record.peak_resident_bytes = peak_resident_bytes()
         record.write(out / RECORD)
         if progress is not None:
@@ -195,7 +211,7 @@ def _check_out(out: Path, *, any_content: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: a file; give a folder for the predictions")
     if out.is_dir() and not any_content and any(not path.name.startswith(".") for path in out.iterdir()):
-        hint = "go on with an unfinished run (--continue), " if (out / RECORD).is_file() else ""
+        hint = "resume an unfinished run (--resume), " if (out / RECORD).is_file() else ""
         raise InputError(
             f"{out}: the folder already holds files; {hint}give another one, or allow overwriting (--overwrite)"
         )

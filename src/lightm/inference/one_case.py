@@ -24,7 +24,7 @@ from lightm.inference.record import (
     CaseRecord,
     Fault,
     FileRecord,
-    Options,
+    RecordedOptions,
     Seconds,
     file_record,
 )
@@ -55,7 +55,7 @@ class Job:
     """What all cases of a run share. targets: the label map of each case."""
 
     predictor: Predictor
-    options: Options
+    options: RecordedOptions
     targets: Mapping[str, Path]
     also: CaseWriter | None
     windows: WindowProgress | None

@@ -52,6 +52,12 @@ class Predictor:
     GroupNorm takes mean and standard deviation over all voxels first, and convolutions and upsampling look ahead. So
     "whole" is one call, in memory for all of it (docs/prediction.md says how much); and a network trained on patches
     sees statistics of a size that it was not trained on.
+
+    >>> import torch
+    >>> plan = lightm.plan(lightm.phantoms("xray", folder / "data", cases=2, size=32), patch_size=[32, 32])
+    >>> predictor = lightm.Predictor(torch.nn.Conv2d(1, 2, 3, padding=1), plan)
+    >>> predictor(folder / "data" / "imagesTr" / "xray_000_0000.png").shape
+    (32, 32)
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Predictor:
         self.rules = rules
         self.max_memory = max_memory
         self.window = window
+        self.source: Path | None = None  # the model folder or file that it was loaded from
         self._measured: dict[tuple[int, ...], int] = {}
 
     @classmethod
@@ -96,18 +103,28 @@ class Predictor:
         max_memory: int | None = None,
         window: Window = "patch",
         postprocess: bool = True,
+        network: nn.Module | None = None,
     ) -> Predictor:
         """Load a model folder; raises InputError, naming the file, for one that is missing or damaged.
 
-        postprocess: clean label maps up by the steps that the model was saved with.
+        postprocess: apply the post-processing that the model was saved with. network: a module to load the weights
+        into, for a model that was trained with a network of one's own.
         """
-        network, info = model_folder.load_model(Path(model_dir))
+        network, info = model_folder.load_model(Path(model_dir), **({} if network is None else {"network": network}))
         try:
             plan = Plan.model_validate(info["plan"])
         except ValueError as error:
             raise InputError(f"{Path(model_dir) / 'model.json'}: its plan is not valid: {error}") from error
         rules = read_postprocess(info, str(Path(model_dir) / "model.json")).steps if postprocess else ()
-        return cls(network, plan, device, overlap=overlap, tta=tta, rules=rules, max_memory=max_memory, window=window)
+        made = cls(network, plan, device, overlap=overlap, tta=tta, rules=rules, max_memory=max_memory, window=window)
+        made.source = Path(model_dir)
+        return made
+
+    def __call__(self, *images: Path | str | Volume) -> Volume:
+        """Return the label map of one case: a file or Volume for each channel of the plan; see `predict_volumes`."""
+        if all(isinstance(image, Volume) for image in images):
+            return self.predict_volumes([image for image in images if isinstance(image, Volume)])
+        return self.predict_files([Path(image) for image in images if not isinstance(image, Volume)])
 
     def predict_volumes(
         self,

@@ -11,11 +11,11 @@ import json
 import platform
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from lightm import __version__
 from lightm.config_io import load_json
@@ -23,8 +23,10 @@ from lightm.errors import InputError, LightMError
 from lightm.files import file_hash, write_text
 from lightm.images import dicom
 from lightm.images.dicom_files import dicom_files
+from lightm.inference.budget import parse_memory
 from lightm.inference.statistics import ClassStatistics
 from lightm.nets.folder import read_description
+from lightm.options import Names, Options, PathText
 
 RECORD = "prediction.json"
 PREVIEWS, PROBABILITIES = "previews", "probabilities"
@@ -45,18 +47,45 @@ class ModelRecord(_Part):
     weights_sha256: str
 
 
-class Options(_Part):
+def _bytes(given: Any) -> Any:
+    return parse_memory(given) if isinstance(given, str) else given
+
+
+class _Choices(Options):
     """How cases are predicted and what is written of each. max_memory: in bytes; it changes no label."""
 
-    overlap: float
-    tta: bool
-    window: str
-    postprocess: bool = True
-    device: str
-    max_memory: int | None = None
-    save_probabilities: bool = False
-    statistics: bool = False
-    preview: bool = False
+    overlap: float = Field(0.5, ge=0, lt=1, description="Overlap of neighbouring windows, 0 to below 1.")
+    tta: bool = Field(False, description="Average over mirrored copies (slower).")
+    window: Literal["patch", "whole"] = Field("patch", description="patch: sliding windows; whole: the volume at once.")
+    postprocess: bool = Field(True, description="Post-process the label maps as the model says.")
+    device: str = Field("cpu", description="cpu or cuda.")
+    max_memory: Annotated[int | None, BeforeValidator(_bytes)] = Field(
+        None, ge=1, description="Limit of the process, such as 2GB.", json_schema_extra={"text": True}
+    )
+    save_probabilities: bool = Field(False, description="Write probabilities/CASE.nii.gz too.")
+    statistics: bool = Field(False, description="Write statistics.csv and .json: volumes, intensities, places.")
+    preview: bool = Field(False, description="Write previews/CASE.png: slices with contours.")
+
+
+class PredictOptions(_Choices):
+    """The options of `lightm.predict`, of `lightm predict`, and of the calls in between.
+
+    >>> lightm.PredictOptions(max_memory="2GB", tta=True).max_memory
+    2000000000
+    """
+
+    dicom_seg: bool = Field(False, description="Write CASE.seg.dcm too (DICOM input).")
+    overwrite: bool = Field(False, description="Replace label maps in OUT.")
+    resume: bool = Field(
+        False, description="Resume an unfinished run in OUT.", json_schema_extra={"flags": ["--continue"]}
+    )
+    report: PathText | None = Field(None, description="JSON file for times, checksums, versions and errors.")
+    cases: Names | None = Field(None, description="Cases to predict, c1,c2; default: all.")
+
+
+class RecordedOptions(_Choices):
+    """The options of a run as its record keeps them. second_file: whether a second file of each case was written."""
+
     second_file: bool = False
 
 
@@ -106,7 +135,7 @@ class Record(_Part):
     model: ModelRecord
     inputs: list[str]
     out: str
-    options: Options
+    options: RecordedOptions
     device_name: str
     backend: str
     started: str
@@ -121,7 +150,7 @@ class Record(_Part):
         write_text(path, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
 
 
-def new_record(model: ModelRecord, inputs: list[str], out: Path, options: Options) -> Record:
+def new_record(model: ModelRecord, inputs: list[str], out: Path, options: RecordedOptions) -> Record:
     """Return the record of a run that begins now."""
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

@@ -124,12 +124,9 @@ class SegmentationLoss(nn.Module):
 
 
 def number(name: str, value: float, *, positive: bool = False) -> float:
-    """Return `value` as a float; InputError unless it is finite and not negative (with `positive`: above 0).
-
-    Strings of digits pass: YAML reads `1e-5`, without a dot, as text.
-    """
+    """Return `value` as a float; InputError unless it is finite and not negative (with `positive`: above 0)."""
     try:
-        result = float(value)
+        result = -1.0 if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         result = -1.0
     if not 0 <= result < float("inf") or (positive and result == 0):

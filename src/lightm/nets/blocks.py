@@ -159,7 +159,7 @@ class VSS(nn.Module):
         low, B, C = self._x_proj(u)
         # where it is intact, the bias of dt_proj goes into the scan, which adds it before its softplus
         plain = intact(self.dt_proj)
-        y, end = ops.selective_scan(
+        y, end = ops.selective_scan_with_state(
             u,
             ops.linear(low, self.dt_proj.weight) if plain else self.dt_proj(low),
             decay_rates(self.A_log),
@@ -170,7 +170,6 @@ class VSS(nn.Module):
             delta_bias=self.dt_proj.bias if plain else None,
             delta_softplus=True,
             initial_state=state,
-            return_state=True,
         )
         if self.norm is not None:
             if intact(self.norm):

@@ -23,7 +23,7 @@ from lightm import __version__
 from lightm.config_io import MAX_JSON_BYTES, parse_json, read_json
 from lightm.errors import InputError, LightMError
 from lightm.files import disk_refusals, file_hash, replacing, sync_folder, write_text
-from lightm.nets.described import create_described, tensor_shapes
+from lightm.nets.described import check_shapes, create_described, tensor_shapes
 
 SCHEMA_VERSION = 1
 _KEYS = {"schema_version", "lightm_version", "network", "plan", "training", "weights_sha256"}
@@ -82,6 +82,12 @@ def save_model(
     return folder
 
 
+def find_model(path: Path | str) -> Path:
+    """Return the model of a run folder; any other path as it is."""
+    inside = Path(path) / "model"
+    return inside if (inside / "model.json").is_file() else Path(path)
+
+
 def pack_model(model: Path | str, out: Path | str, *, overwrite: bool = False) -> Path:
     """Write a model folder as one safetensors file, which `load_model` reads like the folder, and return its path.
 
@@ -93,7 +99,7 @@ def pack_model(model: Path | str, out: Path | str, *, overwrite: bool = False) -
     unless `overwrite`; LightMError when the disk refuses. Memory: the weights twice.
     """
     model, out = Path(model), Path(out)
-    folder = model / "model" if (model / "model" / "model.json").is_file() else model
+    folder = find_model(model)
     if out.suffix != _ENDING:
         raise InputError(f"{out}: a single-file model needs a name that ends in {_ENDING}")
     if folder.is_file():
@@ -128,12 +134,13 @@ def set_postprocess(folder: Path, record: Mapping[str, Any]) -> None:
     write_text(Path(folder) / "model.json", json.dumps(info, indent=1) + "\n")
 
 
-def load_model(model: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(model: Path | str, network: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Read a model folder or single-file model: the network in evaluation mode on the CPU, and its `model.json`.
 
-    A network that was registered from outside must be registered here too. Raises InputError, naming the file, for a
-    missing, damaged or foreign model, a newer schema, weights whose checksum differs, that hold NaN or belong to
-    another network (whose memory is not asked for). Executes nothing from the file or folder.
+    network: a module to load the weights into, for a model that was trained with a network of one's own. A network that
+    was registered from outside must be registered here too. Raises InputError, naming the file, for a missing, damaged
+    or foreign model, a newer schema, weights whose checksum differs, that hold NaN or belong to another network (whose
+    memory is not asked for). Executes nothing from the file or folder.
     """
     model = Path(model)
     info = read_description(model)
@@ -147,7 +154,11 @@ def load_model(model: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         found, expected = file_hash(weights).partition(":")[2], info["weights_sha256"]
     if found != expected:
         raise InputError(f"{weights}: its checksum differs from that in its description; the file is damaged")
-    network = create_described(info["network"], tensor_shapes(weights), where, weights)
+    shapes = tensor_shapes(weights)
+    if network is None:
+        network = create_described(info["network"], shapes, where, weights)
+    else:
+        check_shapes(network.state_dict(), shapes, type(network).__name__, weights)
     try:
         state = load_file(weights)
     except (SafetensorError, OSError) as error:

@@ -154,7 +154,7 @@ class VSS2(nn.Module):
         z, delta = z[:, halo:], delta[:, halo:]
         x, B, C = self._convolve(tuple(streams), before, halo)
         gate = z if self.norm_weight is None else None
-        y, state = ops.ssd_scan(
+        y, state = ops.ssd_scan_with_state(
             x.unflatten(-1, (-1, self.head_dim)),
             delta,
             decay_rates(self._all(self.A_log)),
@@ -165,7 +165,6 @@ class VSS2(nn.Module):
             delta_bias=self._all(self.dt_bias),
             delta_softplus=True,
             initial_state=state,
-            return_state=True,
         )
         y = y.flatten(2)
         if self.norm_weight is not None and self.norm_bias is not None:

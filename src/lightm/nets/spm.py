@@ -77,7 +77,7 @@ class ParallelVSS(nn.Module):
         u = ops.causal_conv1d(x, self._all(self.conv_weight), self._all(self.conv_bias), activation="silu")[:, halo:]
         low, B, C = self.x_proj(u)
         (delta,) = self.dt_proj(low)
-        y, end = ops.selective_scan(
+        y, end = ops.selective_scan_with_state(
             u,
             delta,
             decay_rates(self._all(self.A_log)),
@@ -88,7 +88,6 @@ class ParallelVSS(nn.Module):
             delta_bias=self._all(self.dt_bias),
             delta_softplus=True,
             initial_state=state,
-            return_state=True,
         )
         if self.norm_weight is not None and self.norm_bias is not None:
             y = ops.gated_norm(y, z, self._all(self.norm_weight), self._all(self.norm_bias), parts=self.parts)

@@ -1,4 +1,4 @@
-"""Argument checks shared by the operators: every message says what, got, expected and how to mend it."""
+"""Argument checks shared by the operators: every message says what, got, expected and how to fix it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ IMPLEMENTATIONS = ("auto", "reference", "cpu")
 
 
 def check_shape(
-    operator: str, name: str, tensor: Tensor, expected: Sequence[int], meaning: str, mend: str = ""
+    operator: str, name: str, tensor: Tensor, expected: Sequence[int], meaning: str, hint: str = ""
 ) -> None:
     """Raise ValueError unless `tensor` has the expected shape."""
     if tuple(tensor.shape) != tuple(expected):
-        hint = f"; {mend}" if mend else ""
         raise ValueError(
-            f"{operator}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)} = {meaning}{hint}"
+            f"{operator}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)} = {meaning}"
+            + (f"; {hint}" if hint else "")
         )
 
 
@@ -59,14 +59,17 @@ def choose(
     lead: Tensor,
     cpu_limits: str | None = None,
     triton_limits: Callable[[Tensor], str | None] | None = None,
+    fallback: str = "reference",
 ) -> str:
-    """Resolve `impl` to "cpu", "triton" or "reference" for tensors like `lead`; the choice of "auto" is logged once.
+    """Resolve `impl` to "cpu", "triton" or a plain PyTorch form for tensors like `lead`; "auto" logs its choice once.
 
     `cpu_limits` says why the CPU kernel cannot take this call, if so. `triton_limits`, given by operators that have a
-    Triton kernel, says why that cannot take tensors like `lead`, None if it can. ValueError when an explicit choice
-    cannot be honoured.
+    Triton kernel, says why that cannot take tensors like `lead`, None if it can. `fallback` is what "auto" takes where
+    no kernel can run. ValueError when an explicit choice cannot be honoured.
     """
-    known = IMPLEMENTATIONS if triton_limits is None else (*IMPLEMENTATIONS, "triton")
+    known = [*IMPLEMENTATIONS, *(["triton"] if triton_limits is not None else [])]
+    if fallback not in known:
+        known.insert(known.index("reference") + 1, fallback)
     if impl not in known:
         raise ValueError(f"{operator}: impl is {impl!r}, expected one of {', '.join(map(repr, known))}")
     if impl == "triton" and triton_limits is not None:
@@ -80,10 +83,10 @@ def choose(
     elif lead.dtype not in CPU_TYPES:
         reason = f"the tensors are {lead.dtype}; use float32, bfloat16 or float16"
     if impl == "cpu" and reason is not None:
-        raise ValueError(f"{operator}: impl='cpu' is not possible: {reason}; or use impl='reference' or 'auto'")
+        raise ValueError(f"{operator}: impl='cpu' is not possible: {reason}; or use impl='{fallback}' or 'auto'")
     if impl != "auto":
         return impl
-    chosen = "cpu" if reason is None else "reference"
+    chosen = "cpu" if reason is None else fallback
     if lead.device.type == "cuda" and triton_limits is not None:
         reason = triton_limits(lead)
         chosen = "triton" if reason is None else "reference"
@@ -93,6 +96,6 @@ def choose(
     return chosen
 
 
-def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a gradient."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def wants_grad(*inputs: object) -> bool:
+    """Whether autograd will ask for a gradient of one of the inputs that are tensors."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lightm.ops.checks import check_kinds, check_shape, choose
-from lightm.ops.register import operator
+from lightm.ops.register import differentiable
 
 _NAME = "causal_conv1d"
 
@@ -17,7 +17,7 @@ _NAME = "causal_conv1d"
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, impl: str = "auto"
 ) -> Tensor:
-    """Convolve every channel with its K taps over this and the K - 1 tokens before.
+    """Convolve every channel over this and the K - 1 tokens before, with a kernel of size K.
 
     y[t,e] = act(bias[e] + sum_k weight[e,k] * x[t-K+1+k, e]), x being 0 before the first token
     (Mamba, arXiv 2312.00752, figure 3).
@@ -34,7 +34,7 @@ def causal_conv1d(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown activation, an impossible `impl`.
 
-    Cost: K multiply-adds an element; the kernel reads x and writes y once; x is what the backward pass keeps.
+    Cost: K multiply-adds per element; the kernel reads x and writes y once; x is what the backward pass keeps.
     """
     check_kinds(_NAME, {"x": x, "weight": weight, "bias": bias})
     if x.dim() != 3:
@@ -55,58 +55,20 @@ def causal_conv1d(
 
 
 def reference_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """`causal_conv1d` in plain PyTorch, one tap after the other: the oracle."""
+    """`causal_conv1d` in plain PyTorch, one offset after the other: the oracle."""
     inner = torch.float64 if x.dtype == torch.float64 else torch.float32
-    taps = weight.shape[1]
-    padded = functional.pad(x.to(inner), (0, 0, taps - 1, 0))
+    kernel_size = weight.shape[1]
+    padded = functional.pad(x.to(inner), (0, 0, kernel_size - 1, 0))
     y = torch.zeros_like(x, dtype=inner) if bias is None else bias.to(inner).expand(x.shape)
-    for k in range(taps):
+    for k in range(kernel_size):
         y = y + weight[:, k].to(inner) * padded[:, k : k + x.shape[1]]
     return (functional.silu(y) if silu else y).to(x.dtype)
 
 
-@operator("lightm::causal_conv1d")
-def conv1d_op(x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool) -> Tensor:  # noqa: UP045
-    """The CPU kernel as a PyTorch operator."""
-    from lightm.ops.conv1d_cpu import run_forward
+def _cpu() -> Any:
+    from lightm.ops.conv1d_cpu import run_backward, run_forward
 
-    return run_forward(x, weight, bias, silu)
+    return run_forward, run_backward
 
 
-@conv1d_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@operator("lightm::causal_conv1d_backward")
-def conv1d_backward_op(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],  # noqa: UP045
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (x, weight, bias); the last is empty without bias."""
-    from lightm.ops.conv1d_cpu import run_backward
-
-    return run_backward(grad_y, x, weight, bias, silu)
-
-
-@conv1d_backward_op.register_fake
-def _(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    db = x.new_empty(0, dtype=torch.float32) if bias is None else bias.new_empty(bias.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), db
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = conv1d_backward_op(grad_y, x, weight, bias, ctx.silu)
-    return dx, dweight, None if bias is None else dbias, None
-
-
-conv1d_op.register_autograd(_backward, setup_context=_keep)
+conv1d_op = differentiable("lightm::causal_conv1d", "Tensor x, Tensor weight, Tensor? bias, bool silu", _cpu)

@@ -9,7 +9,7 @@ from lightm.ops.bounds import address
 from lightm.ops.conv1d_kernels import conv1d_backward, conv1d_forward, scratch_floats
 from lightm.ops.threads import parallel_for, worker_count
 
-_BLOCK = 512  # tokens of one piece of work; fixed, so that sums do not depend on the number of threads
+_BLOCK = 512  # tokens of one work item; fixed, so that sums do not depend on the number of threads
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -19,8 +19,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    by_tap = weight.float().t().contiguous()
-    return by_tap, torch.zeros(weight.shape[0]) if bias is None else bias.float().contiguous()
+    by_offset = weight.float().t().contiguous()
+    return by_offset, torch.zeros(weight.shape[0]) if bias is None else bias.float().contiguous()
 
 
 def run_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
@@ -28,7 +28,7 @@ def run_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> T
     batch, length, channels = x.shape
     rows = _rows(x)
     y = torch.empty(x.shape)
-    by_tap, shift = _parameters(weight, bias)
+    by_offset, shift = _parameters(weight, bias)
     blocks = -(-length // _BLOCK)
 
     def work(item: int, worker: int) -> None:
@@ -38,7 +38,7 @@ def run_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> T
             4 * rows.stride(1),
             address(y) + 4 * entry * y.stride(0),
             4 * channels,
-            address(by_tap),
+            address(by_offset),
             address(shift),
             weight.shape[1],
             channels,
@@ -56,14 +56,14 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, bias); the last is empty without bias."""
     batch, length, channels = x.shape
-    taps = weight.shape[1]
+    kernel_size = weight.shape[1]
     rows, grad = _rows(x), _rows(grad_y)
     dx = torch.empty(x.shape)
-    by_tap, shift = _parameters(weight, bias)
+    by_offset, shift = _parameters(weight, bias)
     blocks = -(-length // _BLOCK)
     items = batch * blocks
-    dweight, dbias = torch.empty((items, taps, channels)), torch.empty((items, channels))
-    scratch = torch.empty((worker_count(items), scratch_floats(_BLOCK, taps)))
+    dweight, dbias = torch.empty((items, kernel_size, channels)), torch.empty((items, channels))
+    scratch = torch.empty((worker_count(items), scratch_floats(_BLOCK, kernel_size)))
 
     def work(item: int, worker: int) -> None:
         entry, block = divmod(item, blocks)
@@ -74,9 +74,9 @@ def run_backward(
             4 * grad.stride(1),
             address(dx) + 4 * entry * dx.stride(0),
             4 * channels,
-            address(by_tap),
+            address(by_offset),
             address(shift),
-            taps,
+            kernel_size,
             channels,
             int(silu),
             block * _BLOCK,

@@ -1,4 +1,4 @@
-"""Depthwise convolution with 3 taps an axis on channels-last images."""
+"""Depthwise convolution with kernel size 3 on channels-last images."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightm.ops.checks import check_kinds, choose
-from lightm.ops.register import operator
+from lightm.ops.register import differentiable
 
 _NAME = "depthwise_conv"
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, impl: str = "auto") -> Tensor:
-    """Convolve every channel with its own 3x3 (3x3x3) taps; stride 1, zeros outside, the size stays.
+    """Convolve every channel with its own 3x3 (3x3x3) kernel; stride 1, zero padding of 1.
 
-    y[p,c] = sum_k weight[k,c] * x[p+k-1,c] over the taps k of all axes (cross-correlation, as in PyTorch).
+    y[p,c] = sum_k weight[k,c] * x[p+k-1,c] over the offsets k of all axes (cross-correlation, as in PyTorch).
 
     Args:
         x: (Bt, Y, X, C) or (Bt, Z, Y, X, C); contiguous tensors are used in place, others copied.
@@ -30,7 +30,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, impl: str = "auto") -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an impossible `impl`.
 
-    Cost: 9 or 27 multiply-adds an element; x is what the backward pass keeps. Deterministic.
+    Cost: 9 or 27 multiply-adds per element; x is what the backward pass keeps. Deterministic.
     """
     check_kinds(_NAME, {"x": x, "weight": weight})
     if x.dim() not in (4, 5):
@@ -41,7 +41,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, impl: str = "auto") -> Tensor:
     expected = (3,) * axes + (x.shape[-1],)
     if tuple(weight.shape) != expected:
         raise ValueError(
-            f"{_NAME}: weight has shape {tuple(weight.shape)}, expected {expected} = 3 taps an axis, then C of x; "
+            f"{_NAME}: weight has shape {tuple(weight.shape)}, expected {expected} = 3 per axis, then C of x; "
             "for a convolution module's weight (C, 1, 3, ...) give weight.squeeze(1).movedim(0, -1)"
         )
     if choose(_NAME, impl, x) == "reference":
@@ -50,50 +50,21 @@ def depthwise_conv(x: Tensor, weight: Tensor, impl: str = "auto") -> Tensor:
 
 
 def reference_depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """`depthwise_conv` in plain PyTorch, one tap after the other: the oracle."""
+    """`depthwise_conv` in plain PyTorch, one offset after the other: the oracle."""
     inner = torch.float64 if x.dtype == torch.float64 else torch.float32
     sizes = x.shape[1:-1]
     padded = functional.pad(x.to(inner), (0, 0) + (1, 1) * len(sizes))
     y = torch.zeros_like(x, dtype=inner)
-    for tap in torch.cartesian_prod(*[torch.arange(3)] * len(sizes)).tolist():
-        window = (slice(None), *(slice(k, k + size) for k, size in zip(tap, sizes, strict=True)))
-        y = y + weight[tuple(tap)].to(inner) * padded[window]
+    for offset in torch.cartesian_prod(*[torch.arange(3)] * len(sizes)).tolist():
+        window = (slice(None), *(slice(k, k + size) for k, size in zip(offset, sizes, strict=True)))
+        y = y + weight[tuple(offset)].to(inner) * padded[window]
     return y.to(x.dtype)
 
 
-@operator("lightm::depthwise_conv")
-def depthwise_op(x: Tensor, weight: Tensor) -> Tensor:
-    """The CPU kernel as a PyTorch operator."""
-    from lightm.ops.depthwise_cpu import run_forward
+def _cpu() -> Any:
+    from lightm.ops.depthwise_cpu import run_backward, run_forward
 
-    return run_forward(x, weight)
+    return run_forward, run_backward
 
 
-@depthwise_op.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@operator("lightm::depthwise_conv_backward")
-def depthwise_backward_op(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of (x, weight)."""
-    from lightm.ops.depthwise_cpu import run_backward
-
-    return run_backward(grad_y, x, weight)
-
-
-@depthwise_backward_op.register_fake
-def _(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dweight = depthwise_backward_op(grad_y, *ctx.saved_tensors)
-    return dx, dweight
-
-
-depthwise_op.register_autograd(_backward, setup_context=_keep)
+depthwise_op = differentiable("lightm::depthwise_conv", "Tensor x, Tensor weight", _cpu)

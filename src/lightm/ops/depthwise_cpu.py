@@ -8,23 +8,23 @@ from torch import Tensor
 from lightm.ops.bounds import address
 from lightm.ops.depthwise_kernels import forward_kernel, weight_kernel
 from lightm.ops.jit import LANES
-from lightm.ops.planes import for_rows, image_bytes, pieces, plane_sizes
+from lightm.ops.planes import for_rows, image_bytes, plane_sizes, row_chunks
 
 
-def to_tiles(by_tap: Tensor) -> Tensor:
-    """Weights (taps, C) in the kernels' order, flat."""
-    taps, channels = by_tap.shape
+def to_tiles(weight: Tensor) -> Tensor:
+    """Weights (kernel elements, C) in the kernels' order, flat."""
+    elements, channels = weight.shape
     whole = channels - channels % LANES
-    tiles = by_tap[:, :whole].reshape(taps, -1, LANES).transpose(0, 1)
-    return torch.cat((tiles.reshape(-1), by_tap[:, whole:].t().reshape(-1)))
+    tiles = weight[:, :whole].reshape(elements, -1, LANES).transpose(0, 1)
+    return torch.cat((tiles.reshape(-1), weight[:, whole:].t().reshape(-1)))
 
 
-def from_tiles(flat: Tensor, taps: int) -> Tensor:
-    """Undo `to_tiles`: (taps, C)."""
-    channels = flat.numel() // taps
+def from_tiles(flat: Tensor, elements: int) -> Tensor:
+    """Undo `to_tiles`: (kernel elements, C)."""
+    channels = flat.numel() // elements
     whole = channels - channels % LANES
-    tiles = flat[: whole * taps].reshape(-1, taps, LANES).transpose(0, 1).reshape(taps, whole)
-    return torch.cat((tiles, flat[whole * taps :].reshape(-1, taps).t()), dim=1)
+    tiles = flat[: whole * elements].reshape(-1, elements, LANES).transpose(0, 1).reshape(elements, whole)
+    return torch.cat((tiles, flat[whole * elements :].reshape(-1, elements).t()), dim=1)
 
 
 def run_forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def run_forward(x: Tensor, weight: Tensor) -> Tensor:
     zeros = torch.zeros(sizes[2] * channels)
     run = forward_kernel(x.dim() - 2)
 
-    def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
+    def work(chunk: int, entry: int, z: int, first: int, last: int) -> None:
         at = entry * image_bytes(x)
         of, to = address(rows) + at, address(out) + at
         run(of, to, address(tiles), address(zeros), z, first, last, *sizes, channels)
@@ -62,15 +62,15 @@ def weight_gradient(grad_y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if not x.numel():
         return torch.zeros_like(weight)
     rows, grad = x.float().contiguous(), grad_y.float().contiguous()
-    sizes, channels, taps = plane_sizes(x), x.shape[-1], 3**axes
+    sizes, channels, elements = plane_sizes(x), x.shape[-1], 3**axes
     zeros = torch.zeros(sizes[2] * channels)
-    shares = torch.zeros((pieces(x), taps * channels))
+    shares = torch.zeros((row_chunks(x), elements * channels))
     run = weight_kernel(axes)
 
-    def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
+    def work(chunk: int, entry: int, z: int, first: int, last: int) -> None:
         at = entry * image_bytes(x)
-        of, to = address(rows) + at, address(shares[piece])
+        of, to = address(rows) + at, address(shares[chunk])
         run(of, address(grad) + at, to, address(zeros), z, first, last, *sizes, channels)
 
     for_rows(x, work)
-    return from_tiles(shares.sum(0), taps).reshape(weight.shape).to(weight.dtype)
+    return from_tiles(shares.sum(0), elements).reshape(weight.shape).to(weight.dtype)

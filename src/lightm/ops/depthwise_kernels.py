@@ -1,9 +1,9 @@
-"""Kernels of the depthwise convolution with 3 taps an axis on channels-last data: one (y, x) plane at a time.
+"""Kernels of the depthwise convolution of kernel size 3 on channels-last data: one (y, x) plane at a time.
 
 A row is X voxels of C float32 channels. An output row takes from 9 input rows (3 in 2D); rows outside the image
-are a row of zeros. Every input vector is loaded once a row and used for the three outputs beside it; the 27 (9)
-weights of a tile of channels stay in registers. Weights are stored tile by tile: the taps of channels c.. start at
-float c * taps, each tap LANES (in the remainder: one) floats.
+are a row of zeros. Every input vector is loaded once per row and used for the three outputs beside it; the 27 (9)
+weights of a tile of channels stay in registers. Weights are stored tile by tile: the kernel elements of channels c..
+start at float c * 27 (9), each LANES (in the remainder: one) floats.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def _spread(typing: Any, rows: Any, at: Any, weights: Any, before: Any, here: An
     they reach: returns (output before, output here, output after)."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        addresses, offset, taps, before, here = args
+        addresses, offset, weights_of, before, here = args
         after = None
         for r in range(rows.count):
             value = emit_load(builder, builder.add(builder.extract_value(addresses, r), offset), here.type.count)
-            left, middle, right = (builder.extract_value(taps, 3 * r + k) for k in range(3))
+            left, middle, right = (builder.extract_value(weights_of, 3 * r + k) for k in range(3))
             before = emit_fma(builder, value, right, before)
             here = emit_fma(builder, value, middle, here)
             after = builder.fmul(value, left) if after is None else emit_fma(builder, value, left, after)
@@ -49,17 +49,17 @@ def _spread(typing: Any, rows: Any, at: Any, weights: Any, before: Any, here: An
 
 @intrinsic
 def _gather(typing: Any, rows: Any, at: Any, sums: Any, before: Any, here: Any, after: Any) -> Any:
-    """_gather(rows, at, sums, before, here, after): the taps' gradients with the inputs at byte `at` of every row
+    """_gather(rows, at, sums, before, here, after): the weights' gradients with the inputs at byte `at` of every row
     added, given the outputs' gradients beside it."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        addresses, offset, taps, *grads = args
+        addresses, offset, sums_of, *grads = args
         result = []
         for r in range(rows.count):
             value = emit_load(builder, builder.add(builder.extract_value(addresses, r), offset), grads[0].type.count)
             for k in range(3):
-                tap = builder.extract_value(taps, 3 * r + k)
-                result.append(emit_fma(builder, value, grads[2 - k], tap))
+                total = builder.extract_value(sums_of, 3 * r + k)
+                result.append(emit_fma(builder, value, grads[2 - k], total))
         return context.make_tuple(builder, sig.return_type, result)
 
     return sums(rows, types.int64, sums, before, here, after), generate
@@ -91,7 +91,8 @@ def _window(typing: Any, x: Any, zeros: Any, z: Any, y: Any, depth: Any, height:
 
 
 @device_function
-def _output_row(rows, weights, out, step, width, lanes):  # type: ignore[no-untyped-def]
+def _output_row(rows, out, weight, step, width, elements, lanes):  # type: ignore[no-untyped-def]
+    weights = load_rows(weight, elements, lanes)
     zero = full(0.0, lanes)
     before, here = zero, zero
     for i in range(width):
@@ -103,14 +104,15 @@ def _output_row(rows, weights, out, step, width, lanes):  # type: ignore[no-unty
 
 
 @device_function
-def _weight_row(rows, sums, grad, step, width, lanes):  # type: ignore[no-untyped-def]
+def _weight_row(rows, grad, dweight, step, width, elements, lanes):  # type: ignore[no-untyped-def]
+    sums = load_rows(dweight, elements, lanes)
     zero = full(0.0, lanes)
     before, here = zero, load(grad, lanes)
     for i in range(width):
         after = load(grad + (i + 1) * step, lanes) if i + 1 < width else zero
         sums = _gather(rows, i * step, sums, before, here, after)
         before, here = here, after
-    return sums
+    store_rows(dweight, sums)
 
 
 def _extents(axes: int) -> Extents:
@@ -132,53 +134,36 @@ def _extents(axes: int) -> Extents:
     return extents
 
 
-@cache
-def forward_kernel(axes: int) -> Callable[..., Any]:
-    """The forward kernel in 2 or 3 dimensions."""
-    taps = 3**axes
+def _plane_kernel(axes: int, run_row: Callable[..., None]) -> Callable[..., Any]:
+    elements = 3**axes
 
     @kernel(_extents(axes))
-    def depthwise_forward(  # type: ignore[no-untyped-def]
-        x, out, weight, zeros, z, first, last, depth, height, width, channels
+    def depthwise(  # type: ignore[no-untyped-def]
+        x, other, weight, zeros, z, first, last, depth, height, width, channels
     ):
-        """Write rows first..last-1 of plane z of the output of one image (depth is 1 in 2D)."""
+        """Rows first..last-1 of output plane z of one image (depth is 1 in 2D)."""
         step = 4 * channels
         row = step * width
         whole = channels - channels % LANES
         for y in range(first, last):
-            to = out + (z * height + y) * row
+            at = other + (z * height + y) * row
             for c in range(0, whole, LANES):
                 rows = _window(x + 4 * c, zeros, z, y, depth, height, row, axes)
-                _output_row(rows, load_rows(weight + 4 * c * taps, taps, LANES), to + 4 * c, step, width, LANES)
+                run_row(rows, at + 4 * c, weight + 4 * c * elements, step, width, elements, LANES)
             for c in range(whole, channels):
                 rows = _window(x + 4 * c, zeros, z, y, depth, height, row, axes)
-                _output_row(rows, load_rows(weight + 4 * c * taps, taps, 1), to + 4 * c, step, width, 1)
+                run_row(rows, at + 4 * c, weight + 4 * c * elements, step, width, elements, 1)
 
-    return depthwise_forward
+    return depthwise
+
+
+@cache
+def forward_kernel(axes: int) -> Callable[..., Any]:
+    """The kernel that writes rows of the output, in 2 or 3 dimensions."""
+    return _plane_kernel(axes, _output_row)
 
 
 @cache
 def weight_kernel(axes: int) -> Callable[..., Any]:
-    """The kernel of the weights' gradient in 2 or 3 dimensions."""
-    taps = 3**axes
-
-    @kernel(_extents(axes))
-    def depthwise_weight(  # type: ignore[no-untyped-def]
-        x, grad, dweight, zeros, z, first, last, depth, height, width, channels
-    ):
-        """Add the share of these rows of output plane z of one image; dweight is in the weights' order."""
-        step = 4 * channels
-        row = step * width
-        whole = channels - channels % LANES
-        for y in range(first, last):
-            of = grad + (z * height + y) * row
-            for c in range(0, whole, LANES):
-                rows = _window(x + 4 * c, zeros, z, y, depth, height, row, axes)
-                at = dweight + 4 * c * taps
-                store_rows(at, _weight_row(rows, load_rows(at, taps, LANES), of + 4 * c, step, width, LANES))
-            for c in range(whole, channels):
-                rows = _window(x + 4 * c, zeros, z, y, depth, height, row, axes)
-                at = dweight + 4 * c * taps
-                store_rows(at, _weight_row(rows, load_rows(at, taps, 1), of + 4 * c, step, width, 1))
-
-    return depthwise_weight
+    """The kernel that adds the share of some rows of the output's gradient to that of the weights."""
+    return _plane_kernel(axes, _weight_row)

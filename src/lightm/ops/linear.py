@@ -18,8 +18,8 @@ _FEW_ROWS = 64  # below this many, packing the weights costs more than it saves
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tensor:
     """Multiply every row with a small matrix: y = x @ weight.T + bias; or parts of it with one matrix each.
 
-    As `torch.nn.functional.linear`, for many rows (tokens or voxels) of few channels, where general libraries of matrix
-    products leave most of the processor idle.
+    As `torch.nn.functional.linear`, for many rows (tokens or voxels) of few channels, where general matmul
+    libraries leave most of the processor idle.
 
     Args:
         x: (..., C), any strides; float32, bfloat16, float16, or float64 for the reference.
@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "a
 
     Returns: (..., C_out) in x's dtype.
     Raises ValueError for shapes, dtypes or devices that do not fit, or an impossible `impl`.
-    Cost: C * C_out multiply-adds a row (a G-th of it with parts) forward, twice that backward, which keeps x.
+    Cost: C * C_out multiply-adds per row (a G-th of it with parts) forward, twice that backward, which keeps x.
     """
     check_kinds(_NAME, {"x": x, "weight": weight, "bias": bias})
     if weight.dim() not in (2, 3) or x.dim() < 1 or x.shape[-1] != _parts(weight) * weight.shape[-1]:
@@ -70,9 +70,9 @@ def _width(weight: Tensor) -> int:
 @operator("lightm::linear")
 def linear_op(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
     """The CPU kernel as a PyTorch operator."""
-    from lightm.ops.linear_cpu import run_product
+    from lightm.ops.linear_cpu import run_matmul
 
-    return run_product(x, weight, bias)
+    return run_matmul(x, weight, bias)
 
 
 @linear_op.register_fake

@@ -1,4 +1,4 @@
-"""The linear layer on the CPU: kernels spread over stretches of rows."""
+"""The linear layer on the CPU: kernels spread over segments of rows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from torch import Tensor
 
 from lightm.ops.bounds import address
 from lightm.ops.jit import LANES
-from lightm.ops.matmul_kernels import SCRATCH, Packed, gradient_kernel, product_kernel
+from lightm.ops.matmul_kernels import SCRATCH, Packed, gradient_kernel, matmul_kernel
 from lightm.ops.threads import parallel_for, worker_count
 
-_STRETCH = 1920  # rows of one piece of a product
-_SUMMED = 2048  # rows of one piece of a weight's gradient; fixed, so that sums do not depend on the number of threads
+_SEGMENT = 1920  # rows of one work item of a matmul
+_SUMMED = (
+    2048  # rows of one work item of a weight's gradient; fixed, so that sums do not depend on the number of threads
+)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -20,7 +22,7 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
-def run_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def run_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., C) times the transpose of weight, (C_out, C) or (G, C_out / G, C / G), + bias."""
     rows = _rows(x)
     if weight.dim() == 2:
@@ -29,15 +31,15 @@ def run_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         packed = Packed(torch.block_diag(*weight).t(), bias, groups=weight.shape[0])
     y = torch.empty((*x.shape[:-1], packed.columns))
     plan, blocks, matrix, shift = packed.arguments
-    items = -(-rows.shape[0] // _STRETCH)
+    items = -(-rows.shape[0] // _SEGMENT)
     scratch = torch.empty((worker_count(items), SCRATCH // 4))
     row_in, row_out = 4 * rows.stride(0), 4 * packed.columns
 
     def work(item: int, worker: int) -> None:
-        first = item * _STRETCH
-        product_kernel(
+        first = item * _SEGMENT
+        matmul_kernel(
             plan, blocks, address(rows) + first * row_in, row_in, matrix, shift, address(y) + first * row_out,
-            row_out, min(_STRETCH, rows.shape[0] - first), address(scratch[worker]),
+            row_out, min(_SEGMENT, rows.shape[0] - first), address(scratch[worker]),
         )  # fmt: skip
 
     parallel_for(work, items)

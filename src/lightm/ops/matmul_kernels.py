@@ -1,11 +1,11 @@
-"""Products of tall matrices (tokens) with small ones (weights), for use inside kernels and as kernels.
+"""Matmuls of tall matrices (tokens) with small ones (weights), for use inside kernels and as kernels.
 
 A block of the result, a few rows by a few vectors, stays in registers while the inner index runs; one number of
-the left matrix is broadcast against a row of the right one. PyTorch's products of this shape reach 40 % of it or less
+the left matrix is broadcast against a row of the right one. PyTorch's matmuls of this shape reach 40 % of it or less
 where the library behind them does not use the processor's widest vectors; see README.md.
 
 The right matrix comes packed by `pack`: columns in blocks of up to VECTORS vectors, each block with the rows it needs
-only, so that block-diagonal matrices (the parts of SPM) cost their own products and no more. All addresses are
+only, so that block-diagonal matrices (the parts of SPM) cost their own blocks and no more. All addresses are
 integers, all sizes in bytes unless named rows or columns.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from lightm.ops.bounds import NOTHING, Extent, address
 from lightm.ops.bounds import rows as rows_of
 from lightm.ops.jit import AVX512, LANES, device_function, kernel
-from lightm.ops.vector import _BY_LANES, _literal, emit_broadcast, emit_fma, emit_load, emit_offset, emit_store
+from lightm.ops.vector import BY_LANES, emit_broadcast, emit_fma, emit_load, emit_offset, emit_store, literal
 from lightm.ops.vector_parts import get, put
 
 VECTORS = 4 if AVX512 else 2
@@ -46,7 +46,7 @@ def _integer(typing: Any, address: Any) -> Any:
 @intrinsic(prefer_literal=True)
 def _start(typing: Any, bias: Any, rows: Any, vectors: Any) -> Any:
     """`rows` copies of the `vectors` vectors at `bias`."""
-    r, v = _literal(rows), _literal(vectors)
+    r, v = literal(rows), literal(vectors)
     if r is None or v is None:
         return None
 
@@ -54,13 +54,13 @@ def _start(typing: Any, bias: Any, rows: Any, vectors: Any) -> Any:
         row = [emit_load(builder, emit_offset(builder, args[0], 4 * LANES * i), LANES) for i in range(v)]
         return context.make_tuple(builder, sig.return_type, row * r)
 
-    return types.UniTuple(_BY_LANES[LANES], r * v)(types.int64, rows, vectors), generate
+    return types.UniTuple(BY_LANES[LANES], r * v)(types.int64, rows, vectors), generate
 
 
 @intrinsic(prefer_literal=True)
 def _add_outer(typing: Any, block: Any, a: Any, a_row: Any, w: Any, rows: Any) -> Any:
     """block[r][v] + a[r] * w[v] for `rows` numbers at a, `a_row` bytes apart, and the vectors at w."""
-    r = _literal(rows)
+    r = literal(rows)
     if r is None:
         return None
     v = block.count // r
@@ -82,7 +82,7 @@ def _add_outer(typing: Any, block: Any, a: Any, a_row: Any, w: Any, rows: Any) -
 @intrinsic(prefer_literal=True)
 def _write(typing: Any, block: Any, out: Any, out_row: Any, rows: Any) -> Any:
     """Write the rows of a block, `out_row` bytes apart."""
-    r = _literal(rows)
+    r = literal(rows)
     if r is None:
         return None
     v = block.count // r
@@ -185,15 +185,15 @@ def multiply_extents(plan: int, blocks: int, a_row: int, out_row: int, rows: int
     }
 
 
-def _product_extents(
+def _matmul_extents(
     plan: int, blocks: int, a: int, a_row: int, w: int, bias: int, out: int, out_row: int, rows: int, scratch: int
 ) -> dict[str, Extent]:
     return multiply_extents(plan, blocks, a_row, out_row, rows)
 
 
-@kernel(_product_extents)
-def product_kernel(plan, blocks, a, a_row, w, bias, out, out_row, rows, scratch):  # type: ignore[no-untyped-def]
-    """`multiply` as a kernel, a stretch of rows at a time so that they stay in the cache."""
+@kernel(_matmul_extents)
+def matmul_kernel(plan, blocks, a, a_row, w, bias, out, out_row, rows, scratch):  # type: ignore[no-untyped-def]
+    """`multiply` as a kernel, a segment of rows at a time so that they stay in the cache."""
     for t in range(0, rows, 240):
         multiply(plan, blocks, a + t * a_row, a_row, w, bias, out + t * out_row, out_row, min(240, rows - t), scratch)
 
@@ -245,7 +245,7 @@ class Packed:
     ) -> None:
         """Pack a float32 matrix.
 
-        With `groups` it is block diagonal, of that many equal blocks; `spans` (columns, groups) say this of stretches
+        With `groups` it is block diagonal, of that many equal blocks; `spans` (columns, groups) say this of segments
         of columns one after the other, each block diagonal over all of the inner index.
         """
         self.inner, self.columns = matrix.shape

@@ -22,8 +22,9 @@ def _trim() -> Any:
 def release_unused() -> None:
     """Let the C library return its free pages, which it keeps after many tensors of a few MB came and went.
 
-    Without this a step that computes large layers again, stretch by stretch, holds hundreds of MB that nothing uses.
-    Takes a few milliseconds at most; does nothing where the C library has no such call.
+    Without this a backward pass with activation checkpointing, which computes large layers again in segments, holds
+    hundreds of MB that nothing uses. Takes a few milliseconds at most; a no-op where the C library has no
+    such call.
     """
     trim = _trim()
     if trim is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,10 +10,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightm.ops.checks import check_kinds, check_shape, choose
-from lightm.ops.register import operator
+from lightm.ops.register import differentiable
 
 _GATED = "gated_norm"
 _GROUP = "group_norm_relu"
+
+
+@dataclass(frozen=True)
+class GroupNormParameters:
+    """GroupNorm's tensors: weight and bias (C), groups, eps."""
+
+    weight: Tensor
+    bias: Tensor
+    groups: int
+    eps: float
 
 
 def gated_norm(
@@ -36,7 +47,7 @@ def gated_norm(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, `parts` that does not divide E, an impossible `impl`.
 
-    Cost: one exponential an element; y and z are read and the result written once, and y and z are what the
+    Cost: one exponential per element; y and z are read and the result written once, and y and z are what the
     backward pass keeps; it reads them and the gradient and writes two. Deterministic.
     """
     check_kinds(_GATED, {"y": y, "z": z, "weight": weight, "bias": bias})
@@ -70,7 +81,7 @@ def group_norm_relu(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, `groups` that does not divide C, an impossible `impl`.
 
-    Cost: x is read twice and the result written once; x and 2 numbers a group are what the backward pass keeps; it
+    Cost: x is read twice and the result written once; x and 2 numbers per group are what the backward pass keeps; it
     reads x and the gradient twice and writes one. Deterministic.
     """
     check_kinds(_GROUP, {"x": x, "weight": weight, "bias": bias})
@@ -118,87 +129,36 @@ def reference_group_norm_relu(x: Tensor, groups: int, weight: Tensor, bias: Tens
     return functional.relu(normed).movedim(1, -1).contiguous().to(x.dtype)
 
 
-@operator("lightm::gated_norm")
-def gated_norm_op(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> Tensor:
-    """The CPU kernel as a PyTorch operator."""
-    from lightm.ops.norms_cpu import gated_norm_forward
+def _gated() -> Any:
+    from lightm.ops.norms_cpu import gated_norm_backward, gated_norm_forward
 
-    return gated_norm_forward(y, z, weight, bias, parts, eps)
+    return gated_norm_forward, gated_norm_backward
 
 
-@gated_norm_op.register_fake
-def _(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> Tensor:
-    return y.new_empty(y.shape)
+def _group() -> Any:
+    from lightm.ops.norms_cpu import group_norm_backward, group_norm_forward
+
+    def backward(
+        grad: Tensor, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, mean: Tensor, inverse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return group_norm_backward(grad, x, weight, bias, mean, inverse)
+
+    return group_norm_forward, backward
 
 
-@operator("lightm::gated_norm_backward")
-def gated_norm_backward_op(
-    grad_out: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (y, z, weight, bias)."""
-    from lightm.ops.norms_cpu import gated_norm_backward
-
-    return gated_norm_backward(grad_out, y, z, weight, bias, parts, eps)
-
-
-@gated_norm_backward_op.register_fake
-def _(
-    grad_out: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy, dz = y.new_empty(y.shape), z.new_empty(z.shape)
-    return dy, dz, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-
-
-@operator("lightm::group_norm_relu")
-def group_norm_op(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The CPU kernel as a PyTorch operator: the result, and the groups' (mean, 1 / deviation), float32, (Bt, G)."""
-    from lightm.ops.norms_cpu import group_norm_forward
-
-    return group_norm_forward(x, groups, weight, bias, eps)
-
-
-@group_norm_op.register_fake
-def _(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_group(x: Tensor, groups: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     mean, inverse = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape), mean, inverse
 
 
-@operator("lightm::group_norm_relu_backward")
-def group_norm_backward_op(
-    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (x, weight, bias)."""
-    from lightm.ops.norms_cpu import group_norm_backward
-
-    return group_norm_backward(grad_out, x, weight, bias, mean, inverse)
-
-
-@group_norm_backward_op.register_fake
-def _(
-    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-
-
-def _keep_gated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.parts, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gated_grad(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return *gated_norm_backward_op(grad_out, *ctx.saved_tensors, ctx.parts, ctx.eps), None, None
-
-
-def _keep_group(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, _, weight, bias, _ = inputs
-    _, mean, inverse = output
-    ctx.save_for_backward(x, weight, bias, mean, inverse)
-
-
-def _group_grad(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dweight, dbias = group_norm_backward_op(grad_out, *ctx.saved_tensors)
-    return dx, None, dweight, dbias, None
-
-
-gated_norm_op.register_autograd(_gated_grad, setup_context=_keep_gated)
-group_norm_op.register_autograd(_group_grad, setup_context=_keep_group)
+gated_norm_op = differentiable(
+    "lightm::gated_norm", "Tensor y, Tensor z, Tensor weight, Tensor bias, int parts, float eps", _gated
+)
+# also gives the groups' (mean, 1 / standard deviation), float32, (Bt, G), which its backward pass needs
+group_norm_op = differentiable(
+    "lightm::group_norm_relu",
+    "Tensor x, int groups, Tensor weight, Tensor bias, float eps",
+    _group,
+    _fake_group,
+    outputs=3,
+)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightm.ops.bounds import address
 from lightm.ops.norms_kernels import (
-    STRETCH,
+    SEGMENT,
     gated_backward,
     gated_forward,
     group_backward,
@@ -21,12 +21,12 @@ from lightm.ops.norms_kernels import (
 )
 from lightm.ops.threads import parallel_for
 
-_BLOCK = 1 << 16  # numbers of one piece of work; fixed, so that sums do not depend on the number of threads
+_BLOCK = 1 << 16  # numbers of one work item; fixed, so that sums do not depend on the number of threads
 
 
 def _for_blocks(batch: int, length: int, channels: int, work: Callable[[int, int, int], None]) -> None:
-    """Call work(entry, first, last + 1) for all tokens, cut at multiples of STRETCH."""
-    block = max(1, _BLOCK // (STRETCH * channels)) * STRETCH
+    """Call work(entry, first, last + 1) for all tokens, cut at multiples of SEGMENT."""
+    block = max(1, _BLOCK // (SEGMENT * channels)) * SEGMENT
     blocks = -(-length // block)
 
     def item(index: int, worker: int) -> None:
@@ -88,7 +88,7 @@ def gated_norm_backward(
     batch, length, channels = y.shape
     rows, gates, grad, factor, offset = _rows(y), _rows(z), _rows(grad_out), _vector(weight), _vector(bias)
     dy, dz = _new(*y.shape), _new(*y.shape)
-    sums = _new(batch, -(-length // STRETCH), 2, channels)
+    sums = _new(batch, -(-length // SEGMENT), 2, channels)
 
     def work(entry: int, first: int, last: int) -> None:
         gated_backward(
@@ -119,14 +119,14 @@ def gated_norm_backward(
 
 
 def _by_channel(x: Tensor, channels: int) -> Tensor:
-    """A number a group (Bt, G) as one a channel (Bt, C)."""
+    """One number per group (Bt, G) as one per channel (Bt, C)."""
     return x.repeat_interleave(channels // x.shape[1], 1)
 
 
 def group_moments_of(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """(mean, 1 / deviation) of the groups of contiguous float32 rows (Bt, *S, C), (Bt, G) each."""
     batch, channels, voxels = rows.shape[0], rows.shape[-1], rows.shape[1:-1].numel()
-    moments = _new(batch, -(-voxels // STRETCH), 2, channels)
+    moments = _new(batch, -(-voxels // SEGMENT), 2, channels)
     mean, inverse = _new(batch, groups), _new(batch, groups)
 
     def measure(entry: int, first: int, last: int) -> None:
@@ -183,8 +183,8 @@ def group_norm_backward(
     rows, grad, offset, dx = _vector(x), _vector(grad_out), _vector(bias), _new(*x.shape)
     middle, spread = _by_channel(mean, channels), _by_channel(inverse, channels)
     factor = spread * weight.float()
-    stretches = -(-voxels // STRETCH)
-    sums, totals = _new(batch, stretches, 2, channels), _new(batch, 2, channels)
+    segments = -(-voxels // SEGMENT)
+    sums, totals = _new(batch, segments, 2, channels), _new(batch, 2, channels)
 
     def measure(entry: int, first: int, last: int) -> None:
         group_sums(
@@ -201,7 +201,7 @@ def group_norm_backward(
         )
 
     def join(entry: int, worker: int) -> None:
-        sum_rows(_spot(sums, entry), stretches, 2 * channels, _spot(totals, entry))
+        sum_rows(_spot(sums, entry), segments, 2 * channels, _spot(totals, entry))
 
     _for_blocks(batch, voxels, channels, measure)
     parallel_for(join, batch)

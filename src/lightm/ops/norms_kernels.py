@@ -1,7 +1,7 @@
 """Kernels of the fused norms: a block of tokens or voxels, all channels.
 
 Addresses point to float32 data; `*_step` is in bytes from one token to the next. Sums over many tokens or voxels
-leave a kernel as one row of float32 for every STRETCH of them and are added up in float64, in order.
+leave a kernel as one row of float32 for every SEGMENT of them and are added up in float64, in order.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lightm.ops.vector import fma, full, load, maximum, splat, store
 from lightm.ops.vector_math import sigmoid
 from lightm.ops.vector_parts import clear, get, keep, lane_moments, moments, number, put, spread
 
-STRETCH = 256  # tokens or voxels that are summed in float32
+SEGMENT = 256  # tokens or voxels that are summed in float32
 
 
-def _stretches(first: int, last: int, row: int) -> Extent:
+def _segment_rows(first: int, last: int, row: int) -> Extent:
     """The extent of the rows that have the sums of tokens first..last-1."""
-    return (first // STRETCH * row, -(-last // STRETCH) * row) if last > first else (0, 0)
+    return (first // SEGMENT * row, -(-last // SEGMENT) * row) if last > first else (0, 0)
 
 
 @intrinsic
@@ -166,7 +166,7 @@ def _gated_backward_extents(
         "dz": (first * row, last * row),
         "weight": (0, row),
         "bias": (0, row),
-        "sums": _stretches(first, last, 2 * row),
+        "sums": _segment_rows(first, last, 2 * row),
     }
 
 
@@ -176,11 +176,11 @@ def gated_backward(  # type: ignore[no-untyped-def]
 ):
     """Write dy, dz (contiguous) for tokens first..last-1 and the sums of these tokens.
 
-    `first` is a multiple of STRETCH; `sums` has a row of (dweight, dbias) for every STRETCH tokens from 0 on.
+    `first` is a multiple of SEGMENT; `sums` has a row of (dweight, dbias) for every SEGMENT tokens from 0 on.
     """
-    for start in range(first, last, STRETCH):
-        stop = min(start + STRETCH, last)
-        row = sums + start // STRETCH * (8 * channels)
+    for start in range(first, last, SEGMENT):
+        stop = min(start + SEGMENT, last)
+        row = sums + start // SEGMENT * (8 * channels)
         clear(row, 2 * channels)
         if width == LANES and channels % LANES == 0:
             _backward_lanes(
@@ -219,19 +219,19 @@ def _group_moments_extents(
     x: int, channels: int, first: int, last: int, moments: int
 ) -> dict[str, Extent]:  # fmt: skip
     row = 4 * channels
-    return {"x": (first * row, last * row), "moments": _stretches(first, last, 2 * row)}
+    return {"x": (first * row, last * row), "moments": _segment_rows(first, last, 2 * row)}
 
 
 @kernel(_group_moments_extents)
 def group_moments(x, channels, first, last, moments):  # type: ignore[no-untyped-def]
-    """Mean of, and sum of squares around it, of every channel and STRETCH voxels from `first`, a multiple, to last-1.
+    """Mean of, and sum of squares around it, of every channel and SEGMENT voxels from `first`, a multiple, to last-1.
 
-    `moments` has a row of (means, sums) for every STRETCH voxels from 0 on.
+    `moments` has a row of (means, sums) for every SEGMENT voxels from 0 on.
     """
     step = 4 * channels
-    for start in range(first, last, STRETCH):
-        stop = min(start + STRETCH, last)
-        row = moments + start // STRETCH * (2 * step)
+    for start in range(first, last, SEGMENT):
+        stop = min(start + SEGMENT, last)
+        row = moments + start // SEGMENT * (2 * step)
         scale = full(1.0 / (stop - start), LANES)
         for c in range(0, channels, LANES):
             left = channels - c
@@ -250,7 +250,7 @@ def group_moments(x, channels, first, last, moments):  # type: ignore[no-untyped
 def _join_moments_extents(
     moments: int, voxels: int, channels: int, groups: int, eps: float, mean: int, inverse: int
 ) -> dict[str, Extent]:  # fmt: skip
-    return {"moments": _stretches(0, voxels, 8 * channels), "mean": (0, 4 * groups), "inverse": (0, 4 * groups)}
+    return {"moments": _segment_rows(0, voxels, 8 * channels), "mean": (0, 4 * groups), "inverse": (0, 4 * groups)}
 
 
 @kernel(_join_moments_extents)
@@ -258,18 +258,18 @@ def join_moments(moments, voxels, channels, groups, eps, mean, inverse):  # type
     """Write mean and 1 / deviation of every group from the rows of `group_moments`, added in order in float64."""
     width = channels // groups
     step = 4 * channels
-    stretches = (voxels + STRETCH - 1) // STRETCH
+    segments = (voxels + SEGMENT - 1) // SEGMENT
     for group in range(groups):
         total = 0.0
-        for s in range(stretches):
+        for s in range(segments):
             part = 0.0
             for c in range(group * width, (group + 1) * width):
                 part += number(moments + 2 * s * step + 4 * c)
-            total += part * min(STRETCH, voxels - s * STRETCH)
+            total += part * min(SEGMENT, voxels - s * SEGMENT)
         middle = total / (voxels * width)
         total = 0.0
-        for s in range(stretches):
-            size = min(STRETCH, voxels - s * STRETCH)
+        for s in range(segments):
+            size = min(SEGMENT, voxels - s * SEGMENT)
             for c in range(group * width, (group + 1) * width):
                 far = number(moments + 2 * s * step + 4 * c) - middle
                 total += number(moments + (2 * s + 1) * step + 4 * c) + size * far * far
@@ -289,11 +289,11 @@ def _group_forward_extents(
 def group_forward(x, out, mean, scale, shift, channels, first, last):  # type: ignore[no-untyped-def]
     """Write relu((x - mean) * scale + shift) for voxels first..last-1; mean, scale and shift are of channels."""
     step = 4 * channels
-    for start in range(first, last, STRETCH):
+    for start in range(first, last, SEGMENT):
         for c in range(0, channels, LANES):
             left = channels - c
             middle, factor, offset = get(mean + 4 * c, left), get(scale + 4 * c, left), get(shift + 4 * c, left)
-            for i in range(start, min(start + STRETCH, last)):
+            for i in range(start, min(start + SEGMENT, last)):
                 at = i * step + 4 * c
                 value = fma(get(x + at, left) - middle, factor, offset)
                 put(out + at, maximum(value, full(0.0, LANES)), left)
@@ -305,23 +305,23 @@ def _group_sums_extents(
     row = 4 * channels
     voxels = (first * row, last * row)
     vectors = dict.fromkeys(("mean", "inverse", "scale", "shift"), (0, row))
-    return {"x": voxels, "grad": voxels, **vectors, "sums": _stretches(first, last, 2 * row)}
+    return {"x": voxels, "grad": voxels, **vectors, "sums": _segment_rows(first, last, 2 * row)}
 
 
 @kernel(_group_sums_extents)
 def group_sums(x, grad, mean, inverse, scale, shift, channels, first, last, sums):  # type: ignore[no-untyped-def]
-    """Shares of dweight and dbias of every STRETCH voxels from `first`, a multiple, to last-1.
+    """Shares of dweight and dbias of every SEGMENT voxels from `first`, a multiple, to last-1.
 
-    `sums` has a row of (dweight, dbias) for every STRETCH voxels from 0 on.
+    `sums` has a row of (dweight, dbias) for every SEGMENT voxels from 0 on.
     """
     step = 4 * channels
-    for start in range(first, last, STRETCH):
-        row = sums + start // STRETCH * (2 * step)
+    for start in range(first, last, SEGMENT):
+        row = sums + start // SEGMENT * (2 * step)
         for c in range(0, channels, LANES):
             left = channels - c
             middle, factor, offset = get(mean + 4 * c, left), get(scale + 4 * c, left), get(shift + 4 * c, left)
             along, common = full(0.0, LANES), full(0.0, LANES)
-            for i in range(start, min(start + STRETCH, last)):
+            for i in range(start, min(start + SEGMENT, last)):
                 at = i * step + 4 * c
                 far = get(x + at, left) - middle
                 given = _passed(fma(far, factor, offset), get(grad + at, left))
@@ -346,12 +346,12 @@ def group_backward(  # type: ignore[no-untyped-def]
 ):
     """Write dx = scale * gradient through the ReLU + along * (x - mean) + common for voxels first..last-1."""
     step = 4 * channels
-    for start in range(first, last, STRETCH):
+    for start in range(first, last, SEGMENT):
         for c in range(0, channels, LANES):
             left = channels - c
             middle, factor, offset = get(mean + 4 * c, left), get(scale + 4 * c, left), get(shift + 4 * c, left)
             slope, constant = get(along + 4 * c, left), get(common + 4 * c, left)
-            for i in range(start, min(start + STRETCH, last)):
+            for i in range(start, min(start + SEGMENT, last)):
                 at = i * step + 4 * c
                 far = get(x + at, left) - middle
                 given = _passed(fma(far, factor, offset), get(grad + at, left))

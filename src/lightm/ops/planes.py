@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightm.ops.threads import parallel_for
 
-_BLOCK = 16  # rows of one piece of work in 2D; fixed, so that sums do not depend on the number of threads
+_BLOCK = 16  # rows of one work item in 2D; fixed, so that sums do not depend on the number of threads
 
 
 def plane_sizes(x: Tensor) -> tuple[int, int, int]:
@@ -22,14 +22,14 @@ def image_bytes(x: Tensor) -> int:
     return 4 * x.shape[1:].numel()
 
 
-def pieces(x: Tensor) -> int:
-    """How many pieces `for_rows` cuts the rows of x into."""
+def row_chunks(x: Tensor) -> int:
+    """How many chunks `for_rows` cuts the rows of x into."""
     depth, height, _ = plane_sizes(x)
     return x.shape[0] * depth * (1 if x.dim() == 5 else -(-height // _BLOCK))
 
 
 def for_rows(x: Tensor, work: Callable[[int, int, int, int, int], None]) -> None:
-    """Call work(piece, entry, z, first row, last row + 1) for all rows of x: by planes in 3D, by 16 rows in 2D."""
+    """Call work(chunk, entry, z, first row, last row + 1) for all rows of x: by planes in 3D, by 16 rows in 2D."""
     depth, height, _ = plane_sizes(x)
     block = height if x.dim() == 5 else _BLOCK
     blocks = -(-height // block)
@@ -39,4 +39,4 @@ def for_rows(x: Tensor, work: Callable[[int, int, int, int, int], None]) -> None
         entry, z = divmod(plane, depth)
         work(index, entry, z, part * block, min((part + 1) * block, height))
 
-    parallel_for(item, pieces(x))
+    parallel_for(item, row_chunks(x))

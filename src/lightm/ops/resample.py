@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightm.ops.checks import check_kinds, choose
-from lightm.ops.register import operator
+from lightm.ops.register import differentiable, operator
 
 
 def max_pool2(x: Tensor, impl: str = "auto") -> Tensor:
@@ -84,30 +84,17 @@ def _pool(name: str, kind: str, x: Tensor, impl: str) -> Tensor:
     return pool_op(x, kind)
 
 
-@operator("lightm::pool2")
-def pool_op(x: Tensor, kind: str) -> Tensor:
-    """The CPU pooling kernel as a PyTorch operator; kind is "max" or "avg"."""
-    from lightm.ops.resample_cpu import pool_forward
+def _pooling() -> Any:
+    from lightm.ops.resample_cpu import pool_backward, pool_forward
 
-    return pool_forward(kind, x)
+    return pool_forward, pool_backward
 
 
-@pool_op.register_fake
-def _(x: Tensor, kind: str) -> Tensor:
+def _fake_pool(x: Tensor, kind: str) -> Tensor:
     return x.new_empty((x.shape[0], *(size // 2 for size in x.shape[1:-1]), x.shape[-1]))
 
 
-@operator("lightm::pool2_backward")
-def pool_backward_op(grad_y: Tensor, x: Tensor, kind: str) -> Tensor:
-    """Gradient of x."""
-    from lightm.ops.resample_cpu import pool_backward
-
-    return pool_backward(kind, grad_y, x)
-
-
-@pool_backward_op.register_fake
-def _(grad_y: Tensor, x: Tensor, kind: str) -> Tensor:
-    return x.new_empty(x.shape)
+pool_op = differentiable("lightm::pool2", "Tensor x, str kind", _pooling, _fake_pool)
 
 
 @operator("lightm::upsample_linear2")
@@ -136,18 +123,8 @@ def _(grad_y: Tensor) -> Tensor:
     return grad_y.new_empty((grad_y.shape[0], *(size // 2 for size in grad_y.shape[1:-1]), grad_y.shape[-1]))
 
 
-def _keep_pool(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
-    x, ctx.kind = inputs
-    ctx.save_for_backward(x)
-
-
-def _pool_grad(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
-    return pool_backward_op(grad_y, *ctx.saved_tensors, ctx.kind), None
-
-
 def _upsample_grad(ctx: Any, grad_y: Tensor) -> Tensor:
     return upsample_backward_op(grad_y)
 
 
-pool_op.register_autograd(_pool_grad, setup_context=_keep_pool)
 upsample_op.register_autograd(_upsample_grad)

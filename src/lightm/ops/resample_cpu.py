@@ -21,14 +21,14 @@ def doubled(x: Tensor) -> tuple[int, ...]:
     return (x.shape[0], *(size * 2 for size in x.shape[1:-1]), x.shape[-1])
 
 
-def pool_forward(kind: str, x: Tensor) -> Tensor:
+def pool_forward(x: Tensor, kind: str) -> Tensor:
     """Pool x by 2, in its dtype."""
     rows = x.float().contiguous()
     out = torch.empty(halved(x))
     run = pool_kernel(kind, x.dim() - 2)
     height, width = x.shape[-3:-1]
 
-    def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
+    def work(chunk: int, entry: int, z: int, first: int, last: int) -> None:
         of, to = address(rows) + entry * image_bytes(x), address(out) + entry * image_bytes(out)
         run(of, to, z, first, last, height, width, x.shape[-1])
 
@@ -54,7 +54,7 @@ def pool_into(kind: str, x: Tensor, out: Tensor) -> None:
     parallel_for(work, planes * blocks)
 
 
-def pool_backward(kind: str, grad_y: Tensor, x: Tensor) -> Tensor:
+def pool_backward(grad_y: Tensor, x: Tensor, kind: str) -> Tensor:
     """Gradient of x."""
     rows, grad = x.float().contiguous(), grad_y.float().contiguous()
     covered = all(size % 2 == 0 for size in x.shape[1:-1])
@@ -62,7 +62,7 @@ def pool_backward(kind: str, grad_y: Tensor, x: Tensor) -> Tensor:
     run = pool_backward_kernel(kind, x.dim() - 2)
     height, width = x.shape[-3:-1]
 
-    def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
+    def work(chunk: int, entry: int, z: int, first: int, last: int) -> None:
         at = entry * image_bytes(x)
         of = address(grad) + entry * image_bytes(grad)
         run(address(rows) + at, of, address(dx) + at, z, first, last, height, width, x.shape[-1])
@@ -78,7 +78,7 @@ def upsample_forward(x: Tensor) -> Tensor:
     out = torch.empty(doubled(x))
     sizes = plane_sizes(x)
 
-    def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
+    def work(chunk: int, entry: int, z: int, first: int, last: int) -> None:
         of, to = address(rows) + entry * image_bytes(x), address(out) + entry * image_bytes(out)
         double_forward(of, to, x.dim() - 2, z, first, last, *sizes, x.shape[-1])
 
@@ -93,7 +93,7 @@ def upsample_backward(grad_y: Tensor) -> Tensor:
     dx = torch.empty(halved(grad))
     sizes = plane_sizes(dx)
 
-    def work(piece: int, entry: int, z: int, first: int, last: int) -> None:
+    def work(chunk: int, entry: int, z: int, first: int, last: int) -> None:
         of, to = address(grad) + entry * image_bytes(grad), address(dx) + entry * image_bytes(dx)
         double_backward(of, to, dx.dim() - 2, z, first, last, *sizes, dx.shape[-1])
 

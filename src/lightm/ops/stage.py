@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightm.ops.checks import check_shape
-
-
-@dataclass(frozen=True)
-class GroupNormParameters:
-    """GroupNorm's tensors: weight and bias (C), groups, eps."""
-
-    weight: Tensor
-    bias: Tensor
-    groups: int
-    eps: float
+from lightm.ops.norms import GroupNormParameters
 
 
 def stage_runs_fused(*tensors: Tensor) -> bool:

@@ -12,21 +12,21 @@ from lightm.ops.depthwise_cpu import input_gradient, to_tiles, weight_gradient
 from lightm.ops.depthwise_cpu import run_forward as depthwise_forward
 from lightm.ops.depthwise_kernels import forward_kernel
 from lightm.ops.jit import LANES, kernel
-from lightm.ops.linear_cpu import run_product, run_weight_gradient
-from lightm.ops.matmul_kernels import SCRATCH, Packed, product_kernel
+from lightm.ops.linear_cpu import run_matmul, run_weight_gradient
+from lightm.ops.matmul_kernels import SCRATCH, Packed, matmul_kernel
 from lightm.ops.memory import release_unused
+from lightm.ops.norms import GroupNormParameters
 from lightm.ops.norms_cpu import group_moments_of, group_norm_backward, group_norm_forward, group_statistics
 from lightm.ops.norms_kernels import group_forward
 from lightm.ops.planes import plane_sizes
 from lightm.ops.resample_cpu import upsample_backward
 from lightm.ops.resample_kernels import double_forward
-from lightm.ops.stage import GroupNormParameters
 from lightm.ops.threads import parallel_for, worker_count
 from lightm.ops.vector import fma
 from lightm.ops.vector_parts import get, put
 
 _SLAB = 1 << 19  # numbers of a slab without the planes beside it
-_FLAT = 1 << 16  # numbers of a piece of work that needs no neighbours
+_FLAT = 1 << 16  # numbers of a work item that needs no neighbours
 
 
 @kernel(
@@ -142,7 +142,7 @@ def run_stage(
         rows = (last - first) * of.voxels
         to = _address(y, entry) + first * of.bytes
         plan, blocks, weight, zero = packed.arguments
-        product_kernel(
+        matmul_kernel(
             plan, blocks, source[1] + inside[0] * of.bytes, row, weight, zero, to, row, rows, address(scratch[worker])
         )  # fmt: skip
         _add_scaled(to, at + first * of.bytes, address(each), of.channels, rows)
@@ -177,7 +177,7 @@ def run_stage_backward(
     normed, mean1, inverse1 = group_norm_forward(x, groups1, weight1, bias1, eps1)
     filtered = depthwise_forward(normed, depthwise)
     del normed
-    y = run_product(filtered, pointwise, None)
+    y = run_matmul(filtered, pointwise, None)
     del filtered
     channels, rows = x.shape[-1], x[..., 0].numel()
     each = scale.expand(channels).contiguous()
@@ -185,13 +185,13 @@ def run_stage_backward(
     mean2, inverse2 = group_moments_of(y, groups2, eps2)
     dy, dweight2, dbias2 = group_norm_backward(grad, y, weight2, bias2, mean2, inverse2)
     del y
-    dscale = _column_products(dy.view(rows, channels), x.view(rows, channels))
+    dscale = _column_dots(dy.view(rows, channels), x.view(rows, channels))
     dscale = dscale.sum().view(scale.shape) if scale.numel() == 1 else dscale
     normed = group_norm_forward(x, groups1, weight1, bias1, eps1)[0]
     filtered = depthwise_forward(normed, depthwise)
     dpointwise = run_weight_gradient(dy, filtered)[0]
     del filtered
-    dfiltered = run_product(dy, pointwise.t(), None)
+    dfiltered = run_matmul(dy, pointwise.t(), None)
     ddepthwise = weight_gradient(dfiltered, normed, depthwise)
     del normed
     dnormed = input_gradient(dfiltered, depthwise)
@@ -213,28 +213,28 @@ def _add_scaled_everywhere(out: Tensor, x: Tensor, scale: Tensor) -> None:
     _flat(out, work)
 
 
-def _column_products(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of a * b over the rows, a column at a time; in stretches, so that no product is whole."""
+def _column_dots(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of a * b over the rows, for every column; in segments, so that a * b is never whole."""
     return torch.stack([(x * y).sum(0) for x, y in zip(a.split(_FLAT), b.split(_FLAT), strict=True)]).sum(0)
 
 
 def _flat(x: Tensor, work: Callable[[int, int, int, int, int], None]) -> None:
-    """work(entry, address of the image, first voxel, last + 1, worker) for pieces of all images."""
+    """work(entry, address of the image, first voxel, last + 1, worker) for chunks of all images."""
     voxels = x.shape[1:-1].numel()
     size = max(1, _FLAT // x.shape[-1])
-    pieces = -(-voxels // size)
+    chunks = -(-voxels // size)
 
     def item(index: int, worker: int) -> None:
-        entry, part = divmod(index, pieces)
+        entry, part = divmod(index, chunks)
         work(entry, _address(x, entry), part * size, min((part + 1) * size, voxels), worker)
 
-    parallel_for(item, x.shape[0] * pieces)
+    parallel_for(item, x.shape[0] * chunks)
 
 
 def run_head(
     x: Tensor, norm: GroupNormParameters, scale: Tensor, offset: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """See `decoder_head`; scale and offset are folded into the product."""
+    """See `decoder_head`; scale and offset are folded into the matmul."""
     x = x.contiguous()
     channels = x.shape[-1]
     packed = Packed((weight * scale).t(), weight @ offset + bias)
@@ -251,7 +251,7 @@ def run_head(
             at + 4 * channels * first, of, _address(mean, entry), _address(factor, entry), address(shift), channels,
             0, last - first,
         )  # fmt: skip
-        product_kernel(
+        matmul_kernel(
             plan, blocks, of, 4 * channels, weights, shifts, _address(out, entry) + 4 * packed.columns * first,
             4 * packed.columns, last - first, address(scratch[worker]),
         )  # fmt: skip
@@ -278,7 +278,7 @@ def run_head_backward(
     dfolded = run_weight_gradient(grad, normed)[0]  # of weight * scale
     del normed
     total = grad.flatten(0, -2).sum(0)
-    dnormed = run_product(grad, (weight * scale).t(), None)
+    dnormed = run_matmul(grad, (weight * scale).t(), None)
     dx, dnorm_weight, dnorm_bias = group_norm_backward(dnormed, x, norm_weight, norm_bias, mean, inverse)
     dweight = dfolded * scale + torch.outer(total, offset)
     return dx, dnorm_weight, dnorm_bias, (dfolded * weight).sum(0), total @ weight, dweight, total

@@ -22,7 +22,7 @@ _pool_size = 0
 
 
 def worker_count(items: int) -> int:
-    """Threads used for `items` pieces of work: at most `torch.get_num_threads()`, the calling one included."""
+    """Threads used for `items` work items: at most `torch.get_num_threads()`, the calling one included."""
     return max(1, min(items, torch.get_num_threads()))
 
 

@@ -33,21 +33,21 @@ class _VectorModel(models.PrimitiveModel):
 
 
 V1, V4, V8, V16 = (Vector(lanes) for lanes in (1, 4, 8, 16))
-_BY_LANES = {kind.lanes: kind for kind in (V1, V4, V8, V16)}
+BY_LANES = {kind.lanes: kind for kind in (V1, V4, V8, V16)}
 
 
 def _operator(symbol: Any, emit: str) -> None:
     """Let `symbol` work on two equal vectors."""
 
     class Template(ConcreteTemplate):
-        cases = [signature(kind, kind, kind) for kind in _BY_LANES.values()]  # noqa: RUF012
+        cases = [signature(kind, kind, kind) for kind in BY_LANES.values()]  # noqa: RUF012
 
     infer_global(symbol)(Template)
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return getattr(builder, emit)(*args, flags=("contract",))
 
-    for kind in _BY_LANES.values():
+    for kind in BY_LANES.values():
         lower_builtin(symbol, kind, kind)(lower)
 
 
@@ -125,47 +125,47 @@ def emit_shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
 # Intrinsics ---------------------------------------------------------------------------------------------------
 
 
-def _literal(kind: Any) -> int | None:
+def literal(kind: Any) -> int | None:
     return kind.literal_value if isinstance(kind, types.IntegerLiteral) else None
 
 
 @intrinsic(prefer_literal=True)
 def load(typing: Any, address: Any, lanes: Any) -> Any:
     """load(address, lanes): the vector at an address; `lanes` is a constant."""
-    count = _literal(lanes)
+    count = literal(lanes)
     if count is None:
         return None
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return emit_load(builder, args[0], count)
 
-    return _BY_LANES[count](types.int64, lanes), generate
+    return BY_LANES[count](types.int64, lanes), generate
 
 
 @intrinsic(prefer_literal=True)
 def broadcast(typing: Any, address: Any, lanes: Any) -> Any:
     """broadcast(address, lanes): the float at an address in every lane."""
-    count = _literal(lanes)
+    count = literal(lanes)
     if count is None:
         return None
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return emit_broadcast(builder, args[0], count)
 
-    return _BY_LANES[count](types.int64, lanes), generate
+    return BY_LANES[count](types.int64, lanes), generate
 
 
 @intrinsic(prefer_literal=True)
 def full(typing: Any, value: Any, lanes: Any) -> Any:
     """full(value, lanes): a number in every lane."""
-    count = _literal(lanes)
+    count = literal(lanes)
     if count is None:
         return None
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return emit_splat(builder, args[0], count)
 
-    return _BY_LANES[count](types.float32, lanes), generate
+    return BY_LANES[count](types.float32, lanes), generate
 
 
 @intrinsic
@@ -202,10 +202,10 @@ def maximum(typing: Any, a: Any, b: Any) -> Any:
 @intrinsic(prefer_literal=True)
 def load_rows(typing: Any, address: Any, count: Any, lanes: Any) -> Any:
     """load_rows(address, count, lanes): a tuple of `count` vectors stored one after the other."""
-    rows, width = _literal(count), _literal(lanes)
+    rows, width = literal(count), literal(lanes)
     if rows is None or width is None:
         return None
-    result = types.UniTuple(_BY_LANES[width], rows)
+    result = types.UniTuple(BY_LANES[width], rows)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         values = [emit_load(builder, emit_offset(builder, args[0], 4 * width * row), width) for row in range(rows)]

@@ -57,7 +57,12 @@ class ChannelNormalization(BaseModel):
 
 
 class Plan(BaseModel):
-    """How a dataset is prepared; see the fields' order in the YAML, and `make_plan` for how they are chosen."""
+    """How a dataset is prepared; see the fields' order in the YAML, and `make_plan` for how they are chosen.
+
+    >>> data = lightm.phantoms("xray", folder / "data", cases=2, size=32)
+    >>> plan = lightm.plan(data)
+    >>> plan.model_copy(update={"patch_size": [16, 16]}).save(folder / "plan.yaml")
+    """
 
     model_config = ConfigDict(extra="forbid")
 

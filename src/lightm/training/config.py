@@ -1,130 +1,134 @@
-"""The configuration of one training: what the command line, a YAML file and the run folder share."""
+"""The configuration of one training: what the command line, a YAML file, Python and the run folder share."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, field_validator, model_validator
 
+from lightm.config_io import load_yaml, validated
 from lightm.errors import InputError, did_you_mean
 from lightm.files import write_text
 from lightm.nets import DEFAULT
-from lightm.training.recipes import Recipe, get_recipe
+from lightm.options import PathText
+from lightm.training.recipes import Recipe, current_name, get_recipe
 
 
-class TrainConfig(BaseModel):
-    """Everything that decides a training run, resolved; written to the run folder as `config.yaml`.
+class TrainConfig(Recipe):
+    """Everything that decides a training run: the options of `lightm.train`, of `lightm train` and of its YAML file.
 
-    `settings` is the recipe with its overrides applied. `max_time_s` ends the training after that many seconds and
-    is what the learning rate falls over; `epochs_given` says that the number of epochs was asked for, else a time
-    budget alone decides. `patience`: epochs without a better moving pseudo Dice before the training stops. `on_nan`:
-    "stop" at a loss or gradient that is not finite, or "skip" up to `nan_limit` such steps.
+    The fields of `Recipe` (loss, lr, epochs, ...) override the recipe that `recipe` names; `resolved` fills in those
+    that were not given. A run keeps its resolved configuration as `config.yaml`, which `--config` takes too. Without
+    `epochs` a time budget alone ends the training. The nested form of earlier versions (`settings: {lr: ...}`) is
+    read as well.
+
+    >>> config = lightm.TrainConfig(recipe="arsl", lr=1e-3)
+    >>> resolved = config.resolved(spatial_dims=3)
+    >>> resolved.loss, resolved.lr, resolved.optimizer, resolved.patch_size
+    ('ce+arsl', 0.001, 'sgd', 128)
     """
 
-    model_config = ConfigDict(extra="forbid")
+    dataset: PathText = Field("", description="Data set.", json_schema_extra={"cli": False})
+    labels: PathText | None = Field(None, description="Folder of labels, when DATASET is a folder of images.")
+    network: str = Field(DEFAULT, description="Network: a preset or a baseline.")
+    network_options: dict[str, Any] = Field(default_factory=dict, description="Options of the network: {layer: spm}.")
+    recipe: str = Field("default", description="Recipe: default, paper, arsl or released.")
+    plan: PathText | None = Field(None, description="Plan to use instead of DATASET/plan.yaml.")
+    split: PathText | None = Field(None, description="split.json of another run, to use the same split.")
+    split_seed: int = Field(0, ge=0, description="Seed of the split.")
+    folds: int | None = Field(None, ge=2, description="Number of folds, instead of 7:1:2.")
+    fold: int = Field(0, ge=0, description="The fold to test.")
+    seed: int = Field(0, ge=0, description="Seed of weights and patches.")
+    max_time: str | float | None = Field(None, description="Time budget of the training: 90s, 15m, 2h.")
+    patience: int | None = Field(None, ge=1, description="Epochs without a better EMA pseudo Dice before stopping.")
+    val_patches: int = Field(16, ge=1, description="Patches per validation.")
+    workers: int = Field(0, ge=0, description="Processes that prepare patches.")
+    device: str = Field("cpu", description="cpu or cuda.")
+    precision: str = Field("32-true", description="Floating-point precision of the training.")
+    on_nan: Literal["stop", "skip"] = Field("stop", description="At a loss or gradient that is NaN: stop or skip.")
+    nan_limit: int = Field(10, ge=1, description="Steps that --on-nan skip may skip.")
+    postprocess: bool = Field(True, description="Choose post-processing on the validation cases.")
+    test: bool = Field(True, description="Predict and score the test cases and write the report.")
 
-    dataset: str
-    labels: str | None = None
-    network: str = DEFAULT
-    network_options: dict[str, Any] = Field(default_factory=dict)
-    recipe: str = "default"
-    settings: Recipe
-    seed: int = Field(0, ge=0)
-    split_seed: int = Field(0, ge=0)
-    folds: int | None = Field(None, ge=2)
-    fold: int = Field(0, ge=0)
-    split: str | None = None
-    max_time_s: float | None = Field(None, gt=0)
-    epochs_given: bool = False
-    patience: int | None = Field(None, ge=1)
-    val_patches: int = Field(16, ge=1)
-    workers: int = Field(0, ge=0)
-    device: str = "cpu"
-    precision: str = "32-true"
-    on_nan: Literal["stop", "skip"] = "stop"
-    nan_limit: int = Field(10, ge=1)
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, given: Any) -> Any:
+        """Take the nested form of earlier versions."""
+        if not isinstance(given, Mapping):
+            return given
+        values = dict(given)
+        if (settings := values.pop("settings", None)) is not None:
+            if not isinstance(settings, Mapping):
+                raise ValueError(f"settings: expected keys and values, got {settings!r}")
+            for key in settings:
+                if key not in Recipe.model_fields:
+                    raise ValueError(f"unknown key 'settings.{key}'{did_you_mean(str(key), Recipe.model_fields)}")
+            values = {**settings, **values}
+        if "max_time_s" in values:
+            values.setdefault("max_time", values.pop("max_time_s"))
+        if values.pop("epochs_given", None) is False:
+            values.pop("epochs", None)
+        return values
+
+    @field_validator("recipe")
+    @classmethod
+    def _current(cls, name: str) -> str:
+        return current_name(name)
+
+    @field_validator("max_time")
+    @classmethod
+    def _seconds(cls, given: str | float | None) -> float | None:
+        return None if given is None else parse_duration(given)
+
+    @property
+    def settings(self) -> Recipe:
+        """The settings of the recipe, with what overrides them."""
+        return self
+
+    @property
+    def max_time_s(self) -> float | None:
+        """The time budget in seconds; the learning rate falls over it."""
+        return None if self.max_time is None else float(self.max_time)
+
+    @property
+    def epochs_given(self) -> bool:
+        """Whether the number of epochs was asked for; else a time budget alone decides."""
+        return "epochs" in self.model_fields_set
+
+    def resolved(self, spatial_dims: int) -> TrainConfig:
+        """Return the configuration with all that was not given taken from its recipe; InputError for an unknown one."""
+        recipe, given = get_recipe(self.recipe, spatial_dims), self.model_fields_set
+        update = {name: getattr(recipe, name) for name in Recipe.model_fields if name not in given}
+        if "augment" in given:
+            changes = {name: getattr(self.augment, name) for name in self.augment.model_fields_set}
+            update["augment"] = recipe.augment.model_copy(update=changes)
+        config = self.model_copy(update=update)
+        if not self.epochs_given:
+            config.model_fields_set.discard("epochs")
+        return config
 
     def save(self, path: Path) -> None:
-        """Write the configuration as YAML."""
-        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        """Write the configuration as YAML; epochs that were not asked for stay out, so that they are not later."""
+        content = self.model_dump(mode="json", exclude=None if self.epochs_given else {"epochs"})
+        write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
-def resolve_config(
-    dataset: str,
-    spatial_dims: int,
-    *,
-    recipe: str = "default",
-    settings: dict[str, Any] | None = None,
-    **fields: Any,
-) -> TrainConfig:
-    """Return a full configuration: the recipe's settings, overridden by `settings`; `fields` as in TrainConfig.
+def resolve_config(dataset: str, spatial_dims: int, **fields: Any) -> TrainConfig:
+    """Return a full configuration for a data set; `fields` as in TrainConfig.
 
     Raises InputError for unknown keys (with the nearest known one) and impossible values.
     """
-    base = get_recipe(recipe, spatial_dims).model_dump()
-    overrides = dict(settings or {})
-    augment = overrides.pop("augment", {})
-    merged = {**base, **overrides, "augment": {**base["augment"], **augment}}
-    return _validated({"dataset": dataset, "recipe": recipe, "settings": merged, **fields}, "training configuration")
+    config = validated(TrainConfig, {**fields, "dataset": dataset}, "training configuration")
+    return config.resolved(spatial_dims)
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Read the `config.yaml` of a run; InputError names the file and the key that is wrong."""
-    return _validated(read_yaml(path), str(path))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; InputError for a missing file, no YAML, or no mapping."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no keys; a mapping `key: value` is expected")
-    return content
-
-
-USER_KEYS = [
-    "network",
-    "network_options",
-    "recipe",
-    "settings",
-    "seed",
-    "split_seed",
-    "folds",
-    "fold",
-    "split",
-    "max_time",
-    "epochs",
-    "patience",
-    "val_patches",
-    "workers",
-    "device",
-    "precision",
-    "on_nan",
-    "nan_limit",
-    "loss",
-    "lr",
-    "batch_size",
-    "patch_size",
-    "labels",
-]
-
-
-def read_user_config(path: Path) -> dict[str, Any]:
-    """Read the YAML that a user gives to `lightm train --config`: the options of `train` by name."""
-    content = read_yaml(path)
-    for key in content:
-        if key not in USER_KEYS:
-            raise InputError(
-                f"{path}: unknown key '{key}'{did_you_mean(str(key), USER_KEYS)} Known: {', '.join(USER_KEYS)}."
-            )
-    return content
+    """Read the `config.yaml` of a run, of an earlier version too; InputError names the file and the key."""
+    return load_yaml(path, TrainConfig)
 
 
 def parse_duration(text: str | float) -> float:
@@ -141,17 +145,3 @@ def parse_duration(text: str | float) -> float:
     if seconds <= 0:
         raise InputError(f"duration '{text}': must be longer than nothing")
     return seconds
-
-
-def _validated(values: dict[str, Any], where: str) -> TrainConfig:
-    try:
-        return TrainConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        hint = ""
-        if first["type"] == "extra_forbidden":
-            model = Recipe if first["loc"][0] == "settings" else TrainConfig
-            hint = did_you_mean(str(first["loc"][-1]), model.model_fields)
-            raise InputError(f"{where}: unknown key '{key}'{hint}") from error
-        raise InputError(f"{where}: {key}: {first['msg']} (got {first['input']!r})") from error

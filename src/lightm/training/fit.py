@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from lightm.datasets.split import Split
 from lightm.device import resolve_device
 from lightm.errors import InputError
 from lightm.files import disk_refusals
-from lightm.losses import create_loss
+from lightm.losses import SegmentationLoss, create_loss
+from lightm.losses.custom import CustomLoss
 from lightm.nets import create, save_model
 from lightm.preparation.plan import Plan
 from lightm.progress import Progress
@@ -145,18 +147,21 @@ def network_description(config: TrainConfig, plan: Plan) -> dict[str, Any]:
     }
 
 
-def build(config: TrainConfig, plan: Plan) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Seed the global random generators, and return the network and the loss of a run."""
+def build(
+    config: TrainConfig,
+    plan: Plan,
+    network: torch.nn.Module | None = None,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Seed the global random generators, and return network and loss of a run: those given, else those it names."""
     random.seed(config.seed)
     np.random.seed(config.seed)  # noqa: NPY002 (networks may use it)
     torch.manual_seed(config.seed)
-    described = network_description(config, plan)
-    options = described.pop("options")
-    network = create(**described, **options)
-    criterion = create_loss(
-        config.settings.loss,
-        spatial_dims=plan.spatial_dims,
-        num_classes=len(plan.labels),
-        **config.settings.loss_options,
-    )
-    return network, criterion
+    if network is None:
+        described = network_description(config, plan)
+        options = described.pop("options")
+        network = create(**described, **options)
+    sizes = {"spatial_dims": plan.spatial_dims, "num_classes": len(plan.labels)}
+    if loss is None:
+        return network, create_loss(config.settings.loss, **sizes, **config.settings.loss_options)
+    return network, loss if isinstance(loss, SegmentationLoss) else CustomLoss(loss, **sizes)

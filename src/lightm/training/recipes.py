@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from lightm.errors import InputError, did_you_mean
+from lightm.options import Options, Sizes
 from lightm.preparation.augment import AugmentConfig
 
+_log = logging.getLogger(__name__)
 
-class Recipe(BaseModel):
+
+class Recipe(Options):
     """Settings of a training; every field can be overridden by the run's configuration.
 
-    `steps_per_epoch`, `epochs`: lengths in optimiser steps and epochs. `patch_size` and `batch_size` override the
-    plan's when given (all axes the same size). `schedule` falls from `lr` to 0 over the run: "poly" with
-    (1 - progress)^0.9, "cosine" with half a cosine, "constant" not at all; progress is that of the steps or that of
-    the time budget, whichever is further. `clip_norm`: limit of the gradients' norm, or None.
+    `schedule` falls from `lr` to 0 over the run: "poly" with (1 - progress)^0.9, "cosine" with half a cosine,
+    "constant" not at all; progress is that of the steps or that of the time budget, whichever is further.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    loss: str = "ce+dice"
-    loss_options: dict[str, Any] = Field(default_factory=dict)
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    momentum: float = Field(0.99, ge=0, lt=1)
-    weight_decay: float = Field(1e-2, ge=0)
-    eps: float = Field(1e-8, gt=0)
-    clip_norm: float | None = Field(1.0, gt=0)
-    schedule: Literal["poly", "cosine", "constant"] = "poly"
-    warmup_steps: int = Field(0, ge=0)
-    epochs: int = Field(100, ge=1)
-    steps_per_epoch: int = Field(50, ge=1)
-    patch_size: int | None = Field(None, ge=8, multiple_of=8)
-    batch_size: int | None = Field(None, ge=1)
-    foreground_fraction: float = Field(0.5, ge=0, le=1)
-    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    loss: str = Field("ce+dice", description="Loss, such as ce+dice or ce+arsl.")
+    loss_options: dict[str, Any] = Field(default_factory=dict, description="Options of the loss: {gamma: 2}.")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="adamw, adam or sgd.")
+    lr: float = Field(1e-3, gt=0, description="Learning rate.")
+    momentum: float = Field(0.99, ge=0, lt=1, description="Nesterov momentum of sgd.")
+    weight_decay: float = Field(1e-2, ge=0, description="Weight decay.")
+    eps: float = Field(1e-8, gt=0, description="Epsilon of adamw and adam.")
+    clip_norm: float | None = Field(1.0, gt=0, description="Largest norm of the gradients.")
+    schedule: Literal["poly", "cosine", "constant"] = Field("poly", description="poly, cosine or constant.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises.")
+    epochs: int = Field(100, ge=1, description="Epochs.")
+    steps_per_epoch: int = Field(50, ge=1, description="Optimiser steps per epoch.")
+    patch_size: Sizes | int | None = Field(None, description="Patch in voxels, z,y,x: 40,56,40; default: the plan's.")
+    batch_size: int | None = Field(None, ge=1, description="Patches per step; default: the plan's.")
+    foreground_fraction: float = Field(0.5, ge=0, le=1, description="Share of patches that are centred on foreground.")
+    augment: AugmentConfig = Field(default_factory=AugmentConfig, description="Augmentation: {mirror_axes: [0, 1]}.")
 
 
 def _published(loss: str, spatial_dims: int) -> Recipe:
@@ -69,7 +69,7 @@ def _paper(spatial_dims: int) -> Recipe:
     return _published("ce+dice", spatial_dims)
 
 
-def _seed(spatial_dims: int) -> Recipe:
+def _arsl(spatial_dims: int) -> Recipe:
     return _published("ce+arsl", spatial_dims)
 
 
@@ -80,11 +80,21 @@ def _released(spatial_dims: int) -> Recipe:
     )
 
 
-RECIPES = {"default": _default, "paper": _paper, "seed": _seed, "released": _released}
+RECIPES = {"default": _default, "paper": _paper, "arsl": _arsl, "released": _released}
+RENAMED = {"seed": "arsl"}
+"""Names of earlier versions, which still work."""
+
+
+def current_name(name: str) -> str:
+    """Return a recipe's name of today; one of an earlier version is logged."""
+    if name in RENAMED:
+        _log.info("the recipe '%s' is called '%s' now", name, RENAMED[name])
+    return RENAMED.get(name, name)
 
 
 def get_recipe(name: str, spatial_dims: int) -> Recipe:
     """Return the recipe of that name for 2D or 3D data; InputError for an unknown name."""
+    name = current_name(name)
     if name not in RECIPES:
         raise InputError(f"unknown recipe '{name}'{did_you_mean(name, RECIPES)} Known: {', '.join(RECIPES)}.")
     return RECIPES[name](spatial_dims)

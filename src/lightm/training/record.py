@@ -31,7 +31,7 @@ def run_record(
     called = Path(sys.argv[0]).stem
     packages = ("torch", "monai", "numba", "numpy", "nibabel")
     return {
-        "command": " ".join(["lightm", *sys.argv[1:]]) if called == "lightm" else "lightm.train_model()",
+        "command": " ".join(["lightm", *sys.argv[1:]]) if called == "lightm" else "lightm.train()",
         "versions": {
             "lightm-unet": __version__,
             "python": platform.python_version(),

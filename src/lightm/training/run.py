@@ -3,208 +3,193 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from lightning_fabric import Fabric
+from pydantic import Field, field_validator
+from torch import Tensor, nn
 
-from lightm.datasets.dataset import Dataset, open_dataset
+from lightm.datasets.cases import Dataset
+from lightm.datasets.dataset import open_dataset
 from lightm.datasets.split import Split, load_split
 from lightm.errors import InputError, LightMError
 from lightm.files import locked_folder, remove_temporaries
-from lightm.nets import DEFAULT
+from lightm.options import Options
 from lightm.preparation.plan import Plan, load_plan
 from lightm.preparation.preprocess import PreprocessedCase, default_cache_dir, preprocess_dataset
 from lightm.progress import Progress
-from lightm.training.config import TrainConfig, load_config, parse_duration, resolve_config
+from lightm.training.config import TrainConfig, load_config, parse_duration
 from lightm.training.fit import TrainResult, build, build_fabric, fit
 from lightm.training.loaders import PatchLoaders
-from lightm.training.prepare import check_classes, choose_plan, choose_split, refuse_used_folder, with_sizes
+from lightm.training.prepare import (
+    check_classes,
+    check_own,
+    choose_plan,
+    choose_split,
+    own_name,
+    refuse_used_folder,
+    with_sizes,
+)
 from lightm.training.record import run_record, write_json
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits (B, K, *S), target (B, *S) class indices, 255 for voxels that must not count) -> scalar."""
 
-def train_model(
+
+@dataclass(frozen=True)
+class Run:
+    """A training that can begin or be resumed. network, loss: objects of one's own; None: what the config names."""
+
+    run_dir: Path
+    config: TrainConfig
+    fabric: Fabric
+    data: Dataset
+    plan: Plan
+    split: Split
+    network: nn.Module | None = None
+    loss: Loss | None = None
+    resume: bool = False
+
+
+class ResumeOptions(Options):
+    """What may change when a run is resumed; all else is as it was started."""
+
+    epochs: int | None = Field(None, ge=1, description="Epochs of the whole run.")
+    max_time: str | float | None = Field(None, description="Time budget of the whole run: 90s, 15m, 2h.")
+    patience: int | None = Field(None, ge=1, description="Epochs without a better EMA pseudo Dice before stopping.")
+    workers: int | None = Field(None, ge=0, description="Processes that prepare patches.")
+    postprocess: bool | None = Field(None, description="Choose post-processing on the validation cases.")
+    test: bool | None = Field(None, description="Predict and score the test cases and write the report.")
+
+    @field_validator("max_time")
+    @classmethod
+    def _seconds(cls, given: str | float | None) -> float | None:
+        return None if given is None else parse_duration(given)
+
+
+def new_run(
     dataset: Path | str,
     out: Path | str | None = None,
     *,
-    labels: Path | str | None = None,
-    network: str = DEFAULT,
-    network_options: dict[str, Any] | None = None,
-    recipe: str = "default",
-    settings: dict[str, Any] | None = None,
-    loss: str | None = None,
-    lr: float | None = None,
-    batch_size: int | None = None,
-    patch_size: Sequence[int] | None = None,
-    epochs: int | None = None,
-    max_time: str | float | None = None,
-    patience: int | None = None,
-    seed: int = 0,
-    split_seed: int = 0,
-    folds: int | None = None,
-    fold: int = 0,
-    split: Path | str | None = None,
-    plan: Path | str | None = None,
-    val_patches: int = 16,
-    workers: int = 0,
-    device: str = "cpu",
-    precision: str = "32-true",
-    on_nan: Literal["stop", "skip"] = "stop",
-    nan_limit: int = 10,
+    config: TrainConfig | Mapping[str, Any] | Path | str | None = None,
+    network: str | nn.Module | None = None,
+    loss: str | Loss | None = None,
+    plan: Plan | Path | str | None = None,
+    split: Split | Path | str | None = None,
     progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
-) -> TrainResult:
-    """Train a network on a data set, watch it on validation patches, and keep the best weights as a model folder.
-
-    Arguments:
-        dataset: folder in the nnU-Net raw or MSD layout, or a folder of images with `labels` beside it.
-        out: run folder; by default `runs/DATASET-NETWORK`. It must not hold a run.
-        network, network_options: preset and overrides (`lightm.nets.create`).
-        recipe, settings: recipe by name and overrides of its fields; `loss`, `lr`, `batch_size`, `patch_size` and
-            `epochs` are short for the most used ones.
-        max_time: wall-clock budget ("15m", seconds); without `epochs` it alone ends the training.
-        patience: epochs without a better moving pseudo Dice before stopping.
-        seed: of the weights and patches. Equal seeds and numbers of epochs give equal runs on one machine; under a
-            time budget the learning rate follows the clock, so that runs differ.
-        split_seed, folds, fold, split: the split 7:1:2 or into folds, or the path of one written earlier.
-        plan: a plan to use instead of the data set's `plan.yaml` or a fresh one.
-        on_nan, nan_limit: "stop" at a loss or gradient that is NaN or infinite, or "skip" up to that many such steps.
-
-    Returns the run folder with config.yaml, plan.yaml, split.json, history.csv, run.json, checkpoints/, tensorboard/
-    and model/. Raises InputError for bad input before anything is written to `out` and where another process trains
-    there; LightMError when the training cannot go on (a loss that is not finite, a full disk, a dead worker process)
-    and Interrupted at Ctrl-C and SIGTERM: the last checkpoint is kept then.
-    """
-    fabric = build_fabric(device, precision)  # before anything is read
-    data = open_dataset(Path(dataset), labels=None if labels is None else Path(labels))
-    run_dir = Path(out) if out is not None else Path("runs") / f"{data.name}-{network}"
+    **options: Any,
+) -> Run:
+    """Settle plan, split and configuration of a new run, and write nothing; arguments and errors as `lightm.train`."""
+    objects: dict[str, Any] = {
+        "network": None if isinstance(network, str) else network,
+        "loss": None if isinstance(loss, str) else loss,
+        "plan": plan if isinstance(plan, Plan) else None,
+        "split": split if isinstance(split, Split) else None,
+    }
+    named = {"network": network, "loss": loss, "plan": plan, "split": split}
+    options.update({key: value for key, value in named.items() if objects[key] is None})
+    settings = TrainConfig.of(config, options, "train")
+    fabric = build_fabric(settings.device, settings.precision)  # before anything is read
+    labels = None if settings.labels is None else Path(settings.labels)
+    data = open_dataset(Path(dataset), labels=labels)
+    update: dict[str, Any] = {
+        "dataset": str(Path(dataset).resolve()),
+        "labels": None if labels is None else str(labels.resolve()),
+        **{key: None for key in ("plan", "split") if objects[key] is not None},
+    }
+    for key in ("network", "loss"):
+        if objects[key] is not None:
+            update.update({key: own_name(objects[key]), f"{key}_options": {}})
+    settings = settings.model_copy(update=update)
+    name = f"{data.name}-{settings.network}".replace(":", "-")
+    run_dir = Path(out) if out is not None else Path("runs") / name
     refuse_used_folder(run_dir)
-    plan_ = choose_plan(data, None if plan is None else Path(plan), progress)
-    overrides = dict(settings or {})
-    overrides.update({k: v for k, v in {"loss": loss, "lr": lr, "epochs": epochs}.items() if v is not None})
-    config = resolve_config(
-        str(Path(dataset).resolve()),
-        plan_.spatial_dims,
-        recipe=recipe,
-        settings=overrides,
-        labels=None if labels is None else str(Path(labels).resolve()),
-        network=network,
-        network_options=network_options or {},
-        seed=seed,
-        split_seed=split_seed,
-        folds=folds,
-        fold=fold,
-        split=None if split is None else str(split),
-        max_time_s=None if max_time is None else parse_duration(max_time),
-        epochs_given="epochs" in overrides,
-        patience=patience,
-        val_patches=val_patches,
-        workers=workers,
-        device=device,
-        precision=precision,
-        on_nan=on_nan,
-        nan_limit=nan_limit,
-    )
-    plan_ = with_sizes(plan_, config, patch_size, batch_size)
-    return _run(fabric, run_dir, config, data, plan_, choose_split(data, config), False, progress, say)
+    chosen = choose_plan(data, objects["plan"] or settings.plan, progress)
+    settings = settings.resolved(chosen.spatial_dims)
+    chosen = with_sizes(chosen, settings)
+    drawn = choose_split(data, settings, objects["split"])
+    return Run(run_dir, settings, fabric, data, chosen, drawn, objects["network"], objects["loss"])
 
 
-def resume_training(
-    run_dir: Path | str,
-    *,
-    epochs: int | None = None,
-    max_time: str | float | None = None,
-    patience: int | None = None,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
-) -> TrainResult:
-    """Continue an interrupted or ended run from its last checkpoint, with the options that it was started with.
-
-    Arguments: `run_dir` of `train_model`; `epochs`, `max_time` (of the whole run, the time already used included),
-    `patience` and `workers` replace the stored ones when given. A run that was resumed has the same weights as one
-    that was never interrupted, as long as epochs and not time end it.
-    A damaged last checkpoint is left for the one before it, saying so.
-    Raises InputError for a folder without a run or in use, or a data set that has changed.
-    """
+def earlier_run(
+    run_dir: Path | str, options: ResumeOptions, *, network: nn.Module | None = None, loss: Loss | None = None
+) -> Run:
+    """Read an interrupted or ended run; raises InputError for a folder without one, or whose data set has changed."""
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"{run_dir}: holds no run to resume (config.yaml is missing)")
     config = load_config(run_dir / "config.yaml")
-    update: dict[str, Any] = {}
-    if epochs is not None:
-        update.update(settings=config.settings.model_copy(update={"epochs": epochs}), epochs_given=True)
-    if max_time is not None:
-        update["max_time_s"] = parse_duration(max_time)
-    update.update({k: v for k, v in {"patience": patience, "workers": workers}.items() if v is not None})
-    config = config.model_copy(update=update)
+    check_own(run_dir, "network", config.network, network)
+    check_own(run_dir, "loss", config.loss, loss)
+    config = config.model_copy(update={k: v for k, v in options.model_dump().items() if v is not None})
     fabric = build_fabric(config.device, config.precision)
     data = open_dataset(Path(config.dataset), labels=None if config.labels is None else Path(config.labels))
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
-    plan = load_plan(run_dir / "plan.yaml")
-    with locked_folder(run_dir, "training"):
-        return _run(fabric, run_dir, config, data, plan, split, True, progress, say)
+    return Run(run_dir, config, fabric, data, load_plan(run_dir / "plan.yaml"), split, network, loss, resume=True)
 
 
-def _run(
-    fabric: Fabric,
-    run_dir: Path,
-    config: TrainConfig,
-    data: Dataset,
-    plan: Plan,
-    split: Split,
-    resume: bool,
-    progress: Progress | None,
-    say: Callable[[str], None] | None,
-) -> TrainResult:
-    started = datetime.now(timezone.utc)
-    net, criterion = build(config, plan)  # before the long preprocessing, so that a bad name costs nothing
-    cases = preprocess_dataset(
-        data,
-        plan,
-        default_cache_dir(),
-        case_ids=[*split.train, *split.val],
-        workers=config.workers,
-        progress=progress,
-    )
-    by_id = {case.id: case for case in cases}
-    train_cases, val_cases = [by_id[i] for i in split.train], [by_id[i] for i in split.val]
-    check_classes(data, train_cases, val_cases)
+def train_model(dataset: Path | str, out: Path | str | None = None, **arguments: Any) -> TrainResult:
+    """Train alone, without what `lightm.train` does with the model afterwards; arguments and errors as there."""
+    return run_training(new_run(dataset, out, **arguments), arguments.get("progress"))
+
+
+def resume_training(run_dir: Path | str, *, progress: Progress | None = None, **options: Any) -> TrainResult:
+    """Resume the training alone; arguments and errors as those of `lightm.resume`."""
+    return run_training(earlier_run(run_dir, ResumeOptions.of(None, options, "resume")), progress)
+
+
+def run_training(run: Run, progress: Progress | None = None) -> TrainResult:
+    """Train (or resume) a run and keep its best weights as a model folder.
+
+    Its folder holds config.yaml, plan.yaml, split.json, history.csv, run.json, checkpoints/, tensorboard/ and model/.
+    Raises InputError where another process trains there; LightMError when the training cannot go on (a loss that is
+    not finite, a full disk, a dead worker process) and Interrupted at Ctrl-C and SIGTERM: the last checkpoint is kept
+    then.
+    """
     with contextlib.ExitStack() as stack:
-        if not resume:
-            stack.enter_context(locked_folder(run_dir, "training"))
-            refuse_used_folder(run_dir)  # another run may have come first while the data were prepared
-        return _run_locked(
-            fabric, run_dir, config, plan, split, net, criterion, train_cases, val_cases, resume, started, progress, say
+        if run.resume:
+            stack.enter_context(locked_folder(run.run_dir, "training"))
+        started = datetime.now(timezone.utc)
+        # before the long preprocessing, so that a bad name costs nothing
+        net, criterion = build(run.config, run.plan, run.network, run.loss)
+        cases = preprocess_dataset(
+            run.data,
+            run.plan,
+            default_cache_dir(),
+            case_ids=[*run.split.train, *run.split.val],
+            workers=run.config.workers,
+            progress=progress,
         )
+        by_id = {case.id: case for case in cases}
+        train_cases, val_cases = [by_id[i] for i in run.split.train], [by_id[i] for i in run.split.val]
+        check_classes(run.data, train_cases, val_cases)
+        if not run.resume:
+            stack.enter_context(locked_folder(run.run_dir, "training"))
+            refuse_used_folder(run.run_dir)  # another run may have come first while the data were prepared
+        return _run_locked(run, net, criterion, train_cases, val_cases, started, progress)
 
 
 def _run_locked(
-    fabric: Fabric,
-    run_dir: Path,
-    config: TrainConfig,
-    plan: Plan,
-    split: Split,
-    net: torch.nn.Module,
-    criterion: torch.nn.Module,
+    run: Run,
+    net: nn.Module,
+    criterion: nn.Module,
     train_cases: list[PreprocessedCase],
     val_cases: list[PreprocessedCase],
-    resume: bool,
     started: datetime,
     progress: Progress | None,
-    say: Callable[[str], None] | None,
 ) -> TrainResult:
+    run_dir, config, plan, split = run.run_dir, run.config, run.plan, run.split
     for folder in (run_dir, run_dir / "checkpoints"):
         remove_temporaries(folder)
-    if not resume:
+    if not run.resume:
         plan.save(run_dir / "plan.yaml")
         split.save(run_dir / "split.json")
     config.save(run_dir / "config.yaml")  # the last of the three: with it the run can be resumed
-    record = run_record(config, plan, net, started, run_dir if resume else None)
+    record = run_record(config, plan, net, started, run_dir if run.resume else None)
     write_json(run_dir / "run.json", record)
     patches = PatchLoaders(
         train_cases,
@@ -217,10 +202,9 @@ def _run_locked(
         workers=config.workers,
     )
     try:
-        with contextlib.nullcontext() if say is None else _told(say):
-            result = fit(
-                fabric, run_dir, config, plan, split, net, criterion, patches, resume=resume, progress=progress
-            )
+        result = fit(
+            run.fabric, run_dir, config, plan, split, net, criterion, patches, resume=run.resume, progress=progress
+        )
     except BaseException:
         with contextlib.suppress(LightMError):  # a full disk; what ended the training is what to tell
             write_json(run_dir / "run.json", {**record, "status": "interrupted"})
@@ -235,18 +219,3 @@ def _run_locked(
     )
     write_json(run_dir / "run.json", record)
     return result
-
-
-@contextlib.contextmanager
-def _told(say: Callable[[str], None]) -> Iterator[None]:
-    """Pass what the training logs to `say` as well."""
-    logger, handler = logging.getLogger("lightm.training"), logging.Handler(logging.INFO)
-    handler.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(min(logging.INFO, level or logging.INFO))
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)

@@ -16,14 +16,14 @@ from lightm.errors import InputError, did_you_mean
 from lightm.lab.complexity import known_names
 from lightm.losses import create_loss
 from lightm.training.config import parse_duration
-from lightm.training.recipes import RECIPES
+from lightm.training.recipes import RECIPES, RENAMED
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+(), -]{0,63}")
 _PARTS = ("network", "loss", "recipe")
 
 
 class PhantomData(BaseModel):
-    """Phantoms to make as the data set; the arguments of `lightm.make_phantoms`."""
+    """Phantoms to make as the data set; the arguments of `lightm.phantoms`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -141,7 +141,7 @@ class Experiment(BaseModel):
         for label, network in self.networks.items():
             _known("network", label, network.network, known_names())
         for label, recipe in self.recipes.items():
-            _known("recipe", label, recipe.recipe, list(RECIPES))
+            _known("recipe", label, recipe.recipe, [*RECIPES, *RENAMED])
         for label, loss in self.losses.items():
             _as_value_error(
                 lambda loss=loss: create_loss(loss.loss, spatial_dims=3, num_classes=2, **loss.options),
@@ -181,7 +181,7 @@ class Experiment(BaseModel):
         return [Cell(*method, seed) for seed in self.seeds for method in self.methods()]
 
     def settings_of(self, cell: Cell) -> dict[str, Any]:
-        """The arguments of `lightm.train_model` for a cell, but data, folders, plan and split."""
+        """The arguments of `lightm.train` for a cell, but data, folders, plan and split."""
         network, loss, recipe = self.networks[cell.network], self.losses[cell.loss], self.recipes[cell.recipe]
         settings = {**recipe.settings, "loss_options": loss.options}
         return {

@@ -1,6 +1,6 @@
 """A whole state-space layer on the CPU without gradients: tokens stream through it in chunks that fit the cache.
 
-A chunk is three pieces of work: blocks of tokens up to the scan, tiles of channels through the scan with the state
+A chunk is three work items: blocks of tokens up to the scan, tiles of channels through the scan with the state
 carried, blocks of tokens from the scan to the result. The third of a chunk runs with the first of the next one.
 Nothing of the inner width is ever there for more than two chunks.
 """

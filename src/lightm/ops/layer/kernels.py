@@ -52,10 +52,10 @@ def _image_rows(begin: int, end: int, order: tuple[int, ...], row: int) -> Exten
     return int(places.min()) * row, (int(places.max()) + 1) * row
 
 
-def _product_extents(
+def _matmul_extents(
     name: str, plan: int, blocks: int, out_row: int, tokens: int
 ) -> tuple[dict[str, Extent], Extent, Extent]:
-    """(extents of the weights of a product named by its prefix, the rows it reads, the rows it writes)."""
+    """(extents of the weights of a matmul named by its prefix, the rows it reads, the rows it writes)."""
     found = multiply_extents(plan, blocks, 0, out_row, tokens)
     zero = {"dt": "dt_bias", "p": "p_bias"}.get(name, f"{name}_zero")
     weights = {f"{name}_plan": found["plan"], f"{name}_weight": found["w"], zero: found["bias"]}
@@ -65,23 +65,23 @@ def _product_extents(
 def _before_extents(
     x: int, channels: int, base: int, n1: int, n2: int, s0: int, s1: int, s2: int, norm_weight: int, norm_bias: int,
     eps: float, x_plan: int, x_blocks: int, x_weight: int, x_zero: int, z_plan: int, z_blocks: int, z_weight: int,
-    z_zero: int, conv: int, conv_bias: int, taps: int, inner: int, m_plan: int, m_blocks: int, m_weight: int,
+    z_zero: int, conv: int, conv_bias: int, d_conv: int, inner: int, m_plan: int, m_blocks: int, m_weight: int,
     m_zero: int, low: int, dt_plan: int, dt_blocks: int, dt_weight: int, dt_bias: int, begin: int, end: int, u: int,
     z: int, d: int, numbers: int, numbers_row: int, scratch: int,
 ) -> dict[str, Extent]:  # fmt: skip
     tokens, row, wide = end - begin, 4 * channels, 4 * inner
-    of_x, _, _ = _product_extents("x", x_plan, x_blocks, wide, tokens)
-    of_z, _, _ = _product_extents("z", z_plan, z_blocks, wide, tokens)
-    of_m, _, made = _product_extents("m", m_plan, m_blocks, numbers_row, tokens)
-    of_dt, (first, last), _ = _product_extents("dt", dt_plan, dt_blocks, wide, tokens)
+    of_x, _, _ = _matmul_extents("x", x_plan, x_blocks, wide, tokens)
+    of_z, _, _ = _matmul_extents("z", z_plan, z_blocks, wide, tokens)
+    of_m, _, made = _matmul_extents("m", m_plan, m_blocks, numbers_row, tokens)
+    of_dt, (first, last), _ = _matmul_extents("dt", dt_plan, dt_blocks, wide, tokens)
     last_row = (tokens - 1) * numbers_row
     return {
-        "x": _image_rows(max(begin - taps + 1, 0), end, (base, n1, n2, s0, s1, s2), row),
+        "x": _image_rows(max(begin - d_conv + 1, 0), end, (base, n1, n2, s0, s1, s2), row),
         "norm_weight": (0, row),
         "norm_bias": (0, row),
         **of_x,
         **of_z,
-        "conv": (0, taps * wide),
+        "conv": (0, d_conv * wide),
         "conv_bias": (0, wide),
         **of_m,
         **of_dt,
@@ -89,14 +89,14 @@ def _before_extents(
         "z": (0, tokens * wide),
         "d": (0, tokens * wide),
         "numbers": (min(made[0], low + first), max(made[1], last_row + low + last)) if tokens else NOTHING,
-        "scratch": (0, SCRATCH + (BLOCK + taps) * row + (min(BLOCK, tokens) + taps - 1) * wide),
+        "scratch": (0, SCRATCH + (BLOCK + d_conv) * row + (min(BLOCK, tokens) + d_conv - 1) * wide),
     }
 
 
 @kernel(_before_extents)
 def before_scan(  # type: ignore[no-untyped-def]
     x, channels, base, n1, n2, s0, s1, s2, norm_weight, norm_bias, eps,
-    x_plan, x_blocks, x_weight, x_zero, z_plan, z_blocks, z_weight, z_zero, conv, conv_bias, taps, inner,
+    x_plan, x_blocks, x_weight, x_zero, z_plan, z_blocks, z_weight, z_zero, conv, conv_bias, d_conv, inner,
     m_plan, m_blocks, m_weight, m_zero, low, dt_plan, dt_blocks, dt_weight, dt_bias,
     begin, end, u, z, d, numbers, numbers_row, scratch,
 ):  # fmt: skip
@@ -104,7 +104,7 @@ def before_scan(  # type: ignore[no-untyped-def]
 
     u = silu(causal convolution of x), (x, z) = LayerNorm(tokens) @ in_proj, (B, C, low) = u @ x_proj,
     dt = softplus(low @ dt_proj + bias); `low` is the offset in bytes of its numbers in their row. The convolution sees
-    up to taps - 1 tokens before a block, whose x is computed again; before token 0 there is nothing, so 0.
+    up to d_conv - 1 tokens before a block, whose x is computed again; before token 0 there is nothing, so 0.
     u, z, d and numbers are the rows of token `begin`.
     """
     row = 4 * channels
@@ -112,13 +112,13 @@ def before_scan(  # type: ignore[no-untyped-def]
     normed = scratch + SCRATCH
     for first in range(begin, end, BLOCK):
         last = min(first + BLOCK, end)
-        halo = min(taps - 1, first)
+        halo = min(d_conv - 1, first)
         total = last - first + halo
-        xs = normed + (BLOCK + taps) * row
+        xs = normed + (BLOCK + d_conv) * row
         for i in range(total):
             at = x + row * _row_of(first - halo + i, base, n1, n2, s0, s1, s2)
             _normalise(at, normed + i * row, channels, norm_weight, norm_bias, eps)
-        missing = taps - 1 - halo
+        missing = d_conv - 1 - halo
         for i in range(missing):
             for c in range(0, inner, LANES):
                 store(xs + i * wide + 4 * c, full(0.0, LANES))
@@ -128,7 +128,7 @@ def before_scan(  # type: ignore[no-untyped-def]
             shift = load(conv_bias + 4 * c, LANES)
             for t in range(last - first):
                 value = shift
-                for k in range(taps):
+                for k in range(d_conv):
                     value = fma(load(conv + k * wide + 4 * c, LANES), load(xs + (t + k) * wide + 4 * c, LANES), value)
                 store(u + t * wide + 4 * c, value * sigmoid(value, LANES))
         multiply(m_plan, m_blocks, u, wide, m_weight, m_zero, numbers, numbers_row, last - first, scratch)
@@ -189,8 +189,8 @@ def _after_extents(
     out_row: int, begin: int, end: int, scratch: int,
 ) -> dict[str, Extent]:  # fmt: skip
     tokens, row, wide = end - begin, 4 * channels, 4 * inner
-    of_o, _, _ = _product_extents("o", o_plan, o_blocks, row, tokens)
-    of_p, _, made = _product_extents("p", p_plan, p_blocks, out_row, tokens if mode == 0 else 0)
+    of_o, _, _ = _matmul_extents("o", o_plan, o_blocks, row, tokens)
+    of_p, _, made = _matmul_extents("p", p_plan, p_blocks, out_row, tokens if mode == 0 else 0)
     places = _image_rows(begin, end, (base, n1, n2, s0, s1, s2), row)
     vectors = dict.fromkeys(
         ("norm_weight", "norm_bias", "scale", "out_weight", "out_bias"), (0, row if mode == 0 else 0)
@@ -259,7 +259,7 @@ def _finish_extents(
     out_row: int, begin: int, end: int, scratch: int,
 ) -> dict[str, Extent]:  # fmt: skip
     row = 4 * channels
-    of_p, _, made = _product_extents("p", p_plan, p_blocks, out_row, end - begin)
+    of_p, _, made = _matmul_extents("p", p_plan, p_blocks, out_row, end - begin)
     vectors = dict.fromkeys(("norm_weight", "norm_bias", "scale", "out_weight", "out_bias"), (0, row))
     return {
         "sums": (begin * row, end * row),
@@ -294,6 +294,6 @@ def finish(  # type: ignore[no-untyped-def]
         out += (last - first) * out_row
 
 
-def scratch_floats(channels: int, inner: int, taps: int) -> int:
+def scratch_floats(channels: int, inner: int, d_conv: int) -> int:
     """Floats of scratch memory that a thread needs."""
-    return SCRATCH // 4 + (BLOCK + taps) * channels + (BLOCK + taps) * inner + (BLOCK + 1) * channels
+    return SCRATCH // 4 + (BLOCK + d_conv) * channels + (BLOCK + d_conv) * inner + (BLOCK + 1) * channels

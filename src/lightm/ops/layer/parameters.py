@@ -14,8 +14,9 @@ from torch import Tensor
 class LayerParameters:
     """Tensors of a layer: out = Linear(LayerNorm(VSS(LayerNorm(x)) + scale * residual)).
 
-    C channels, E inner channels in G equal groups with products and B, C of their own (1 for RVM, the parts of SPM),
-    N states, R = rank of dt, K taps. Products are (G, out / G, in / G) as in `torch.nn.Linear`.
+    C channels, E inner channels in G equal groups with matrices and B, C of their own (1 for RVM, the parts of SPM),
+    N states, R = rank of dt, K = kernel size of the convolution (d_conv). Matrices are (G, out / G, in / G) as in
+    `torch.nn.Linear`.
     """
 
     norm: tuple[Tensor, Tensor, float]  # weight (C), bias (C), eps
@@ -65,7 +66,7 @@ class LayerParameters:
 
     @cached_property
     def packed(self) -> dict[str, Any]:
-        """The products packed for the kernels; kept for the life of this object."""
+        """The matrices packed for the kernels; kept for the life of this object."""
         from lightm.ops.matmul_kernels import Packed
 
         def diagonal(*weights: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lightm.ops.bounds import address
 from lightm.ops.jit import LANES
+from lightm.ops.scan.inputs import ScanGradients, ScanInputs, ScanResults, check_chunk, gradient_of
 from lightm.ops.scan.kernels import backward_kernel, forward_kernel, scratch_floats, sum_kernel, summary_kernel
-from lightm.ops.scan.layout import STRETCH, Layout
+from lightm.ops.scan.layout import SEGMENT, Layout
 from lightm.ops.scan.parts import carry_states, cut, part_count
 from lightm.ops.scan.results import RESULTS
 from lightm.ops.threads import parallel_for, worker_count
@@ -18,7 +21,14 @@ PASS = 64  # tokens that the forward kernel takes at a time when no states are k
 _TILE = 4 * LANES  # bytes of one row of a tile
 
 
-def _spots(x: Tensor | None) -> tuple[int, int, int]:
+def layout_of(inputs: ScanInputs) -> Layout:
+    """How the kernels see these inputs."""
+    u, B = inputs.u, inputs.B
+    layout = Layout(u.shape[0], u.shape[1], u.shape[2], B.shape[2], B.shape[3])
+    return replace(layout, paired=layout.can_pair)
+
+
+def strided_address(x: Tensor | None) -> tuple[int, int, int]:
     """(address, bytes between batch entries, bytes between tokens); zeros for None."""
     return (0, 0, 0) if x is None else (address(x), 4 * x.stride(0), 4 * x.stride(1))
 
@@ -29,36 +39,24 @@ def _parameters(layout: Layout, A: Tensor, rows: tuple[Tensor | None, ...]) -> t
     return layout.tile_states(A.float() * LOG2E), tiled
 
 
-def run_forward(
-    layout: Layout,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    d_skip: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, last state, states before every `chunk`-th token; the last is empty when chunk is 0)."""
+def run_forward(inputs: ScanInputs, chunk: int) -> ScanResults:
+    """Run the scan; states before every `chunk`-th token are kept, none when chunk is 0."""
+    u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
+    layout = layout_of(inputs)
     y = RESULTS.empty(u.shape, u.dtype)
     decay, (skip, bias) = _parameters(layout, A, (d_skip, delta_bias))
-    shape = (layout.batch, layout.tiles, layout.kernel_states, LANES)
-    state = torch.zeros(shape) if initial_state is None else layout.tile_states(initial_state)
-    number = -(-layout.length // chunk) if chunk else 0
-    saved = torch.empty((layout.batch, layout.tiles, number, layout.kernel_states, LANES))
+    state = torch.zeros(layout.state_shape) if initial_state is None else layout.tile_states(initial_state)
+    saved = torch.empty(layout.saved_shape(chunk))
+    number = saved.shape[2]
     rows = [x for x in (u, delta, z, y) if x is not None]
     in_place = all(map(layout.channels_in_place, rows)) and all(map(layout.numbers_in_place, (B, C)))
-    stretch = max(layout.length, 1) if in_place else STRETCH
+    segment = max(layout.length, 1) if in_place else SEGMENT
     run = forward_kernel(layout.kernel_states, layout.groups_of_tile)
     items = layout.batch * layout.tiles
     pass_tokens = chunk or PASS
-    most_parts = part_count(items, torch.get_num_threads(), min(stretch, layout.length))
+    most_parts = part_count(items, torch.get_num_threads(), min(segment, layout.length))
     scratch = torch.empty((worker_count(items * most_parts), pass_tokens * LANES))
-    skip_at, bias_at = _spots(skip)[0], _spots(bias)[0]
+    skip_at, bias_at = strided_address(skip)[0], strided_address(bias)[0]
     state_bytes = 4 * layout.kernel_states * LANES
 
     def sweep(start: int, stop: int) -> None:
@@ -66,7 +64,7 @@ def run_forward(
         z_rows = None if z is None else layout.channel_rows(z, start, stop)
         b_rows, c_rows = (layout.number_rows(x, start, stop) for x in (B, C))
         y_rows = layout.row_buffer(y, start, stop)
-        spots = [_spots(x) for x in (u_rows, delta_rows, b_rows, c_rows, z_rows, y_rows)]
+        spots = [strided_address(x) for x in (u_rows, delta_rows, b_rows, c_rows, z_rows, y_rows)]
         group_bytes = (4 * b_rows.stride(2), 4 * c_rows.stride(2))
 
         def where(item: int, first: int) -> list[int]:
@@ -145,15 +143,15 @@ def run_forward(
         state.copy_(between[-1])
         layout.finish_rows(y_rows, y, start, stop)
 
-    for start in range(0, layout.length, stretch):
-        sweep(start, min(start + stretch, layout.length))
+    for start in range(0, layout.length, segment):
+        sweep(start, min(start + segment, layout.length))
     return y, layout.untile_states(state), saved
 
 
-def _sum_tiles(layout: Layout, parts: Tensor, result: Tensor, start: int, stop: int) -> None:
+def sum_tiles(layout: Layout, parts: Tensor, result: Tensor, start: int, stop: int) -> None:
     """Tokens start..stop-1 of dB or dC (Bt, L, G, N) from the tiles' shares (Bt, tiles, longest, kernel_states)."""
     n, tokens, block = layout.kernel_states, stop - start, 1024
-    if layout.paired:  # one tile a group: nothing to add
+    if layout.paired:  # one tile per group: nothing to add
         own = parts[:, :, :tokens].unflatten(-1, (2, n))[..., : layout.states]  # (Bt, tiles, tokens, 2, N)
         result[:, start:stop] = own.movedim(2, 1).reshape(layout.batch, tokens, layout.groups, layout.states)
         return
@@ -182,23 +180,11 @@ def _sum_tiles(layout: Layout, parts: Tensor, result: Tensor, start: int, stop: 
         result[:, start:stop] = total[..., : layout.states]
 
 
-def run_backward(
-    layout: Layout,
-    grad_y: Tensor,
-    grad_state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    d_skip: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    saved: Tensor,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients (u, delta, A, B, C, d_skip, z, delta_bias, initial state) in their tensors' types."""
+def run_backward(grad_y: Tensor, grad_state: Tensor, inputs: ScanInputs, chunk: int, saved: Tensor) -> ScanGradients:
+    """Return the gradients of all inputs."""
+    check_chunk("selective_scan", chunk)
+    u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
+    layout = layout_of(inputs)
     decay, (skip, bias) = _parameters(layout, A, (d_skip, delta_bias))
     du, ddelta = torch.empty(u.shape, dtype=u.dtype), torch.empty(delta.shape, dtype=delta.dtype)
     dz = torch.empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype)
@@ -209,25 +195,25 @@ def run_backward(
     dA = torch.zeros((layout.batch, layout.tiles, n, LANES))
     dskip, dbias = (torch.zeros((layout.batch, layout.tiles, 1, LANES)) for _ in range(2))
     number = saved.shape[2]
-    longest = min(STRETCH, layout.length)
+    longest = min(SEGMENT, layout.length)
     sums = layout.groups_of_tile * n
     parts_b, parts_c = (torch.empty((layout.batch, layout.tiles, longest, sums)) for _ in range(2))
     scratch = torch.empty((worker_count(items), scratch_floats(n, chunk)))
     run = backward_kernel(n, layout.groups_of_tile)
-    skip_at, bias_at = _spots(skip)[0], _spots(bias)[0]
+    skip_at, bias_at = strided_address(skip)[0], strided_address(bias)[0]
     state_bytes = 4 * n * LANES
 
     def sweep(start: int, stop: int) -> None:
         tokens = stop - start
-        inputs = [layout.channel_rows(x, start, stop) for x in (u, delta)]
-        inputs += [layout.number_rows(x, start, stop) for x in (B, C)]
+        rows = [layout.channel_rows(x, start, stop) for x in (u, delta)]
+        rows += [layout.number_rows(x, start, stop) for x in (B, C)]
         z_rows = None if z is None else layout.channel_rows(z, start, stop)
         dy_rows = layout.channel_rows(grad_y, start, stop)
         outputs = [layout.row_buffer(x, start, stop) for x in (du, ddelta)]
         dz_rows = None if z is None else layout.row_buffer(dz, start, stop)
-        spots_in = [_spots(x) for x in (*inputs, z_rows, dy_rows)]
-        spots_out = [_spots(x) for x in (*outputs, dz_rows)]
-        group_bytes = [4 * x.stride(2) for x in inputs[2:]]
+        spots_in = [strided_address(x) for x in (*rows, z_rows, dy_rows)]
+        spots_out = [strided_address(x) for x in (*outputs, dz_rows)]
+        group_bytes = [4 * x.stride(2) for x in rows[2:]]
 
         def work(item: int, worker: int) -> None:
             entry, tile = divmod(item, layout.tiles)
@@ -258,18 +244,18 @@ def run_backward(
             )
 
         parallel_for(work, items)
-        for rows, result in zip(outputs, (du, ddelta), strict=True):
-            layout.finish_rows(rows, result, start, stop)
+        for buffer, result in zip(outputs, (du, ddelta), strict=True):
+            layout.finish_rows(buffer, result, start, stop)
         if dz_rows is not None:
             layout.finish_rows(dz_rows, dz, start, stop)
         for parts, result in ((parts_b, dB), (parts_c, dC)):
-            _sum_tiles(layout, parts, result, start, stop)
+            sum_tiles(layout, parts, result, start, stop)
 
-    for start in reversed(range(0, layout.length, STRETCH)):
-        sweep(start, min(start + STRETCH, layout.length))
-    vectors = [
-        torch.empty(0) if given is None else layout.untile_rows(total.sum(0)).squeeze(-1).to(given.dtype)
+    for start in reversed(range(0, layout.length, SEGMENT)):
+        sweep(start, min(start + SEGMENT, layout.length))
+    dskip, dbias = (
+        gradient_of(given, layout.untile_rows(total.sum(0)).squeeze(-1))
         for given, total in ((d_skip, dskip), (delta_bias, dbias))
-    ]
-    grad_A = layout.untile_states(dA.sum(0)).to(A.dtype)
-    return du, ddelta, grad_A, dB, dC, vectors[0], dz, vectors[1], layout.untile_states(carry)
+    )
+    dA = layout.untile_states(dA.sum(0)).to(A.dtype)
+    return du, ddelta, dA, dB, dC, dskip, dz, dbias, gradient_of(initial_state, layout.untile_states(carry))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightm.ops.checks import CPU_TYPES
+from lightm.ops.scan.inputs import ScanGradients, ScanInputs, ScanResults, gradient_of
 
 _UNROLL = 8  # tokens whose reads are issued together
 _UNROLL_BACKWARD = 4  # tokens whose states the backward kernel keeps in registers
@@ -121,6 +122,11 @@ class Plan:
         return self.batch * self.length * self.channels == 0
 
     @property
+    def starts_shape(self) -> tuple[int, ...]:
+        """The shape of the states before every chunk."""
+        return self.batch, self.chunks, self.states, self.channels
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """What every kernel over chunks gets after `chunks`."""
         return self.channels, self.blocks, self.group_blocks
@@ -140,14 +146,15 @@ def _power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def _spots(x: Tensor | None, axes: int) -> tuple[Any, ...]:
+def _strided(x: Tensor | None, axes: int) -> tuple[Any, ...]:
     """The tensor and its strides, as the kernels take them."""
     return (None, *[0] * axes) if x is None else (x, *x.stride())
 
 
-def plan_for(u: Tensor, A: Tensor, B: Tensor) -> Plan:
-    """The plan of a call; B is (Bt, L, G, N). ValueError beyond 2^31 - 1 programs, which a GPU cannot number."""
-    plan = Plan(u.shape[0], u.shape[1], u.shape[2], B.shape[2], A.shape[1])
+def plan_for(inputs: ScanInputs) -> Plan:
+    """The plan of a call. ValueError beyond 2^31 - 1 programs, which a GPU cannot number."""
+    u, B = inputs.u, inputs.B
+    plan = Plan(u.shape[0], u.shape[1], u.shape[2], B.shape[2], B.shape[3])
     if plan.items >= 2**31:
         raise ValueError(
             f"selective_scan: {plan.items} programs for u of shape {tuple(u.shape)}, at most {2**31 - 1} can be "
@@ -168,32 +175,23 @@ def _carry(plan: Plan, ends: Tensor, sums: Tensor, A: Tensor, begin: Tensor | No
     size = plan.channels * plan.states
     programs = -(-size // _CARRY)
     carry_kernel[(plan.batch * programs,)](
-        ends, sums, *_spots(A, 2), *_spots(begin, 3), plan.chunks, plan.channels, size, programs,
+        ends, sums, *_strided(A, 2), *_strided(begin, 3), plan.chunks, plan.channels, size, programs,
         REVERSE=reverse, BLOCK=_CARRY, UNROLL=_CARRY_UNROLL, num_warps=1,
     )  # fmt: skip
 
 
-def run_forward(
-    plan: Plan,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    d_skip: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, last state, states before every chunk (Bt, chunks, N, E))."""
+def run_forward(inputs: ScanInputs) -> ScanResults:
+    """Run the scan; the states before every chunk (Bt, chunks, N, E) are kept."""
     from lightm.ops.scan.triton_kernels import end_kernel, forward_kernel
+
+    u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
+    plan = plan_for(inputs)
 
     def floats(*shape: int) -> Tensor:
         return u.new_empty(shape, dtype=torch.float32)
 
     y = u.new_empty(u.shape)
-    starts = floats(plan.batch, plan.chunks, plan.states, plan.channels)
+    starts = floats(*plan.starts_shape)
     if plan.empty:
         last = floats(plan.batch, plan.channels, plan.states)
         return y, last.zero_() if initial_state is None else last.copy_(initial_state), starts
@@ -201,8 +199,8 @@ def run_forward(
     sums = floats(plan.batch, plan.chunks, plan.channels)
     meta = plan.meta(delta_softplus, _UNROLL)
     A = _by_channel(A)
-    one = (*_spots(u, 3), *_spots(delta, 3), *_spots(A, 2), *_spots(B, 4))
-    bias = _spots(delta_bias, 1)
+    one = (*_strided(u, 3), *_strided(delta, 3), *_strided(A, 2), *_strided(B, 4))
+    bias = _strided(delta_bias, 1)
     tail = (*plan.sizes, plan.of_group, plan.states)
     count = plan.chunks - 1
     with torch.cuda.device_of(u):
@@ -212,7 +210,7 @@ def run_forward(
             )
         _carry(plan, starts, sums, A, initial_state, reverse=False)
         forward_kernel[(plan.items,)](
-            *one, *_spots(C, 4), *_spots(d_skip, 1), *_spots(z, 3), *bias,
+            *one, *_strided(C, 4), *_strided(d_skip, 1), *_strided(z, 3), *bias,
             starts, y, last, plan.length, plan.chunk, plan.chunks, *tail, **meta,
         )  # fmt: skip
     return y, last.transpose(1, 2).contiguous(), starts
@@ -225,23 +223,12 @@ def _slots(plan: Plan, device: torch.device) -> int:
     return min(plan.items, 8 * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def run_backward(
-    plan: Plan,
-    grad_y: Tensor,
-    grad_state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    d_skip: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    starts: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients (u, delta, A, B, C, d_skip, z, delta_bias, initial state) in their tensors' types."""
+def run_backward(grad_y: Tensor, grad_state: Tensor, inputs: ScanInputs, starts: Tensor) -> ScanGradients:
+    """Return the gradients of all inputs."""
     from lightm.ops.scan.triton_backward import backward_kernel, grad_end_kernel
+
+    u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
+    plan = plan_for(inputs)
 
     def floats(*shape: int) -> Tensor:
         return u.new_empty(shape, dtype=torch.float32)
@@ -250,7 +237,7 @@ def run_backward(
     dz = floats(0) if z is None else z.new_empty(z.shape)
     dbegin = floats(plan.batch, plan.states, plan.channels)
     parts_b, parts_c = (floats(plan.group_blocks, *B.shape) for _ in range(2))
-    parts_a = floats(plan.batch, plan.chunks, plan.states, plan.channels)
+    parts_a = floats(*plan.starts_shape)
     parts_skip, parts_bias = (floats(plan.batch, plan.chunks, plan.channels) for _ in range(2))
     if plan.empty:
         dbegin.copy_(grad_state.transpose(1, 2))
@@ -260,20 +247,20 @@ def run_backward(
         slots = _slots(plan, u.device)
         scratch = floats(slots, plan.chunk // _UNROLL_BACKWARD, plan.block_e * plan.block_n)
         count = plan.chunks - 1
-        bias, gate = _spots(delta_bias, 1), _spots(z, 3)
+        bias, gate = _strided(delta_bias, 1), _strided(z, 3)
         rates = _by_channel(A)
         tail = (plan.of_group, plan.states)
         with torch.cuda.device_of(u):
             if count:
                 grad_end_kernel[(plan.batch * count * plan.blocks,)](
-                    *_spots(grad_y, 3), *_spots(delta, 3), *_spots(rates, 2), *_spots(C, 4), *gate, *bias,
+                    *_strided(grad_y, 3), *_strided(delta, 3), *_strided(rates, 2), *_strided(C, 4), *gate, *bias,
                     arriving, sums, plan.length, plan.chunk, count, plan.chunks, *plan.sizes, *tail,
                     **plan.meta(delta_softplus, _UNROLL),
                 )  # fmt: skip
             _carry(plan, arriving, sums, rates, grad_state, reverse=True)
             backward_kernel[(slots,)](
-                *_spots(grad_y, 3), *_spots(u, 3), *_spots(delta, 3), *_spots(rates, 2), *_spots(B, 4), *_spots(C, 4),
-                *_spots(d_skip, 1), *gate, *bias, starts, arriving, scratch,
+                *_strided(grad_y, 3), *_strided(u, 3), *_strided(delta, 3), *_strided(rates, 2),
+                *_strided(B, 4), *_strided(C, 4), *_strided(d_skip, 1), *gate, *bias, starts, arriving, scratch,
                 du, ddelta, dz, parts_b, parts_c, parts_a, parts_skip, parts_bias, dbegin,
                 plan.items, plan.length, plan.chunk, plan.chunks, *plan.sizes, plan.groups, *tail,
                 **plan.meta(delta_softplus, _UNROLL_BACKWARD),
@@ -281,7 +268,7 @@ def run_backward(
     dA = parts_a.sum((0, 1)).t().to(A.dtype, memory_format=torch.contiguous_format)
     dB, dC = parts_b.sum(0).to(B.dtype), parts_c.sum(0).to(C.dtype)
     dskip, dbias = (
-        floats(0) if given is None else parts.sum((0, 1)).to(given.dtype)
-        for given, parts in ((d_skip, parts_skip), (delta_bias, parts_bias))
+        gradient_of(given, parts.sum((0, 1))) for given, parts in ((d_skip, parts_skip), (delta_bias, parts_bias))
     )
-    return du, ddelta, dA, dB, dC, dskip, dz, dbias, dbegin.transpose(1, 2).contiguous()
+    begin = gradient_of(initial_state, dbegin.transpose(1, 2).contiguous())
+    return du, ddelta, dA, dB, dC, dskip, dz, dbias, begin

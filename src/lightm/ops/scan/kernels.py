@@ -1,4 +1,4 @@
-"""The scan's kernels: a stretch of tokens for one tile of channels, forward and backward.
+"""The scan's kernels: a segment of tokens for one tile of channels, forward and backward.
 
 All arguments are integers: addresses of float32 data, strides and sizes in bytes or tokens as named. A tile is
 LANES channels of one group, or half of them of one and half of the next (`groups` = 2, the second group's B and C
@@ -202,9 +202,9 @@ def backward_kernel(states: int, groups: int = 1) -> Callable[..., Any]:
         du, du_step, ddelta, ddelta_step, dz, dz_step, db, dc, carry, da, dskip, dbias, scratch,
         b_gap, c_gap,
     ):  # fmt: skip
-        """Sweep a stretch of tokens (its first one at a chunk's start) from last to first.
+        """Sweep a segment of tokens (its first one at a chunk's start) from last to first.
 
-        `carry` (N rows) comes in as the gradient of the states after the stretch and leaves as that of the states
+        `carry` (N rows) comes in as the gradient of the states after the segment and leaves as that of the states
         before it; da (N rows), dskip and dbias (one row) are added to; db and dc (tokens, groups, N) are written: sums
         over this tile alone. `scratch` holds a chunk's states (chunk + 1 times N rows), decays (chunk times N rows), dt
         and the gradient before the gate (chunk rows each) and N rows of da.
@@ -294,7 +294,7 @@ def sum_kernel(states: int) -> Callable[..., Any]:
 
     @kernel(_sum_extents(states))
     def scan_sum(parts, part_step, tiles, out, out_step, first, last):  # type: ignore[no-untyped-def]
-        """out[t] = sum over tiles, in order, of parts[tile][t] for tokens first..last-1; N floats a token."""
+        """out[t] = sum over tiles, in order, of parts[tile][t] for tokens first..last-1; N floats per token."""
         for t in range(first, last):
             total = load(parts + t * (4 * states), states)
             for tile in range(1, tiles):

@@ -1,7 +1,7 @@
 """From tensors to what the kernels read: float32, channels in tiles of LANES, N one of the compiled sizes.
 
 Rows (one token's channels) are used in place when they can be: float32, channels next to each other, whole tiles.
-Otherwise a stretch of tokens at a time is copied into that form, so that the copies stay in the cache.
+Otherwise a segment of tokens at a time is copied into that form, so that the copies stay in the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional
 from lightm.ops.jit import LANES
 from lightm.ops.scan.kernels import STATE_SIZES
 
-STRETCH = 8192
+SEGMENT = 8192
 """Tokens copied, or swept backward, at a time; a multiple of every chunk length."""
 
 
@@ -70,6 +70,16 @@ class Layout:
     def width(self) -> int:
         """Channels with the padding of every group."""
         return self.tiles * LANES
+
+    @cached_property
+    def state_shape(self) -> tuple[int, ...]:
+        """The shape of all states in tiles."""
+        return self.batch, self.tiles, self.kernel_states, LANES
+
+    def saved_shape(self, chunk: int) -> tuple[int, ...]:
+        """The shape of the states kept before every `chunk`-th token; none where it is 0."""
+        number = -(-self.length // chunk) if chunk else 0
+        return self.batch, self.tiles, number, self.kernel_states, LANES
 
     @cached_property
     def kernel_states(self) -> int:

@@ -6,24 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightm.ops.scan.inputs import ScanInputs
 
-def reference_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    d_skip: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return (y, last state) of the selective scan; arguments as in `selective_scan`, B and C (Bt, L, G, N).
+
+def reference_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Return (y, last state) of the selective scan.
 
     Works on any device, in float64 when u is float64 and in float32 otherwise; y has u's dtype. Time O(Bt L E N) in
     L steps of Python; autograd keeps every step's state.
     """
+    u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
     inner = torch.float64 if u.dtype == torch.float64 else torch.float32
     batch, _, channels = u.shape
     states = A.shape[1]

@@ -27,20 +27,20 @@ from lightm.ops.vector import (
 from lightm.ops.vector_math import emit_exp2
 
 
-def _row(builder: Any, address: Any, row: int, lanes: int) -> Any:
+def emit_row(builder: Any, address: Any, row: int, lanes: int) -> Any:
     return emit_load(builder, emit_offset(builder, address, 4 * lanes * row), lanes)
 
 
-def _number(builder: Any, address: Any, row: int, lanes: int) -> Any:
+def emit_number(builder: Any, address: Any, row: int, lanes: int) -> Any:
     return emit_broadcast(builder, emit_offset(builder, address, 4 * row), lanes)
 
 
 def _shared(builder: Any, address: Any, row: int, lanes: int, gap: Any) -> Any:
     """A float of B or C in every lane; with a gap, the float so many bytes further in the upper half of the lanes."""
-    low = _number(builder, address, row, lanes)
+    low = emit_number(builder, address, row, lanes)
     if gap is None:
         return low
-    high = _number(builder, builder.add(address, gap), row, lanes)
+    high = emit_number(builder, builder.add(address, gap), row, lanes)
     half = lanes // 2
     return emit_shuffle(builder, low, high, [*range(half), *range(lanes + half, 2 * lanes)])
 
@@ -53,7 +53,7 @@ def _two(groups: Any) -> bool:
 def _step(builder: Any, dt: Any, dt_u: Any, state: Any, row: int, a: Any, b: Any, gap: Any) -> tuple[Any, Any]:
     """(decay, state after the token) of state number `row`."""
     lanes = dt.type.count
-    decay = emit_exp2(builder, builder.fmul(dt, _row(builder, a, row, lanes)))
+    decay = emit_exp2(builder, builder.fmul(dt, emit_row(builder, a, row, lanes)))
     return decay, emit_fma(builder, decay, state, builder.fmul(dt_u, _shared(builder, b, row, lanes, gap)))
 
 
@@ -181,16 +181,16 @@ def retreat(
         for n in range(g.count):
             c_n = _shared(builder, c_at, n, lanes, c_far)
             state_grad = emit_fma(builder, grad, c_n, builder.extract_value(carried, n))
-            after = _row(builder, after_at, n, lanes)
+            after = emit_row(builder, after_at, n, lanes)
             sum_c = emit_fma(builder, after, c_n, sum_c)
             sum_b = emit_fma(builder, state_grad, _shared(builder, b_at, n, lanes, b_far), sum_b)
-            passed = builder.fmul(state_grad, _row(builder, x_at, n, lanes))
-            q = builder.fmul(passed, _row(builder, before_at, n, lanes))
-            sum_a = emit_fma(builder, q, _row(builder, a_at, n, lanes), sum_a)
+            passed = builder.fmul(state_grad, emit_row(builder, x_at, n, lanes))
+            q = builder.fmul(passed, emit_row(builder, before_at, n, lanes))
+            sum_a = emit_fma(builder, q, emit_row(builder, a_at, n, lanes), sum_a)
             emit_store(
                 builder,
                 emit_offset(builder, da_at, 4 * lanes * n),
-                emit_fma(builder, dt, q, _row(builder, da_at, n, lanes)),
+                emit_fma(builder, dt, q, emit_row(builder, da_at, n, lanes)),
             )
             earlier.append(passed)
             for_b.append(builder.fmul(state_grad, dt_u))
@@ -221,17 +221,17 @@ def _store_sums(builder: Any, vectors: list[Any], address: Any) -> None:
     """Write the sum of the lanes of each vector, N floats.
 
     Pairs of vectors are folded into one with half the lanes for each, until a lane is a sum: about three
-    instructions a vector instead of four shuffles and four additions. `owner[lane]` is the vector that a lane
+    instructions per vector instead of four shuffles and four additions. `owner[lane]` is the vector that a lane
     of the folded vectors belongs to.
     """
     lanes = vectors[0].type.count
     folded = [(vector, [n] * lanes) for n, vector in enumerate(vectors)]
     width = lanes  # lanes that still belong to one sum
     while width > 1 and len(folded) > 1:
-        folded = [_fold(builder, *folded[i], *folded[i + 1], width) for i in range(0, len(folded), 2)]
+        folded = [emit_fold(builder, *folded[i], *folded[i + 1], width) for i in range(0, len(folded), 2)]
         width //= 2
     while width > 1:
-        folded = [_halve(builder, *folded[0], width)]
+        folded = [emit_halve(builder, *folded[0], width)]
         width //= 2
     at = 0
     for vector, owner in folded:
@@ -242,7 +242,7 @@ def _store_sums(builder: Any, vectors: list[Any], address: Any) -> None:
         at += len(owner)
 
 
-def _fold(builder: Any, a: Any, of_a: list[int], b: Any, of_b: list[int], width: int) -> tuple[Any, list[int]]:
+def emit_fold(builder: Any, a: Any, of_a: list[int], b: Any, of_b: list[int], width: int) -> tuple[Any, list[int]]:
     """Add the two halves of every block of `width` lanes of a and b, side by side in one vector."""
     lanes = len(of_a)
     group = max(width, 4)  # shuffles within four lanes, or of whole groups of four, are the cheap ones
@@ -259,7 +259,7 @@ def _fold(builder: Any, a: Any, of_a: list[int], b: Any, of_b: list[int], width:
     )
 
 
-def _halve(builder: Any, a: Any, of_a: list[int], width: int) -> tuple[Any, list[int]]:
+def emit_halve(builder: Any, a: Any, of_a: list[int], width: int) -> tuple[Any, list[int]]:
     """Add the two halves of every block of `width` lanes of a."""
     half = width // 2
     low = [block + lane for block in range(0, len(of_a), width) for lane in range(half)]

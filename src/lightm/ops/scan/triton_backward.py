@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lightm.ops.scan.triton_kernels import LN2, LOG2E, _place, _read, _sigmoid, _step
+from lightm.ops.scan.triton_kernels import LN2, LOG2E, locate, read, sigmoid, step, tile
 
 
 @triton.jit
@@ -24,18 +24,10 @@ def grad_end_kernel(
     SOFTPLUS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Of chunks 1 .. count: what the chunk's own outputs add to its first state's gradient, and sums of dt."""
-    entry, index, group, within, channel = _place(tl.program_id(0).to(tl.int64), count, blocks, group_blocks, of_group)
+    entry, index, group, e, live, n, kept, both, rate, shift = tile(
+        a, a_e, a_n, bias, bias_e, count, blocks, group_blocks, of_group, states, BLOCK_E, BLOCK_N
+    )
     index += 1
-    inner = within * BLOCK_E + tl.arange(0, BLOCK_E)
-    live = inner < of_group
-    e = tl.multiple_of(channel + inner, 1)  # one channel a lane, see the module's text
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
-    kept = n < states
-    both = kept[:, None] & live[None, :]
-    rate = _read(a + n[:, None] * a_n + e[None, :] * a_e, both) * LOG2E
-    shift = tl.full((BLOCK_E,), 0.0, tl.float32)
-    if bias is not None:
-        shift = _read(bias + e * bias_e, live)
     dy_at = dy + entry * dy_b + e * dy_e
     d_at = delta + entry * d_b + e * d_e
     c_at = c + entry * c_b + group * c_g + n * c_n
@@ -50,12 +42,12 @@ def grad_end_kernel(
         for i in tl.static_range(UNROLL):
             t = stop - 1 - done - i
             there = live & (t >= first)
-            dt = _step(_read(d_at + t * d_t, there) + shift, there, SOFTPLUS)
-            g = _read(dy_at + t * dy_t, there)
+            dt = step(read(d_at + t * d_t, there) + shift, there, SOFTPLUS)
+            g = read(dy_at + t * dy_t, there)
             if z is not None:
-                gate = _read(z_at + t * z_t, there)
-                g = g * (gate * _sigmoid(gate))
-            c_row = _read(c_at + t * c_t, kept & (t >= first))
+                gate = read(z_at + t * z_t, there)
+                g = g * (gate * sigmoid(gate))
+            c_row = read(c_at + t * c_t, kept & (t >= first))
             s = tl.exp2(dt[None, :] * rate) * (s + c_row[:, None] * g[None, :])
             total += dt
     base = entry * chunks + index
@@ -93,19 +85,19 @@ def backward_kernel(
     slot = tl.program_id(0).to(tl.int64)
     own = scratch + slot * (chunk // UNROLL) * (BLOCK_E * BLOCK_N) + flat_row * EACH + tl.arange(0, EACH)[None, :]
     for item in range(slot, items, programs):
-        entry, index, group, within, channel = _place(item, chunks, blocks, group_blocks, of_group)
+        entry, index, group, within, channel = locate(item, chunks, blocks, group_blocks, of_group)
         inner = within * BLOCK_E + across
         live = inner < of_group
         e = channel + inner
         flat_e = channel + within * BLOCK_E + flat_across
         both = (within * BLOCK_E + flat_across < of_group) & (flat_n < states)
-        rate = tl.reshape(_read(a + flat_n * a_n + flat_e * a_e, both), (BLOCK_N, WIDTH, EACH)) * LOG2E
+        rate = tl.reshape(read(a + flat_n * a_n + flat_e * a_e, both), (BLOCK_N, WIDTH, EACH)) * LOG2E
         shift = tl.full((WIDTH, EACH), 0.0, tl.float32)
         direct = tl.full((WIDTH, EACH), 0.0, tl.float32)
         if bias is not None:
-            shift = _read(bias + e * bias_e, live)
+            shift = read(bias + e * bias_e, live)
         if skip is not None:
-            direct = _read(skip + e * skip_e, live)
+            direct = read(skip + e * skip_e, live)
         u_at = u + entry * u_b + e * u_e
         d_at = delta + entry * d_b + e * d_e
         dy_at = dy + entry * dy_b + e * dy_e
@@ -120,49 +112,49 @@ def backward_kernel(
         states_at = (base * states + flat_n) * channels + flat_e
         first = index * chunk
         stop = tl.minimum(first + chunk, length)
-        pieces = (stop - first + UNROLL - 1) // UNROLL
+        segments = (stop - first + UNROLL - 1) // UNROLL
 
-        h = tl.reshape(_read(starts + states_at, both), (BLOCK_N, WIDTH, EACH))
-        for piece in range(0, pieces):
-            tl.store(own + piece * (BLOCK_E * BLOCK_N), tl.reshape(h, (ROWS, EACH)))
+        h = tl.reshape(read(starts + states_at, both), (BLOCK_N, WIDTH, EACH))
+        for segment in range(0, segments):
+            tl.store(own + segment * (BLOCK_E * BLOCK_N), tl.reshape(h, (ROWS, EACH)))
             for i in tl.static_range(UNROLL):
-                t = first + piece * UNROLL + i
+                t = first + segment * UNROLL + i
                 there = live & (t < stop)
-                dt = _step(_read(d_at + t * d_t, there) + shift, there, SOFTPLUS)
-                x = _read(u_at + t * u_t, there)
-                b_row = _read(b_at + t * b_t, kept & (t < stop))
+                dt = step(read(d_at + t * d_t, there) + shift, there, SOFTPLUS)
+                x = read(u_at + t * u_t, there)
+                b_row = read(b_at + t * b_t, kept & (t < stop))
                 h = tl.exp2(dt[None] * rate) * h + b_row[:, None, None] * (dt * x)[None]
         tl.debug_barrier()  # what one lane wrote another may read
 
-        s = tl.reshape(_read(arriving + states_at, both), (BLOCK_N, WIDTH, EACH))
+        s = tl.reshape(read(arriving + states_at, both), (BLOCK_N, WIDTH, EACH))
         da_sum = tl.full((BLOCK_N, WIDTH, EACH), 0.0, tl.float32)
         dskip_sum = tl.full((WIDTH, EACH), 0.0, tl.float32)
         dbias_sum = tl.full((WIDTH, EACH), 0.0, tl.float32)
-        for done in range(0, pieces):
-            piece = pieces - 1 - done
-            h = tl.reshape(tl.load(own + piece * (BLOCK_E * BLOCK_N)), (BLOCK_N, WIDTH, EACH))
+        for done in range(0, segments):
+            segment = segments - 1 - done
+            h = tl.reshape(tl.load(own + segment * (BLOCK_E * BLOCK_N)), (BLOCK_N, WIDTH, EACH))
             before = (h,)
             for i in tl.static_range(UNROLL):
-                t = first + piece * UNROLL + i
+                t = first + segment * UNROLL + i
                 there = live & (t < stop)
-                dt = _step(_read(d_at + t * d_t, there) + shift, there, SOFTPLUS)
-                x = _read(u_at + t * u_t, there)
-                b_row = _read(b_at + t * b_t, kept & (t < stop))
+                dt = step(read(d_at + t * d_t, there) + shift, there, SOFTPLUS)
+                x = read(u_at + t * u_t, there)
+                b_row = read(b_at + t * b_t, kept & (t < stop))
                 h = tl.exp2(dt[None] * rate) * h + b_row[:, None, None] * (dt * x)[None]
                 before = before + (h,)
             for back in tl.static_range(UNROLL):
-                t = first + piece * UNROLL + (UNROLL - 1 - back)
+                t = first + segment * UNROLL + (UNROLL - 1 - back)
                 there = live & (t < stop)
                 kept_there = kept & (t < stop)
-                raw = _read(d_at + t * d_t, there) + shift
-                dt = _step(raw, there, SOFTPLUS)
-                x = _read(u_at + t * u_t, there)
-                b_row = _read(b_at + t * b_t, kept_there)
-                c_row = _read(c_at + t * c_t, kept_there)
-                g = _read(dy_at + t * dy_t, there)
+                raw = read(d_at + t * d_t, there) + shift
+                dt = step(raw, there, SOFTPLUS)
+                x = read(u_at + t * u_t, there)
+                b_row = read(b_at + t * b_t, kept_there)
+                c_row = read(c_at + t * c_t, kept_there)
+                g = read(dy_at + t * dy_t, there)
                 if z is not None:
-                    gate = _read(z_at + t * z_t, there)
-                    part = _sigmoid(gate)
+                    gate = read(z_at + t * z_t, there)
+                    part = sigmoid(gate)
                     row = tl.sum(before[UNROLL - back] * c_row[:, None, None], axis=0) + direct * x
                     dgate = g * row * part * (1.0 + gate * (1.0 - part))
                     tl.store(dz + rows_at + t * channels, dgate.to(dz.dtype.element_ty), mask=there)
@@ -176,7 +168,7 @@ def backward_kernel(
                 dx = dt * from_b + direct * g
                 draw = x * from_b + from_decay
                 if SOFTPLUS:
-                    draw = draw * _sigmoid(raw)
+                    draw = draw * sigmoid(raw)
                 draw = tl.where(there, draw, 0.0)
                 tl.store(du + rows_at + t * channels, dx.to(du.dtype.element_ty), mask=there)
                 tl.store(ddelta + rows_at + t * channels, draw.to(ddelta.dtype.element_ty), mask=there)

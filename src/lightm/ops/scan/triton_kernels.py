@@ -11,7 +11,7 @@ Tensors are addressed as base + index * stride in 64 bits. `a` is (E, N) by its 
 by side; strides of absent tensors are 0.
 
 Triton spreads a tile over the warp as its reads and writes are laid out in memory, not as the arithmetic wants it.
-Tiles are (N, BLOCK_E) with a channel a lane and all its states in the lane's registers: sums over states need no
+Tiles are (N, BLOCK_E) with one channel per lane and all its states in the lane's registers: sums over states need no
 exchange, and tokens no shared memory. `multiple_of(e, 1)` asks for that: it keeps Triton from giving a lane four
 neighbouring channels to read at once. `backward_kernel`, which sums over channels too, differs.
 """
@@ -33,7 +33,7 @@ INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 
 
 @triton.jit
-def _step(raw, there, SOFTPLUS: tl.constexpr):
+def step(raw, there, SOFTPLUS: tl.constexpr):
     """dt from delta + bias; 0 where no token or channel is."""
     if SOFTPLUS:
         # log(1 + s) * s / ((1 + s) - 1) is log1p(s): the rounding error of 1 + s cancels
@@ -45,23 +45,47 @@ def _step(raw, there, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def _read(pointers, mask):
+def read(pointers, mask):
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _place(item, chunks, blocks, group_blocks, of_group):
-    """(batch entry, chunk, group, block within the group, first channel) of a numbered piece of work."""
+def locate(item, chunks, blocks, group_blocks, of_group):
+    """(batch entry, chunk, group, block within the group, first channel) of a numbered work item."""
     block = item % blocks
     rest = item // blocks
     group = block // group_blocks
     within = block % group_blocks
     return rest // chunks, rest % chunks, group, within, group * of_group
+
+
+@triton.jit
+def tile(
+    a, a_e, a_n, bias, bias_e, chunks, blocks, group_blocks, of_group, states,
+    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """This program's tile, one channel per lane.
+
+    Returns (batch entry, chunk, group, channels e, which of them exist, states n, which of them exist, which pairs of
+    both exist, A * log2(e), bias).
+    """
+    entry, index, group, within, channel = locate(tl.program_id(0).to(tl.int64), chunks, blocks, group_blocks, of_group)
+    inner = within * BLOCK_E + tl.arange(0, BLOCK_E)
+    live = inner < of_group
+    e = tl.multiple_of(channel + inner, 1)  # one channel per lane, see the module's text
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    kept = n < states
+    both = kept[:, None] & live[None, :]
+    rate = read(a + n[:, None] * a_n + e[None, :] * a_e, both) * LOG2E
+    shift = tl.full((BLOCK_E,), 0.0, tl.float32)
+    if bias is not None:
+        shift = read(bias + e * bias_e, live)
+    return entry, index, group, e, live, n, kept, both, rate, shift
 
 
 @triton.jit
@@ -71,17 +95,9 @@ def end_kernel(
     SOFTPLUS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Of chunks 0 .. count - 1: ends (Bt, chunks, N, E) from a zero state, sums (Bt, chunks, E) of dt."""
-    entry, index, group, within, channel = _place(tl.program_id(0).to(tl.int64), count, blocks, group_blocks, of_group)
-    inner = within * BLOCK_E + tl.arange(0, BLOCK_E)
-    live = inner < of_group
-    e = tl.multiple_of(channel + inner, 1)  # one channel a lane, see the module's text
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
-    kept = n < states
-    both = kept[:, None] & live[None, :]
-    rate = _read(a + n[:, None] * a_n + e[None, :] * a_e, both) * LOG2E
-    shift = tl.full((BLOCK_E,), 0.0, tl.float32)
-    if bias is not None:
-        shift = _read(bias + e * bias_e, live)
+    entry, index, group, e, live, n, kept, both, rate, shift = tile(
+        a, a_e, a_n, bias, bias_e, count, blocks, group_blocks, of_group, states, BLOCK_E, BLOCK_N
+    )
     u_at = u + entry * u_b + e * u_e
     d_at = delta + entry * d_b + e * d_e
     b_at = b + entry * b_b + group * b_g + n * b_n
@@ -91,9 +107,9 @@ def end_kernel(
     for token in range(first, first + chunk, UNROLL):
         for i in tl.static_range(UNROLL):
             t = token + i
-            dt = _step(_read(d_at + t * d_t, live) + shift, live, SOFTPLUS)
-            x = _read(u_at + t * u_t, live)
-            b_row = _read(b_at + t * b_t, kept)
+            dt = step(read(d_at + t * d_t, live) + shift, live, SOFTPLUS)
+            x = read(u_at + t * u_t, live)
+            b_row = read(b_at + t * b_t, kept)
             h = tl.exp2(dt[None, :] * rate) * h + b_row[:, None] * (dt * x)[None, :]
             total += dt
     base = entry * chunks + index
@@ -113,18 +129,18 @@ def carry_kernel(
     live = place < size
     n = place // channels
     e = place % channels
-    rate = _read(a + n * a_n + e * a_e, live) * LOG2E
+    rate = read(a + n * a_n + e * a_e, live) * LOG2E
     state = tl.full((BLOCK,), 0.0, tl.float32)
     if begin is not None:
-        state = _read(begin + entry * begin_b + e * begin_e + n * begin_n, live)
+        state = read(begin + entry * begin_b + e * begin_e + n * begin_n, live)
     for start in range(0, chunks, UNROLL):
         found = ()
         decays = ()
         for i in tl.static_range(UNROLL):  # all reads before the dependent steps
             there = live & (start + i < chunks - 1)  # nothing is carried out of the last one, nor written there
             base = entry * chunks + ((chunks - 1 - start - i) if REVERSE else (start + i))
-            found = found + (_read(ends + base * size + place, there),)
-            decays = decays + (tl.exp2(_read(sums + base * channels + e, there) * rate),)
+            found = found + (read(ends + base * size + place, there),)
+            decays = decays + (tl.exp2(read(sums + base * channels + e, there) * rate),)
         for i in tl.static_range(UNROLL):
             base = entry * chunks + ((chunks - 1 - start - i) if REVERSE else (start + i))
             tl.store(ends + base * size + place, state, mask=live & (start + i < chunks))
@@ -140,20 +156,12 @@ def forward_kernel(
     SOFTPLUS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """y (Bt, L, E) of every chunk from its starts (Bt, chunks, N, E); last (Bt, N, E) from the last chunk."""
-    entry, index, group, within, channel = _place(tl.program_id(0).to(tl.int64), chunks, blocks, group_blocks, of_group)
-    inner = within * BLOCK_E + tl.arange(0, BLOCK_E)
-    live = inner < of_group
-    e = tl.multiple_of(channel + inner, 1)  # one channel a lane, see the module's text
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
-    kept = n < states
-    both = kept[:, None] & live[None, :]
-    rate = _read(a + n[:, None] * a_n + e[None, :] * a_e, both) * LOG2E
-    shift = tl.full((BLOCK_E,), 0.0, tl.float32)
+    entry, index, group, e, live, n, kept, both, rate, shift = tile(
+        a, a_e, a_n, bias, bias_e, chunks, blocks, group_blocks, of_group, states, BLOCK_E, BLOCK_N
+    )
     direct = tl.full((BLOCK_E,), 0.0, tl.float32)
-    if bias is not None:
-        shift = _read(bias + e * bias_e, live)
     if skip is not None:
-        direct = _read(skip + e * skip_e, live)
+        direct = read(skip + e * skip_e, live)
     u_at = u + entry * u_b + e * u_e
     d_at = delta + entry * d_b + e * d_e
     b_at = b + entry * b_b + group * b_g + n * b_n
@@ -163,7 +171,7 @@ def forward_kernel(
         z_at = z + entry * z_b + e * z_e
     y_at = y + entry * length * channels + e
     base = entry * chunks + index
-    h = _read(starts + (base * states + n)[:, None] * channels + e[None, :], both)
+    h = read(starts + (base * states + n)[:, None] * channels + e[None, :], both)
     first = index * chunk
     stop = tl.minimum(first + chunk, length)
     for token in range(first, stop, UNROLL):
@@ -171,15 +179,15 @@ def forward_kernel(
         for i in tl.static_range(UNROLL):
             t = token + i
             there = live & (t < stop)
-            dt = _step(_read(d_at + t * d_t, there) + shift, there, SOFTPLUS)
-            x = _read(u_at + t * u_t, there)
-            b_row = _read(b_at + t * b_t, kept & (t < stop))
-            c_row = _read(c_at + t * c_t, kept & (t < stop))
+            dt = step(read(d_at + t * d_t, there) + shift, there, SOFTPLUS)
+            x = read(u_at + t * u_t, there)
+            b_row = read(b_at + t * b_t, kept & (t < stop))
+            c_row = read(c_at + t * c_t, kept & (t < stop))
             h = tl.exp2(dt[None, :] * rate) * h + b_row[:, None] * (dt * x)[None, :]
             row = tl.sum(h * c_row[:, None], axis=0) + direct * x
             if z is not None:
-                gate = _read(z_at + t * z_t, there)
-                row = row * (gate * _sigmoid(gate))
+                gate = read(z_at + t * z_t, there)
+                row = row * (gate * sigmoid(gate))
             rows = rows + (row,)
         for i in tl.static_range(UNROLL):  # a store between the reads would hold the next ones back
             t = token + i

@@ -1,4 +1,4 @@
-"""The SSD scan as matrix products over chunks of tokens (Mamba-2, arXiv 2405.21060, section 6), on any device.
+"""The SSD scan as matmuls over chunks of tokens (Mamba-2, arXiv 2405.21060, section 6), on any device.
 
 For one head, with a[t] = dt[t] * A, S its running sum inside a chunk of Q tokens, x[t] = dt[t] * u[t]:
 
@@ -19,10 +19,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lightm.ops.checks import wants_grad
+from lightm.ops.scan.inputs import ScanInputs
 
 CHUNK = 32
 """Q, tokens of a chunk: work inside chunks grows with Q, the number of chunk states with 1 / Q. Tuned on a CPU."""
-STRETCH = 4096
+SEGMENT = 4096
 """Tokens whose temporaries are alive at a time; a multiple of CHUNK."""
 
 Optionals = tuple[Tensor | None, ...]
@@ -37,7 +38,7 @@ def _decays(sums: Tensor, dtype: torch.dtype) -> Tensor:
     return gaps.masked_fill_(future, float("-inf")).to(dtype).exp_()
 
 
-def _stretch(
+def _segment(
     state: Tensor,
     softplus: bool,
     u: Tensor,
@@ -91,14 +92,14 @@ def _stretch(
 
 
 def _part(tensors: Optionals, start: int) -> Optionals:
-    """Tokens of one stretch of (u, delta, A, B, C, d_skip, z, delta_bias)."""
+    """Tokens of one segment of (u, delta, A, B, C, d_skip, z, delta_bias)."""
     by_token = (True, True, False, True, True, False, True, False)
-    cut = slice(start, start + STRETCH)
+    cut = slice(start, start + SEGMENT)
     return tuple(x[:, cut] if x is not None and split else x for x, split in zip(tensors, by_token, strict=True))
 
 
 class _Chunked(torch.autograd.Function):
-    """Keeps the inputs and one state a stretch; the backward pass recomputes a stretch at a time, last one first."""
+    """Keeps the inputs and one state per segment; the backward pass recomputes them in reverse order."""
 
     @staticmethod
     def forward(ctx: Any, softplus: bool, state: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -114,17 +115,17 @@ class _Chunked(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         grads = [torch.zeros_like(x) if need else None for x, need in zip(tensors, wanted, strict=True)]
         for index in reversed(range(len(entered))):
-            start = index * STRETCH
+            start = index * SEGMENT
             leaves = [
                 None if x is None else x.detach().requires_grad_(need)
                 for x, need in zip(_part(tensors, start), wanted, strict=True)
             ]
             entering = entered[index].detach().requires_grad_()
             with torch.enable_grad():
-                y, state = _stretch(entering, ctx.softplus, *leaves)  # type: ignore[arg-type]
+                y, state = _segment(entering, ctx.softplus, *leaves)  # type: ignore[arg-type]
             asked = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
             found = iter(
-                torch.autograd.grad((y, state), [entering, *asked], (grad_y[:, start : start + STRETCH], grad_state))
+                torch.autograd.grad((y, state), [entering, *asked], (grad_y[:, start : start + SEGMENT], grad_state))
             )
             grad_state = next(found)
             for target in _part(tuple(grads), start):
@@ -136,35 +137,25 @@ class _Chunked(torch.autograd.Function):
 def chunked_forward(
     tensors: Optionals, state: Tensor, softplus: bool, keep: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(y, last state, with `keep` the states before every stretch) of (u, delta, A, B, C, d_skip, z, delta_bias)."""
+    """(y, last state, with `keep` the states before every segment) of (u, delta, A, B, C, d_skip, z, delta_bias)."""
     u = tensors[0]
     if u is None:
         raise TypeError("u is missing")
     y, entered = torch.empty(u.shape, dtype=u.dtype, device=u.device), []
-    for start in range(0, u.shape[1], STRETCH):
+    for start in range(0, u.shape[1], SEGMENT):
         if keep:
             entered.append(state)
-        y[:, start : start + STRETCH], state = _stretch(state, softplus, *_part(tensors, start))  # type: ignore[arg-type]
+        y[:, start : start + SEGMENT], state = _segment(state, softplus, *_part(tensors, start))  # type: ignore[arg-type]
     return y, state, entered
 
 
-def chunked_ssd(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    d_skip: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return (y, last state); arguments as in `ssd_scan`, B and C (Bt, L, G, N)."""
+def chunked_ssd(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Return (y, last state)."""
+    u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
     inner = torch.float64 if u.dtype == torch.float64 else torch.float32
     shape = (u.shape[0], u.shape[2], u.shape[3], B.shape[3])
     state = u.new_zeros(shape, dtype=inner) if initial_state is None else initial_state.to(inner)
-    # parameters in the inner type: their gradients are summed over the stretches
+    # parameters in the inner type: their gradients are summed over the segments
     A, d_skip, delta_bias = (None if x is None else x.to(inner) for x in (A, d_skip, delta_bias))  # type: ignore[assignment]
     tensors = (u, delta, A, B, C, d_skip, z, delta_bias)
     if wants_grad(*tensors, state):

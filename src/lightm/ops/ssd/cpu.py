@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightm.ops.bounds import address
 from lightm.ops.jit import LANES
-from lightm.ops.scan.cpu import _spots, _sum_tiles
-from lightm.ops.scan.layout import STRETCH, Layout
+from lightm.ops.scan.cpu import strided_address, sum_tiles
+from lightm.ops.scan.inputs import ScanGradients, ScanInputs, ScanResults, check_chunk, gradient_of
+from lightm.ops.scan.layout import SEGMENT, Layout
 from lightm.ops.scan.results import RESULTS
 from lightm.ops.ssd.kernels import backward_kernel, forward_kernel, scratch_floats
 from lightm.ops.threads import parallel_for, worker_count
@@ -21,8 +22,10 @@ PASS = 64  # tokens that the forward kernel takes at a time when no states are k
 _TILE = 4 * LANES  # bytes of one row of a tile
 
 
-def _layout(u: Tensor, A: Tensor, B: Tensor) -> Layout:
-    return Layout(u.shape[0], u.shape[1], u.shape[2], A.shape[0], B.shape[3])
+def layout_of(inputs: ScanInputs) -> Layout:
+    """How the kernels see these inputs."""
+    u = inputs.u
+    return Layout(u.shape[0], u.shape[1], u.shape[2], inputs.A.shape[0], inputs.B.shape[3])
 
 
 def _numbers(x: Tensor | None) -> Tensor | None:
@@ -35,35 +38,23 @@ def _at(x: Tensor | None, head: int) -> int:
     return 0 if x is None else address(x) + 4 * head
 
 
-def run_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    d_skip: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, last state, states before every `chunk`-th token; the last is empty when chunk is 0).
+def run_forward(inputs: ScanInputs, chunk: int) -> ScanResults:
+    """Run the scan; states before every `chunk`-th token are kept, none when chunk is 0.
 
     u, z and y are (Bt, L, H * P), delta (Bt, L, H), states (Bt, H * P, N).
     """
-    layout = _layout(u, A, B)
+    u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
+    layout = layout_of(inputs)
     heads_of_group = layout.groups // B.shape[2]
     y = RESULTS.empty(u.shape, u.dtype)
     rate, skip, bias = A.float() * LOG2E, _numbers(d_skip), _numbers(delta_bias)
-    shape = (layout.batch, layout.tiles, layout.kernel_states, LANES)
-    state = torch.zeros(shape) if initial_state is None else layout.tile_states(initial_state)
-    number = -(-layout.length // chunk) if chunk else 0
-    saved = torch.empty((layout.batch, layout.tiles, number, layout.kernel_states, LANES))
+    state = torch.zeros(layout.state_shape) if initial_state is None else layout.tile_states(initial_state)
+    saved = torch.empty(layout.saved_shape(chunk))
+    number = saved.shape[2]
     rows = [x for x in (u, z, y) if x is not None]
     in_place = all(map(layout.channels_in_place, rows)) and all(map(layout.numbers_in_place, (B, C)))
     in_place = in_place and delta.dtype == torch.float32
-    stretch = max(layout.length, 1) if in_place else STRETCH
+    segment = max(layout.length, 1) if in_place else SEGMENT
     run = forward_kernel(layout.kernel_states)
     scratch = torch.empty((worker_count(layout.batch * layout.tiles), 2 * (chunk or PASS)))
     state_bytes = 4 * layout.kernel_states * LANES
@@ -73,7 +64,7 @@ def run_forward(
         b_rows, c_rows = (layout.number_rows(x, start, stop) for x in (B, C))
         z_rows = None if z is None else layout.channel_rows(z, start, stop)
         y_rows = layout.row_buffer(y, start, stop)
-        spots = [_spots(x) for x in (u_rows, delta_rows, b_rows, c_rows, z_rows, y_rows)]
+        spots = [strided_address(x) for x in (u_rows, delta_rows, b_rows, c_rows, z_rows, y_rows)]
         delta_bytes, group_bytes = 4 * delta_rows.stride(2), (4 * b_rows.stride(2), 4 * c_rows.stride(2))
 
         def work(item: int, worker: int) -> None:
@@ -101,28 +92,16 @@ def run_forward(
         parallel_for(work, layout.batch * layout.tiles)
         layout.finish_rows(y_rows, y, start, stop)
 
-    for start in range(0, layout.length, stretch):
-        sweep(start, min(start + stretch, layout.length))
+    for start in range(0, layout.length, segment):
+        sweep(start, min(start + segment, layout.length))
     return y, layout.untile_states(state), saved
 
 
-def run_backward(
-    grad_y: Tensor,
-    grad_state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    d_skip: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    saved: Tensor,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients (u, delta, A, B, C, d_skip, z, delta_bias, initial state) in their tensors' types."""
-    layout = _layout(u, A, B)
+def run_backward(grad_y: Tensor, grad_state: Tensor, inputs: ScanInputs, chunk: int, saved: Tensor) -> ScanGradients:
+    """Return the gradients of all inputs."""
+    check_chunk("ssd_scan", chunk)
+    u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
+    layout = layout_of(inputs)
     heads_of_group = layout.groups // B.shape[2]
     # the same tiles, seen from the groups of B and C
     shared = Layout(layout.batch, layout.length, layout.width, B.shape[2], layout.states)
@@ -133,7 +112,7 @@ def run_backward(
     n, items, number = layout.kernel_states, layout.batch * layout.tiles, saved.shape[2]
     carry = layout.tile_states(grad_state)
     sums = torch.zeros((3, layout.batch, layout.tiles, LANES))  # dA, dskip, dbias
-    longest = -(-min(STRETCH, layout.length) // LANES) * LANES
+    longest = -(-min(SEGMENT, layout.length) // LANES) * LANES
     parts_b, parts_c = (torch.empty((layout.batch, layout.tiles, longest, n)) for _ in range(2))
     parts_d = torch.empty((layout.batch, layout.groups, layout.tiles_of_group, longest))
     scratch = torch.empty((worker_count(items), scratch_floats(n, chunk)))
@@ -146,7 +125,7 @@ def run_backward(
         z_rows = None if z is None else layout.channel_rows(z, start, stop)
         dy_rows, du_rows = layout.channel_rows(grad_y, start, stop), layout.row_buffer(du, start, stop)
         dz_rows = None if z is None else layout.row_buffer(dz, start, stop)
-        spots = [_spots(x) for x in (u_rows, delta_rows, b_rows, c_rows, z_rows, dy_rows, du_rows, dz_rows)]
+        spots = [strided_address(x) for x in (u_rows, delta_rows, b_rows, c_rows, z_rows, dy_rows, du_rows, dz_rows)]
         delta_bytes, group_bytes = 4 * delta_rows.stride(2), (4 * b_rows.stride(2), 4 * c_rows.stride(2))
 
         def work(item: int, worker: int) -> None:
@@ -182,15 +161,15 @@ def run_backward(
             layout.finish_rows(dz_rows, dz, start, stop)
         ddelta[:, start:stop] = _in_order(parts_d)[..., : stop - start].transpose(1, 2)
         for parts, result in ((parts_b, dB), (parts_c, dC)):
-            _sum_tiles(shared, parts, result, start, stop)
+            sum_tiles(shared, parts, result, start, stop)
 
-    for start in reversed(range(0, layout.length, STRETCH)):
-        sweep(start, min(start + STRETCH, layout.length))
+    for start in reversed(range(0, layout.length, SEGMENT)):
+        sweep(start, min(start + SEGMENT, layout.length))
     dA, dskip, dbias = (
-        torch.empty(0) if given is None else total.reshape(layout.batch, layout.groups, -1).sum((0, 2)).to(given.dtype)
+        gradient_of(given, total.reshape(layout.batch, layout.groups, -1).sum((0, 2)))
         for given, total in zip((A, d_skip, delta_bias), sums.unbind(0), strict=True)
     )
-    return du, ddelta, dA, dB, dC, dskip, dz, dbias, layout.untile_states(carry)
+    return du, ddelta, dA, dB, dC, dskip, dz, dbias, gradient_of(initial_state, layout.untile_states(carry))
 
 
 def _in_order(parts: Tensor) -> Tensor:

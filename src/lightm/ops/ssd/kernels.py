@@ -1,9 +1,9 @@
-"""The SSD scan's kernels: a stretch of tokens for one tile of channels of one head, forward and backward.
+"""The SSD scan's kernels: a segment of tokens for one tile of channels of one head, forward and backward.
 
 All arguments are integers: addresses of float32 data, strides and sizes in bytes or tokens as named. A tile is
 LANES channels; `*_step` is the distance in bytes from one token to the next; `chunk` is a multiple of LANES.
 A head's numbers (delta, A, bias, skip) are single floats. Steps dt and decays exp(dt * A) depend on the token and the
-head alone: they are computed with LANES tokens a vector, one exponential a token for the whole tile.
+head alone: they are computed with LANES tokens per vector, one exponential per token for the whole tile.
 """
 
 from __future__ import annotations
@@ -158,12 +158,12 @@ def backward_kernel(states: int) -> Callable[..., Any]:
         a, skip, bias, soft, saved, saved_step, chunk, tokens,
         du, du_step, dz, dz_step, ddelta, db, dc, carry, da, dskip, dbias, scratch,
     ):  # fmt: skip
-        """Sweep a stretch of tokens (its first one at a chunk's start) from last to first.
+        """Sweep a segment of tokens (its first one at a chunk's start) from last to first.
 
-        `carry` (N rows) comes in as the gradient of the states after the stretch and leaves as that of the states
+        `carry` (N rows) comes in as the gradient of the states after the segment and leaves as that of the states
         before it; da, dskip and dbias (one row each, whose sum counts) are added to; ddelta (a float a token, written
         up to a whole vector), db and dc (tokens, N) are written: sums over this tile alone. `scratch` holds a chunk's
-        states (chunk + 1 times N rows), the gradient before the gate (chunk rows), and four floats a token.
+        states (chunk + 1 times N rows), the gradient before the gate (chunk rows), and four floats per token.
         """
         zero = full(0.0, LANES)
         one = full(1.0, LANES)

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from lightm.ops.scan.step import _fold, _halve, _number, _row
+from lightm.ops.scan.step import emit_fold, emit_halve, emit_number, emit_row
 from lightm.ops.vector import emit_fma, emit_offset, emit_shuffle, emit_store, splat
 
 
@@ -34,7 +34,7 @@ class _Sums:
         owner, width = [self.count] * lanes, lanes
         while width > 1 and self.folded and self.folded[-1][2] == width:
             first, of_first, _ = self.folded.pop()
-            vector, owner = _fold(self.builder, first, of_first, vector, owner, width)
+            vector, owner = emit_fold(self.builder, first, of_first, vector, owner, width)
             width //= 2
         self.folded.append((vector, owner, width))
         self.count += 1
@@ -44,7 +44,7 @@ class _Sums:
         at = 0
         for vector, owner, width in self.folded:
             while width > 1:
-                vector, owner = _halve(self.builder, vector, owner, width)
+                vector, owner = emit_halve(self.builder, vector, owner, width)
                 width //= 2
             order = sorted(range(len(owner)), key=owner.__getitem__)
             if order != list(range(len(owner))):
@@ -62,9 +62,9 @@ def advance(typing: Any, h: Any, x: Any, du: Any, b: Any, c: Any) -> Any:
         lanes = decay.type.count
         after, sums = [], [splat(0.0, decay.type), splat(0.0, decay.type)]
         for n in range(h.count):
-            inflow = builder.fmul(dt_u, _number(builder, b_at, n, lanes))
+            inflow = builder.fmul(dt_u, emit_number(builder, b_at, n, lanes))
             state = emit_fma(builder, decay, builder.extract_value(states, n), inflow)
-            sums[n % 2] = emit_fma(builder, state, _number(builder, c_at, n, lanes), sums[n % 2])
+            sums[n % 2] = emit_fma(builder, state, emit_number(builder, c_at, n, lanes), sums[n % 2])
             after.append(state)
         total = builder.fadd(*sums)
         return context.make_tuple(builder, sig.return_type, [context.make_tuple(builder, h, after), total])
@@ -81,7 +81,7 @@ def record(typing: Any, h: Any, x: Any, du: Any, b: Any, h_out: Any) -> Any:
         lanes = decay.type.count
         after = []
         for n in range(h.count):
-            inflow = builder.fmul(dt_u, _number(builder, b_at, n, lanes))
+            inflow = builder.fmul(dt_u, emit_number(builder, b_at, n, lanes))
             state = emit_fma(builder, decay, builder.extract_value(states, n), inflow)
             emit_store(builder, emit_offset(builder, h_at, 4 * lanes * n), state)
             after.append(state)
@@ -109,13 +109,13 @@ def retreat(
         sum_q, sum_b, sum_c = zero, zero, zero
         earlier, for_b, for_c = [], _Sums(builder), _Sums(builder)
         for n in range(g.count):
-            c_n = _number(builder, c_at, n, lanes)
+            c_n = emit_number(builder, c_at, n, lanes)
             state_grad = emit_fma(builder, grad, c_n, builder.extract_value(carried, n))
-            after = _row(builder, after_at, n, lanes)
+            after = emit_row(builder, after_at, n, lanes)
             sum_c = emit_fma(builder, after, c_n, sum_c)
-            sum_b = emit_fma(builder, state_grad, _number(builder, b_at, n, lanes), sum_b)
+            sum_b = emit_fma(builder, state_grad, emit_number(builder, b_at, n, lanes), sum_b)
             passed = builder.fmul(state_grad, decay)
-            sum_q = emit_fma(builder, passed, _row(builder, before_at, n, lanes), sum_q)
+            sum_q = emit_fma(builder, passed, emit_row(builder, before_at, n, lanes), sum_q)
             earlier.append(passed)
             for_b.add(builder.fmul(state_grad, dt_u))
             for_c.add(builder.fmul(grad, after))

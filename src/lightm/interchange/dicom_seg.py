@@ -17,19 +17,19 @@ from lightm import __version__
 from lightm.datasets.cases import Case
 from lightm.errors import InputError, LightMError
 from lightm.evaluation.figures import CLASS_COLOURS
-from lightm.export.segment_codes import segment_code
 from lightm.files import replacing
 from lightm.images.dicom import Series, find_series, is_dicom
 from lightm.images.dicom_files import MULTI_FRAME, PROJECTIONS, Header, pydicom_module, quietly, reason, text
 from lightm.images.dicom_stack import Stack, stack_series
 from lightm.images.volume import Volume, geometry_difference
 from lightm.inference.folder import CaseWriter
-from lightm.nets.folder import load_model
-from lightm.preparation.plan import Plan
+from lightm.inference.predictor import Predictor
+from lightm.inference.record import describe_model
+from lightm.interchange.segment_codes import segment_code
 
 ENDING = ".seg.dcm"
 
-_log = logging.getLogger("lightm.export")
+_log = logging.getLogger("lightm.interchange")
 # What a segmentation takes over from its source and an anonymised file may lack; DICOM lets these be empty.
 _MAY_BE_EMPTY = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime",
@@ -52,7 +52,7 @@ def write_dicom_seg(
     `folder::SeriesInstanceUID`, an enhanced file or a `Series`. classes: name to label value; value 0 is the background
     and is left out, each other class is a segment, numbered from 1 in the order of values, also where no voxel has it.
     model: the algorithm is named "LightM MODEL", of LightM's version, family Artificial Intelligence (DICOM CID 7162).
-    colours: "#rrggbb" in the order of segments, repeated. Codes: `lightm.export.segment_codes`.
+    colours: "#rrggbb" in the order of segments, repeated. Codes: `lightm.interchange.segment_codes`.
 
     The object is a binary segmentation (DICOM PS3.3 A.51): a frame for each segment and slice that has voxels of it;
     empty ones are left out, save that a map without any voxel keeps all its frames. Patient and study are those of the
@@ -66,7 +66,7 @@ def write_dicom_seg(
 
 
 def seg_writer(classes: Mapping[str, int], *, model: str) -> CaseWriter:
-    """Return what `predict_folder(also=...)` takes to write a DICOM-SEG beside each label map, CASE.seg.dcm.
+    """Return what `predict_folder(extra_writer=...)` takes to write a DICOM-SEG beside each label map, CASE.seg.dcm.
 
     classes, model: as in `write_dicom_seg`. The source is the case's first image; a case that is no DICOM series, or
     one that cannot be referenced, is refused with an InputError before it is predicted.
@@ -81,19 +81,14 @@ def seg_writer(classes: Mapping[str, int], *, model: str) -> CaseWriter:
     return prepare
 
 
-def seg_writer_of_model(model_dir: Path | str) -> CaseWriter:
-    """Return `seg_writer` for the labels and the network's name of a model folder.
-
-    Raises InputError for a folder that is no model, and where highdicom is missing.
-    """
+def seg_writer_of_model(predictor: Predictor) -> CaseWriter:
+    """Return `seg_writer` for the labels and the network's name of a model; InputError where highdicom is missing."""
     _highdicom()
-    _, info = load_model(Path(model_dir))
-    try:
-        plan = Plan.model_validate(info["plan"])
-    except ValueError as error:
-        raise InputError(f"{Path(model_dir) / 'model.json'}: its plan is not valid: {error}") from error
-    name = " ".join(str(part) for part in (info["network"].get("name"), plan.dataset) if part)
-    return seg_writer(plan.labels, model=name)
+    name = ""
+    if predictor.source is not None:
+        found = describe_model(predictor.source)
+        name = " ".join(part for part in (found.name, found.dataset) if part)
+    return seg_writer(predictor.plan.labels, model=name)
 
 
 class _Writer:

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 from lightm.cli import app
 from lightm.errors import InputError
-from lightm.export.released import import_released
 from lightm.images.io import read_volume, write_volume
 from lightm.images.volume import Volume
 from lightm.inference import predict_folder
+from lightm.interchange.released import import_released
 from lightm.nets import create, load_model
 from lightm.nets.released import ReleasedLightMUNet
 from lightm.nets.released.checkpoint import load_released, read_checkpoint

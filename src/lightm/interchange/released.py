@@ -11,7 +11,7 @@ from typing import Any
 from lightm.config_io import read_json, validated
 from lightm.datasets.description import _channels, _labels
 from lightm.errors import InputError
-from lightm.export.nnunet_plans import NnunetPlan, read_nnunet_plans
+from lightm.interchange.nnunet_plans import NnunetPlan, read_nnunet_plans
 from lightm.nets.folder import save_model
 from lightm.nets.released.checkpoint import Checkpoint, build_released, read_checkpoint
 from lightm.preparation.plan import MULTIPLE, Plan, load_plan

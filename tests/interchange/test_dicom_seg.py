@@ -15,10 +15,10 @@ import torch
 
 from lightm.cli import main
 from lightm.errors import InputError
-from lightm.export.dicom_seg import cielab, write_dicom_seg
-from lightm.export.segment_codes import TISSUE, segment_code
 from lightm.images.io import read_volume
 from lightm.images.volume import Volume, geometry_difference
+from lightm.interchange.dicom_seg import cielab, write_dicom_seg
+from lightm.interchange.segment_codes import TISSUE, segment_code
 from lightm.nets.folder import save_model
 from lightm.nets.presets import create
 
@@ -146,7 +146,7 @@ def test_blanked_identifiers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
     write_ct(tmp_path / "ct", stored_pixels(), change=blank)
     labels = random_labels(read_volume(tmp_path / "ct"), [0, 1])
-    with caplog.at_level(logging.WARNING, "lightm.export"):
+    with caplog.at_level(logging.WARNING, "lightm.interchange"):
         file = write_dicom_seg(tmp_path / "a.dcm", labels, tmp_path / "ct", {"liver": 1})
     assert "StudyInstanceUID and SeriesInstanceUID missing" in caplog.text
     segmentation = assert_masks(file, labels, {"liver": 1})
@@ -160,7 +160,7 @@ def test_codes_are_those_of_the_standard() -> None:
     """Every code that a name can get is in pydicom's copy of DICOM PS3.16, with this meaning."""
     from pydicom.sr._concepts_dict import concepts
 
-    from lightm.export import segment_codes as table
+    from lightm.interchange import segment_codes as table
 
     known: dict[str, set[str]] = {}
     for entries in concepts["SCT"].values():

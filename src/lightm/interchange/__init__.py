@@ -1,0 +1,1 @@
+"""Models and results to and from other programs: the released code's weights, nnU-Net plans, DICOM-SEG."""

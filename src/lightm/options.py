@@ -1,0 +1,83 @@
+"""The options of a verb: one pydantic model each, from which its CLI options, YAML keys and Python arguments follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from lightm.config_io import read_yaml, validated
+from lightm.errors import InputError
+
+Self = TypeVar("Self", bound="Options")
+
+
+class Options(BaseModel):
+    """Base of a verb's options. A field's name, type, default and description are also those of its CLI option.
+
+    `json_schema_extra={"flags": [...]}` of a field names further flags, `{"cli": False}` leaves it out there.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    @classmethod
+    def of(cls: type[Self], given: Any, more: Mapping[str, Any], where: str) -> Self:
+        """Return the options `given` (an object, a mapping, a YAML file, or None), overridden by those in `more`.
+
+        In `more` None stands for an option that was not given. Raises InputError naming `where` (or the file), the
+        key and, for an unknown one, the nearest known.
+        """
+        if given is None:
+            values: dict[str, Any] = {}
+        elif isinstance(given, cls):
+            values = {name: getattr(given, name) for name in given.model_fields_set}
+        elif isinstance(given, Mapping):
+            values = dict(given)
+        elif isinstance(given, str | Path):
+            values = read_yaml(given)
+            validated(cls, values, str(given))
+        else:
+            raise InputError(f"{where}: got {type(given).__name__}; expected {cls.__name__}, a mapping or a YAML file")
+        return validated(cls, {**values, **{k: v for k, v in more.items() if v is not None}}, where)
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _as_sizes(value: Any) -> Any:
+    if isinstance(value, str):
+        return [int(part) for part in _split(value, int, "whole numbers as 40,56,40")]
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _as_numbers(value: Any) -> Any:
+    return _split(value, float, "numbers as 1,0.8,0.8") if isinstance(value, str) else value
+
+
+def _as_names(value: Any) -> Any:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return list(value) if isinstance(value, Iterable) else value
+
+
+def _split(text: str, kind: type[int] | type[float], how: str) -> list[Any]:
+    try:
+        parts = [kind(part) for part in text.replace("x", ",").replace(" ", ",").split(",") if part]
+    except ValueError:
+        parts = []
+    if not parts:
+        raise ValueError(f"'{text}': write {how}")
+    return parts
+
+
+PathText = Annotated[str, BeforeValidator(_as_text)]
+"""A path, kept as text so that it can be written to a file."""
+Sizes = Annotated[list[int], BeforeValidator(_as_sizes)]
+"""Whole numbers for each axis, (z, y, x) or (y, x); text such as "40,56,40" is read too."""
+Numbers = Annotated[list[float], BeforeValidator(_as_numbers)]
+"""Numbers for each axis; text such as "1,0.8,0.8" is read too."""
+Names = Annotated[list[str], BeforeValidator(_as_names)]
+"""Names; text such as "one,two" is read too."""
