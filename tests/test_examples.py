@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,20 +22,6 @@ def test_every_example_resolves_to_a_configuration_and_a_network(path: Path) -> 
     for dims in (2, 3):
         config = given.resolved(dims)
         create(config.network, dims, 1, 2, **config.network_options)
-
-
-def test_the_readmes_commands_exist() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    assert set(re.findall(r"^make (\w+)", readme, re.M)) == {"demo", "test"}
-    assert {"demo", "test"} <= targets
-    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert "Not for clinical decisions" in readme
-
-
-def test_the_readmes_links_lead_somewhere() -> None:
-    for name in re.findall(r"\]\(((?:docs|src)/[^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
-        assert (ROOT / name).exists(), name
 
 
 def test_an_own_network_and_loss_are_trained_in_fifteen_lines(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lightm.nets import count_parameters, create
 from lightm.nets.blocks import GroupNormReLU
 from lightm.nets.released.checkpoint import load_released
 from lightm.nets.released.names import convert_released
+from tests.plain_mamba import ReleasedNetwork, randomise
 
 # The one ReLU of 3D that is on in float64 (its input there is 1.5e-5) and off in the golden run.
 GOLDEN_SWITCH = ("decoder.2.norm2", (0, 4, 8, 7, 5))
@@ -123,6 +124,47 @@ def compare(got: dict[str, Tensor], expected: dict[str, Tensor], whole: float, e
     cancels = {name for name in errors if name.endswith("skip_scale") or name == "decoder.2.norm2.norm.weight"}
     assert {n: e for n, e in errors.items() if e > (scalar if n in cancels else each)} == {}
     assert got[NO_EFFECT].norm() < 1e-5 * got["stages.0.0.layer1.proj.weight"].norm()
+
+
+@pytest.mark.parametrize(("dims", "size", "channels"), [(2, (16, 16), 3), (3, (8, 8, 8), 2)])
+def test_a_plain_network_of_the_same_weights_agrees(
+    dims: int, size: tuple[int, ...], channels: int, tmp_path: Path
+) -> None:
+    """Logits and every gradient of random weights against plain PyTorch, in float64 to rounding, and in float32."""
+    torch.manual_seed(dims)
+    plain = ReleasedNetwork(dims, channels, 3, 8).double()
+    randomise(plain, dims)
+    save_file(
+        {name: value.float().contiguous() for name, value in plain.state_dict().items()}, tmp_path / "w.safetensors"
+    )
+    plain.load_state_dict(load_file(tmp_path / "w.safetensors"))  # both hold the weights of the file
+    image, weight = torch.randn(2, channels, *size).double(), torch.randn(2, 3, *size).double()
+
+    def run(network: nn.Module, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        seen = image.to(dtype).clone().requires_grad_()
+        logits = network.to(dtype)(seen)
+        (logits * weight.to(dtype)).sum().backward()
+        assert seen.grad is not None
+        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        return logits.detach(), {**gradients, "input": seen.grad}
+
+    logits, gradients = run(plain, torch.float64)
+    at_input = gradients.pop("input")
+    gradients = {**convert_released(gradients), "input": at_input}
+    # float32: rounding grows through the steep norms, see docs/released-weights.md
+    for dtype, allowed, gradient_allowed in ((torch.float64, 1e-10, 1e-10), (torch.float32, 1e-4, 2e-3)):
+        ours = load_released(tmp_path / "w.safetensors")
+        found, slopes = run(ours, dtype)
+        assert relative(found, logits) < allowed
+        assert slopes.keys() == gradients.keys()
+        size_of_all = max(float(g.norm()) for g in gradients.values())
+        errors = {
+            n: float((slopes[n].double() - g).norm()) / (float(g.norm()) + 1e-3 * size_of_all)
+            for n, g in gradients.items()
+        }
+        assert {name: error for name, error in errors.items() if error > gradient_allowed} == {}
+        with torch.no_grad():
+            assert relative(ours(image.to(dtype)), logits) < allowed
 
 
 def test_golden_logits_and_every_gradient_are_reproduced_in_2d(shared: Path, tmp_path: Path) -> None:

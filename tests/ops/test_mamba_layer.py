@@ -1,4 +1,4 @@
-"""A plain Mamba layer made of the operators reproduces a recorded one: output and all gradients."""
+"""A Mamba layer made of the operators agrees with a plain one and a recorded one: output, gradients."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightm.ops import causal_conv1d, selective_scan
+from tests.plain_mamba import Mamba, randomise
 
 
 def mamba(x: Tensor, p: dict[str, Tensor], impl: str) -> Tensor:
@@ -26,6 +27,36 @@ def mamba(x: Tensor, p: dict[str, Tensor], impl: str) -> Tensor:
     )
     assert isinstance(y, Tensor)
     return functional.linear(y, p["out_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype", "allowed"), [("reference", torch.float64, 1e-12), ("cpu", torch.float32, 2e-5)]
+)
+@pytest.mark.parametrize(("channels", "length"), [(8, 1), (20, 65), (32, 130)])
+def test_a_plain_layer(impl: str, dtype: torch.dtype, allowed: float, channels: int, length: int) -> None:
+    torch.manual_seed(length)
+    plain = Mamba(channels)
+    randomise(plain, length)
+    plain.double()
+    x, weight = torch.randn(2, 2, length, channels).double()
+    x.requires_grad_()
+    expected = plain(x)
+    (expected * weight).sum().backward()
+
+    weights = {name: value.detach().to(dtype).requires_grad_() for name, value in plain.state_dict().items()}
+    seen = x.detach().to(dtype).requires_grad_()
+    y = mamba(seen, weights, impl)
+    (y * weight.to(dtype)).sum().backward()
+    assert relative(y.detach(), expected.detach()) < allowed
+    assert seen.grad is not None
+    assert x.grad is not None
+    assert relative(seen.grad, x.grad) < allowed
+    assert len(weights) == 9
+    for name, parameter in plain.named_parameters():
+        got = weights[name].grad
+        assert got is not None
+        assert parameter.grad is not None
+        assert relative(got, parameter.grad) < allowed, name
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
