@@ -93,7 +93,7 @@ def test_a_killed_run_holds_its_folder_while_it_lives_and_goes_on(
         child.communicate()
     assert maps(out) == {name: expected[name] for name in ("a.nii.gz", "b.nii.gz")}
     (out / ".c.nii.gz.0123456789ab.tmp").write_bytes(b"torn")
-    with pytest.raises(InputError, match=r"go on with an unfinished run \(--continue\)"):
+    with pytest.raises(InputError, match=r"resume an unfinished run \(--resume\)"):
         predict_folder(MODEL, scans, out)
     before = (out / "a.nii.gz").stat().st_mtime_ns
     written = predict_folder(MODEL, scans, out, resume=True)

@@ -212,8 +212,9 @@ def test_create_loss_refuses(name: str, options: dict[str, object], message: str
         make(name, **options)
 
 
-def test_numbers_that_yaml_reads_as_text() -> None:
-    assert make("dice", smooth="1e-5")(LOGITS, TARGET) == make("dice")(LOGITS, TARGET)
+def test_text_is_no_number() -> None:
+    with pytest.raises(InputError, match="smooth='1e-5'; expected a positive number"):
+        make("dice", smooth="1e-5")
 
 
 @pytest.mark.parametrize("options", [{"dims": 4}, {"classes": 1}])
