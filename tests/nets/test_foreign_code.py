@@ -151,7 +151,7 @@ class Int8(nn.Module):
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
-        scale = base.weight.abs().amax() / 127
+        scale = base.weight.detach().abs().amax() / 127
         self.scale = float(scale)
         self.register_buffer("codes", (base.weight / scale).round().to(torch.int8))
         self.offset = base.bias
