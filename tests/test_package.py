@@ -83,7 +83,7 @@ def imports(path: Path, known: Collection[str]) -> set[str]:
     return used & set(known)
 
 
-GROUND_FLOOR = ("errors", "files", "config_io", "labels", "memory", "device", "progress", "options")
+GROUND_FLOOR = ("errors", "files", "config_io", "labels", "memory", "device", "progress", "options", "registry")
 ROOMS = (
     *("ops", "nets", "losses", "images", "datasets", "preparation", "training", "evaluation", "inference"),
     *("interchange", "pipeline", "lab", "api", "cli", "__main__"),

@@ -39,8 +39,11 @@ _PUBLIC = {
     "TrainConfig": "lightm.training.config",
     "Volume": "lightm.images.volume",
     # parts for a program of one's own
-    "loss": "lightm.losses:create_loss",
-    "network": "lightm.nets:create",
+    "loss": "lightm.losses",
+    "network": "lightm.nets",
+    "parameter_groups": "lightm.nets",
+    "register_loss": "lightm.losses",
+    "register_network": "lightm.nets",
     "open_dataset": "lightm.datasets.dataset",
     "read_volume": "lightm.images.io",
     "selective_scan": "lightm.ops",

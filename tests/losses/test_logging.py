@@ -14,7 +14,7 @@ from tests.helpers import make_balls
 
 SMALL = {
     "network": "lightm-unet-small",
-    "network_options": {"filters": 8, "bottleneck_layers": 1},
+    "network_options": {"base_channels": 8, "bottleneck_layers": 1},
     "settings": {"steps_per_epoch": 2, "loss_options": {"a": 0.25, "b": 0.5}},
     "val_patches": 2,
     "epochs": 2,

@@ -49,7 +49,7 @@ def _layer(name: str, scan: str = "raster", seed: int = 0) -> TokenLayer:
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    layer.recompute = False
+    layer.checkpointing = False
     return layer
 
 

@@ -28,7 +28,7 @@ from tests.messages import on_message
 
 SMALL: dict[str, Any] = {
     "network": "lightm-unet-small",
-    "network_options": {"filters": 8, "bottleneck_layers": 1},
+    "network_options": {"base_channels": 8, "bottleneck_layers": 1},
     "settings": {"steps_per_epoch": 3},
     "val_patches": 2,
 }

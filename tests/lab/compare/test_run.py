@@ -30,7 +30,7 @@ def _experiment(folder: Path, data: Path, **changes: Any) -> Path:
     content = {
         "name": "trial",
         "dataset": str(data),
-        "networks": {"small": {"network": "lightm-unet", "options": {"filters": 8}}},
+        "networks": {"small": {"network": "lightm-unet", "options": {"base_channels": 8}}},
         "losses": ["ce+dice", "ce+arsl"],
         "recipes": {"tiny": {"recipe": "default", "settings": {"steps_per_epoch": 2, "warmup_steps": 0}}},
         "epochs": 1,
@@ -135,7 +135,7 @@ def _alive(pid: int) -> bool:
 
 def test_nothing_is_written_for_an_experiment_that_cannot_run(tmp_path: Path, data: Path) -> None:
     wrong = {
-        "networks": {"small": {"network": "lightm-unet", "options": {"filters": 7}}},
+        "networks": {"small": {"network": "lightm-unet", "options": {"base_channels": 7}}},
         "recipes": {"tiny": {"recipe": "default", "settings": {"learning_rate": 1.0}}},
         "patch_size": [10, 10, 10],
         "spacing_mm": [1.0, 2.0],

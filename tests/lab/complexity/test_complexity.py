@@ -26,16 +26,16 @@ from lightm.nets import PRESETS, count_parameters, create
 
 NAMES = sorted(PRESETS)
 OVERRIDES: list[tuple[str, dict[str, Any]]] = [
-    ("lightm-unet", {"filters": 16, "state_size": 8, "expand": 1}),
+    ("lightm-unet", {"base_channels": 16, "state_size": 8, "expand": 1}),
     ("lightm-unet", {"encoder_layers": (2, 1), "bottleneck_layers": 0}),
     ("lightm-unet", {"stem": "conv", "position_conv": True, "pooling": "avg"}),
     ("spm-lightm-unet", {"parts": 2, "state_size": 24}),
-    ("spm-lightm-unet", {"parts": 8, "expand": 3, "filters": 48}),
+    ("spm-lightm-unet", {"parts": 8, "expand": 3, "base_channels": 48}),
     ("spm-lightm-unet-shared", {"parts": 8, "position_conv": True}),
-    ("lightm-unet", {"ssm": "mamba2", "filters": 16, "expand": 1, "state_size": 20}),
-    ("spm-lightm-unet", {"ssm": "mamba2", "filters": 16}),
+    ("lightm-unet", {"ssm": "mamba2", "base_channels": 16, "expand": 1, "state_size": 20}),
+    ("spm-lightm-unet", {"ssm": "mamba2", "base_channels": 16}),
     ("spm-lightm-unet-shared", {"ssm": "mamba2", "parts": 8, "position_conv": True}),
-    ("lightm-unet-released", {"filters": 16, "blocks_down": (1, 3, 1), "blocks_up": (1, 1), "state_size": 4}),
+    ("lightm-unet-released", {"base_channels": 16, "blocks_down": (1, 3, 1), "blocks_up": (1, 1), "state_size": 4}),
 ]
 
 
@@ -225,15 +225,15 @@ def layer(tokens: int, c: int, out: int, parts: int = 1, ssm: str = "mamba1") ->
         ("spm-lightm-unet", {}, 4, 3),
         ("spm-lightm-unet-shared", {}, 4, 3),
         ("lightm-unet-mamba2", {"ssm": "mamba2"}, 1, 4),
-        ("spm-lightm-unet", {"ssm": "mamba2", "filters": 64}, 4, 3),
-        ("spm-lightm-unet-shared", {"ssm": "mamba2", "filters": 64}, 4, 3),
+        ("spm-lightm-unet", {"ssm": "mamba2", "base_channels": 64}, 4, 3),
+        ("spm-lightm-unet-shared", {"ssm": "mamba2", "base_channels": 64}, 4, 3),
     ],
 )
 def test_operations_equal_closed_forms_layer_by_layer(
     name: str, options: dict[str, Any], parts: int, bottleneck: int, spatial: tuple[int, ...]
 ) -> None:
     cost = account(name, spatial=spatial, in_channels=2, out_channels=5, options=options)
-    f, ssm = options.get("filters", 32), options.get("ssm", "mamba1")
+    f, ssm = options.get("base_channels", 32), options.get("ssm", "mamba1")
     found = {
         (x.stage, x.layer): (x.operations.multiply_adds.total(), x.operations.exponentials.total()) for x in cost.layers
     }
@@ -448,8 +448,8 @@ def test_the_verb_prints_tables_of_one_network_with_settings_and_of_several(monk
         (("lightm", "--spatial", "0", "8"), "give two sizes"),
         (("lightm", "--spatial", "wide"), "write whole numbers, as --spatial 128 128 128"),
         (("lightm", "32", "32"), "given as --spatial 32 32"),
-        (("lightm", "--set", "filters"), "write name=value"),
-        (("lightm", "--set", "filters=20"), "not divisible by the 8 groups"),
+        (("lightm", "--set", "base_channels"), "write name=value"),
+        (("lightm", "--set", "base_channels=20"), "not divisible by the 8 groups"),
         (("lightm", "--set", "filter=16"), "filter"),
         (("lightm", "lightm-unet"), "one network is needed, got lightm, lightm-unet"),
         ((), "one network is needed, got none"),
