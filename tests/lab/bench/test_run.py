@@ -236,7 +236,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["bench", "opp"], "did you mean 'op'"),
         (["bench", "scaling", "--sizes", "8,x"], "write whole numbers"),
-        (["bench", "--threads", "0"], "threads 0"),
+        (["bench", "--threads", "0"], "threads: Input should be greater"),
     ],
 )
 def test_wrong_words_on_the_command_line(words: list[str], message: str) -> None:
