@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from lightm.errors import InputError, did_you_mean
 
 Item = TypeVar("Item")
+
+
+@cache
+def _installed(group: str) -> dict[str, EntryPoint]:
+    """The entry points of a group; all installed packages are searched for them, once."""
+    return {entry.name: entry for entry in entry_points(group=group)}
 
 
 class Registry(Generic[Item]):
@@ -85,4 +92,4 @@ class Registry(Generic[Item]):
         return self._items[name]
 
     def _entry_points(self) -> dict[str, EntryPoint]:
-        return {entry.name: entry for entry in entry_points(group=self.group)}
+        return _installed(self.group)

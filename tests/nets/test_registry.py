@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lightm.losses.custom
 import lightm.registry
 from lightm.errors import InputError
 from lightm.losses import LOSSES, create_loss, register_loss
-from lightm.nets import NETWORKS, create, load_model, presets, register_network, save_model
+from lightm.nets import NETWORKS, create, load_model, register_network, save_model
 from tests.nets.test_folder import NETWORK
 
 
@@ -65,10 +66,10 @@ def test_names_and_builders_that_cannot_be(tmp_path: Path) -> None:
 
 def test_entry_points_are_known_and_imported_late(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = {
-        "lightm.networks": [EntryPoint("theirs", "made_up_package:tiny", "lightm.networks")],
-        "lightm.losses": [EntryPoint("their-loss", "made_up_package:Loss", "lightm.losses")],
+        "lightm.networks": {"theirs": EntryPoint("theirs", "made_up_package:tiny", "lightm.networks")},
+        "lightm.losses": {"their-loss": EntryPoint("their-loss", "made_up_package:Loss", "lightm.losses")},
     }
-    monkeypatch.setattr(lightm.registry, "entry_points", lambda group: entries.get(group, []))
+    monkeypatch.setattr(lightm.registry, "_installed", lambda group: entries.get(group, {}))
     assert "theirs" in NETWORKS.names()
     with pytest.raises(InputError, match=r"'theirs' is an entry point, made_up_package:tiny, which cannot be used"):
         create("theirs")
@@ -115,7 +116,7 @@ def test_former_names_of_options_are_read(tmp_path: Path) -> None:
         create("unet", 2, 1, 2, filters=(4, 8, 8))
 
 
-@pytest.mark.parametrize("module", [presets, sys.modules["lightm.losses"], lightm.registry])
+@pytest.mark.parametrize("module", [lightm.losses.custom, lightm.registry])
 def test_the_examples_of_the_docstrings(module: types.ModuleType) -> None:
     found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert found.attempted > 0

@@ -83,10 +83,10 @@ def register_loss(name: str, builder: LossBuilder, *, overwrite: bool = False) -
     >>> from torch.nn.functional import cross_entropy
     >>> def smoothed(smoothing=0.1):
     ...     return lambda logits, target: cross_entropy(
-    ...         logits, target, label_smoothing=smoothing, ignore_index=IGNORE_INDEX
+    ...         logits, target, label_smoothing=smoothing, ignore_index=255
     ...     )
-    >>> register_loss("smoothed-example", smoothed)
-    >>> both = loss("smoothed-example+dice", spatial_dims=2, num_classes=3, smoothing=0.2)
+    >>> lightm.register_loss("smoothed-example", smoothed, overwrite=True)
+    >>> both = lightm.loss("smoothed-example+dice", spatial_dims=2, num_classes=3, smoothing=0.2)
     >>> both(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)).shape
     torch.Size([])
     """
@@ -105,7 +105,7 @@ def loss(name: str, *, spatial_dims: int = 3, num_classes: int = 2, **options: A
     and returns a float32 scalar. Raises InputError for an unknown name or option.
 
     >>> import torch
-    >>> criterion = loss("ce+dice", spatial_dims=2, num_classes=2)
+    >>> criterion = lightm.loss("ce+dice", spatial_dims=2, num_classes=2)
     >>> logits, target = torch.zeros(1, 2, 8, 8), torch.zeros(1, 8, 8, dtype=torch.long)
     >>> round(criterion(logits, target).item(), 3)
     1.693

@@ -37,6 +37,10 @@ class Block(nn.Sequential):
 class LightMUNet(nn.Module):
     """LightM-UNet: depthwise stem, Mamba encoder, Mamba bottleneck, depthwise decoder.
 
+    The Mamba layers are RVM (residual vision Mamba: norm, state-space module, scaled residual, projection), whose
+    state-space module is a VSS (vision state-space: projection, causal convolution, selective scan, gate), or SPM
+    (parallel Mamba: several narrow VSS side by side, each on a part of the channels).
+
     Source: LightM-UNet, arXiv 2403.05246, section 2. Stem at full resolution; encoder blocks of `encoder_layers`
     RVM layers, the last of a block projecting C -> 2C, then max pooling by 2; `bottleneck_layers` RVM layers (the
     report names three and four); a decoder stage for each encoder block; head: norm, ReLU, DWConv 1.

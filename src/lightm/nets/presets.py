@@ -102,8 +102,9 @@ def register_network(name: str, builder: Builder, *, overwrite: bool = False) ->
     >>> def tiny(spatial_dims, in_channels, out_channels, width=8):
     ...     conv = nn.Conv3d if spatial_dims == 3 else nn.Conv2d
     ...     return nn.Sequential(conv(in_channels, width, 3, padding=1), nn.ReLU(), conv(width, out_channels, 1))
-    >>> register_network("tiny-example", tiny)
-    >>> count_parameters(network("tiny-example", spatial_dims=2, in_channels=1, out_channels=2))
+    >>> lightm.register_network("tiny-example", tiny, overwrite=True)
+    >>> model = lightm.network("tiny-example", spatial_dims=2, in_channels=1, out_channels=2)
+    >>> sum(parameter.numel() for parameter in model.parameters())
     98
     """
     NETWORKS.register(name, builder, overwrite=overwrite)
@@ -136,7 +137,7 @@ def network(
     image_size that a baseline cannot take.
 
     >>> import torch
-    >>> model = network("lightm-small", spatial_dims=2, in_channels=1, out_channels=3)
+    >>> model = lightm.network("lightm-small", spatial_dims=2, in_channels=1, out_channels=3)
     >>> model(torch.zeros(1, 1, 64, 64)).shape
     torch.Size([1, 3, 64, 64])
     """
@@ -164,11 +165,7 @@ create = network  # inside of this package, where a variable is called network
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Return the sum of the elements of all parameters.
-
-    >>> count_parameters(network("lightm-small", spatial_dims=3, in_channels=1, out_channels=3))
-    265811
-    """
+    """Return the sum of the elements of all parameters."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -181,8 +178,8 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     does it (`_no_weight_decay = True`); everything of fewer than two axes is left alone in any network.
 
     >>> import torch
-    >>> model = network("lightm-small", spatial_dims=2)
-    >>> optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-3)
+    >>> model = lightm.network("lightm-small", spatial_dims=2)
+    >>> optimizer = torch.optim.AdamW(lightm.parameter_groups(model, 0.01), lr=1e-3)
     >>> [group["weight_decay"] for group in optimizer.param_groups]
     [0.01, 0.0]
     """
