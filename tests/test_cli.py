@@ -17,7 +17,7 @@ from tests.helpers import make_balls
 
 CONFIG = """\
 network: lightm-unet-small
-network_options: {filters: 8, bottleneck_layers: 1}
+network_options: {base_channels: 8, bottleneck_layers: 1}
 epochs: 2
 val_patches: 2
 settings: {steps_per_epoch: 30, lr: 0.01, warmup_steps: 0}

@@ -236,7 +236,7 @@ def test_the_command_line_says_what_to_do_at_nan(balls: Path, tmp_path: Path, mo
     from lightm.cli import app
 
     (tmp_path / "small.yaml").write_text(
-        "network: lightm-unet-small\nnetwork_options: {filters: 8, bottleneck_layers: 1}\nval_patches: 2\n"
+        "network: lightm-unet-small\nnetwork_options: {base_channels: 8, bottleneck_layers: 1}\nval_patches: 2\n"
         "settings: {steps_per_epoch: 3}\n",
         encoding="utf-8",
     )

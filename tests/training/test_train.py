@@ -180,7 +180,7 @@ def test_wrong_options_are_refused_before_anything_is_written(balls: Path, tmp_p
     run = tmp_path / "run"
     refuse(balls, run, "unknown network 'lightn'", network="lightn", network_options={})
     refuse(balls, run, "unknown recipe 'arls'; did you mean 'arsl'", recipe="arls")
-    refuse(balls, run, "ce\\+dise", loss="ce+dise")
+    refuse(balls, run, "unknown loss 'dise'; did you mean 'dice'", loss="ce+dise")
     refuse(balls, run, "unknown key 'settings.epoch'; did you mean 'epochs'", settings={"epoch": 3})
     refuse(balls, run, "patch size", patch_size=[12, 16, 16])
     refuse(balls, run, "batch_size", batch_size=0)
