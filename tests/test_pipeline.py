@@ -15,6 +15,7 @@ from tests.helpers import make_balls
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.slow
 def test_the_demo_goes_from_phantoms_to_a_report_and_replaces_only_itself(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     result = demo(out, max_time="2s", cases=6, size=32)

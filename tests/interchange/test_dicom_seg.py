@@ -226,6 +226,7 @@ def model(make_plan: PlanMaker, tmp_path: Path) -> Path:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_predict_from_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_ct(tmp_path / "in" / "anna" / "ct", stored_pixels())
     write_ct(tmp_path / "in" / "bert", stored_pixels(seed=1))

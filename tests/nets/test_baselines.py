@@ -62,6 +62,7 @@ def test_every_peer_has_facts_and_a_small_version_here() -> None:
     assert not set(BASELINES) & set(PRESETS)
 
 
+@pytest.mark.slow
 def test_naming_the_peers_imports_no_monai() -> None:
     code = (
         "import sys, lightm.lab.complexity.references as known; known.peer_facts('unet'); print('monai' in sys.modules)"
@@ -79,6 +80,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @ALL
 def test_a_step_lowers_the_loss_and_reaches_every_parameter(name: str, dims: int) -> None:
     torch.manual_seed(0)
@@ -100,6 +102,7 @@ def test_a_step_lowers_the_loss_and_reaches_every_parameter(name: str, dims: int
     assert losses[1] < losses[0]
 
 
+@pytest.mark.slow
 @ALL
 def test_a_model_folder_gives_back_the_same_network(name: str, dims: int, tmp_path: Path) -> None:
     torch.manual_seed(1)

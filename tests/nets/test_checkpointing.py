@@ -67,6 +67,7 @@ def _assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
     assert not bad, bad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(LAYERS))
 @pytest.mark.parametrize(("sizes", "pooling"), [((5, 3), None), ((6, 4), "max"), ((4, 2, 4), "add"), ((1, 1), None)])
 def test_same_result_and_gradients(name: str, sizes: tuple[int, ...], pooling: str | None) -> None:
@@ -78,6 +79,7 @@ def test_same_result_and_gradients(name: str, sizes: tuple[int, ...], pooling: s
     assert len(expected) == 1 + len(list(_layer(name).parameters()))
 
 
+@pytest.mark.slow
 def test_gradients_are_the_finite_differences() -> None:
     torch.manual_seed(0)
     layer = RVM(4, 3, state_size=2).double()
@@ -86,6 +88,7 @@ def test_gradients_are_the_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x, *weights: layer(x), (x, *layer.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rvm", "spm", "rvm, axes"])
 @pytest.mark.parametrize("frozen", ["proj", "vss", "norm", "all but one", "all"])
 @pytest.mark.parametrize("on", [True, False])
@@ -164,6 +167,7 @@ def test_choice_by_size() -> None:
         assert all(module.checkpointing is on for module in chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lightm-small", "lightm-unet-small", "lightm-unet-released-small"])
 def test_networks_and_accumulated_gradients(name: str) -> None:
     torch.manual_seed(0)
@@ -224,6 +228,7 @@ def test_modes_without_gradients(name: str) -> None:
     assert _relative(trained, out) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled(backend: str) -> None:
     layer, x = _layer("spm"), torch.randn(1, 4, 6, 16)

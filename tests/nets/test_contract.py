@@ -49,6 +49,7 @@ def case(name: str, dims: int, *, batch: int = 2, channels: int = 1, seed: int =
     return network, torch.randn(batch, channels, *size(network, dims))
 
 
+@pytest.mark.slow
 @every_preset
 @in_2d_and_3d
 @pytest.mark.parametrize(("batch", "channels"), [(1, 4), (2, 1)])
@@ -72,6 +73,7 @@ def test_logits_gradients_and_one_step_of_learning(name: str, dims: int, batch: 
     assert after < loss
 
 
+@pytest.mark.slow
 @every_preset
 @in_2d_and_3d
 def test_modes_batches_and_seeds_do_not_change_the_result(name: str, dims: int) -> None:
@@ -89,6 +91,7 @@ def test_modes_batches_and_seeds_do_not_change_the_result(name: str, dims: int) 
     torch.testing.assert_close(one_by_one, evaluated, rtol=1e-4, atol=1e-4 * scale)
 
 
+@pytest.mark.slow
 @every_preset
 @in_2d_and_3d
 def test_a_saved_model_is_the_same_one(name: str, dims: int, tmp_path: Path) -> None:

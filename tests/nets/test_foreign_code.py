@@ -34,6 +34,7 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     source = (EXAMPLES / "monai_inference.py").read_text(encoding="utf-8").splitlines()
     assert len([line for line in source if line.strip()]) <= 15
@@ -208,6 +209,7 @@ def test_copies_decay_what_their_original_does(name: str) -> None:
     assert sum(sizes[0]) == len(list(network.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_compiled_whole(name: str) -> None:
     network, image = small(name)
@@ -229,6 +231,7 @@ def _rank(rank: int, world: int, file: str, results: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
 @pytest.mark.parametrize("world", [1, 2])
 def test_ranks_share_gradients(tmp_path: Path, world: int) -> None:

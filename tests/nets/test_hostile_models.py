@@ -64,6 +64,7 @@ HUGE: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", HUGE, ids=[str(options)[:40] for options in HUGE])
 def test_a_description_of_a_huge_or_impossible_network_is_refused_at_once(model: Path, options: dict[str, Any]) -> None:
     describe(model, network={**NETWORK, "options": {"base_channels": 8, **options}})
@@ -167,6 +168,7 @@ def test_descriptions_that_break_parsers_are_refused(model: Path) -> None:
         load_model(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [2, 3])
 def test_every_network_is_built_from_its_own_description(tmp_path: Path, dims: int) -> None:
     torch.manual_seed(0)

@@ -121,6 +121,7 @@ def test_every_cut_and_many_changed_bytes_end_in_the_model_or_one_error(packed: 
     assert refused > len(places)
 
 
+@pytest.mark.slow
 def test_the_verb_packs_and_a_program_can_read_the_answer(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.safetensors"
     command = [sys.executable, "-m", "lightm", "pack", str(model), str(out), "--json"]

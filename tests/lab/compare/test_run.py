@@ -44,6 +44,7 @@ def _experiment(folder: Path, data: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_cell_runs_once_and_a_failing_one_does_not_stop_the_others(tmp_path: Path, data: Path) -> None:
     recipes = {
         "tiny": {"recipe": "default", "settings": {"steps_per_epoch": 2, "warmup_steps": 0}},
@@ -85,6 +86,7 @@ def test_every_cell_runs_once_and_a_failing_one_does_not_stop_the_others(tmp_pat
     assert late.left == ["small__ce+arsl__tiny__seed0"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_a_killed_comparison_goes_on_and_ends_as_an_uninterrupted_one(tmp_path: Path, data: Path) -> None:
     path = _experiment(tmp_path, data, epochs=10, seeds=[1])

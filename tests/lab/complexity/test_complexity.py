@@ -53,6 +53,7 @@ def test_closed_forms_equal_the_count_for_every_preset_and_option(
     assert table.expected_by_source() == table.by("source")
 
 
+@pytest.mark.slow
 def test_published_sizes_come_out() -> None:
     assert account("lightm-unet-released", spatial=(16, 16, 16)).parameters.total == 5_015_766
     assert account("lightm-unet-released", spatial=(16, 16), out_channels=2).parameters.total == 5_011_683
@@ -217,6 +218,7 @@ def layer(tokens: int, c: int, out: int, parts: int = 1, ssm: str = "mamba1") ->
     return products + scan + tokens * (convolved * 4 + c * out), exponentials
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spatial", [(32, 64, 32), (64, 80)])  # 64 tokens or more in the bottleneck
 @pytest.mark.parametrize(
     ("name", "options", "parts", "bottleneck"),
@@ -300,6 +302,7 @@ def test_the_scan_of_mamba2_is_counted_by_its_sizes(states: int, extras: bool) -
     assert tally.without_scan == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["segresnet", "unet", "unetr", "swinunetr"])
 def test_peers_have_the_multiply_adds_that_pytorchs_counter_finds(name: str) -> None:
     network = build_network(name, 1, 3, (64, 64, 64))
@@ -426,6 +429,7 @@ def test_the_verb_prints_complete_json_and_takes_sizes_apart_or_together() -> No
     assert second == {**found, "latency": None}
 
 
+@pytest.mark.slow
 def test_the_verb_prints_tables_of_one_network_with_settings_and_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     text = run("spm-lightm-unet", "--spatial", "16x16", "--set", "parts=8", "--set", "layer=spm-shared").stdout
     for expected in ("parts 8, layer spm-shared: 16 x 16", "in_proj", "2 E' C'", "decoder 3", "inference: peak"):

@@ -48,6 +48,7 @@ def overlap(one: Box, other: Box) -> bool:
     return min(one[2], other[2]) - max(one[0], other[0]) > 0.5 and min(one[3], other[3]) - max(one[1], other[1]) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "spatial"),
     [
