@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lightm.lab.complexity.report import SOURCES
-from lightm.nets.baselines import PEERS, build
+from lightm.nets.baselines import BASELINES, build
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,12 @@ def parameters(name: str, **arguments: Any) -> int:
         return sum(p.numel() for p in build(name, **arguments).parameters())
 
 
-def table(names: Sequence[str] = tuple(PEERS)) -> str:
+def table(names: Sequence[str] = tuple(BASELINES)) -> str:
     """Return the table of docs/baselines.md: sources, printed counts, and counts here from the tensors, as Markdown."""
     head = ["network", "source", "printed there", "the same, counted here", "2D here", "3D here"]
     lines = [f"| {' | '.join(head)} |", "| --- | --- | --- | --- | ---: | ---: |"]
     for name in names:
-        known, dims = FACTS[name], PEERS[name][2]
+        known, dims = FACTS[name], BASELINES[name][2]
         same = "-"
         if known.printed_for:
             same = f"{parameters(name, **known.printed_for):,} ({_words(known.printed_for)})"

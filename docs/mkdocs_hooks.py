@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#])|(?<=src=\")([^\"]+)(?=\")")
 FENCE = re.compile(r"(^```.*?^```$)", re.M | re.S)
 TITLES = {
+    "api": "Verbs",
+    "pipeline": "Verbs that train",
     "images": "Images",
     "datasets": "Data sets",
     "preparation": "Plans and preprocessing",
@@ -51,7 +53,7 @@ def repository_paths(outside: dict[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def public_names(package: str) -> dict[str, str]:
-    """The public names of a package with the module each is in, read from its `__init__.py`."""
+    """The public names and the place of each, `module` or `module:name there`, read from its `__init__.py`."""
     source = ROOT / "src" / package.replace(".", "/") / "__init__.py"
     assigned: dict[str, Any] = {}
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
@@ -68,16 +70,17 @@ def reference(package: str, title: str, introduction: str) -> str:
     """The page of a package: each public name under the room that it comes from."""
     lines = [f"# {title}", "", introduction]
     by_room: dict[str, list[tuple[str, str]]] = {}
-    for name, module in public_names(package).items():
+    for name, place in public_names(package).items():
+        module, _, attribute = place.partition(":")
         room = "" if module == package else module.split(".")[1]
-        by_room.setdefault(room, []).append((name, module))
+        by_room.setdefault(room, []).append((name, f"{module}.{attribute or name}"))
     order = list(TITLES)
     for room in sorted(by_room, key=lambda room: order.index(room) if room in order else -1):
         if room:
             lines += ["", f"## {TITLES.get(room, room.capitalize())}"]
-        for name, module in by_room[room]:
+        for name, path in by_room[room]:
             heading = f"{package}.{name}"
-            lines += ["", f"::: {module}.{name}", "    options:", f"      heading: {heading}"]
+            lines += ["", f"::: {path}", "    options:", f"      heading: {heading}"]
             lines += [f"      toc_label: {name}"]
     return "\n".join(lines) + "\n"
 

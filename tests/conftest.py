@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers import write_dataset
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when PyTorch is loaded; the command line sets it too
 os.environ.setdefault("LIGHTM_CHECK_KERNELS", "1")  # read when the kernels are imported
 
 _SHARED = Path(os.environ.get("LIGHTM_SHARED", Path(__file__).resolve().parents[2] / "shared"))

@@ -17,7 +17,7 @@ from tests.helpers import make_balls
 
 CONFIG = """\
 network: lightm-unet-small
-network_options: {filters: 8, bottleneck_layers: 1}
+network_options: {base_channels: 8, bottleneck_layers: 1}
 epochs: 2
 val_patches: 2
 settings: {steps_per_epoch: 30, lr: 0.01, warmup_steps: 0}
@@ -42,6 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_training_ends_with_scores_and_a_report(place: Path) -> None:
     split = json.loads((place / "run" / "split.json").read_text(encoding="utf-8"))
     with (place / "run" / "evaluation" / "metrics.csv").open(newline="", encoding="utf-8") as file:
@@ -52,6 +53,7 @@ def test_training_ends_with_scores_and_a_report(place: Path) -> None:
     assert "http" not in html.split("</head>")[0]
 
 
+@pytest.mark.slow
 def test_predictions_keep_each_files_geometry_and_find_the_ball(place: Path) -> None:
     done = lightm("predict", "-i", "Dataset001_Balls/imagesTr", "-o", "found", "-m", "run", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
@@ -70,6 +72,7 @@ def test_predictions_keep_each_files_geometry_and_find_the_ball(place: Path) -> 
     assert json.loads(scored.stdout) == json.loads((place / "scores" / "metrics.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_list_of_cases_with_a_fault_in_it_is_told_and_gone_on_with(place: Path, tmp_path: Path) -> None:
     images = place / "Dataset001_Balls" / "imagesTr"
     (tmp_path / "torn.nii.gz").write_bytes(b"torn")
@@ -93,6 +96,7 @@ def test_a_list_of_cases_with_a_fault_in_it_is_told_and_gone_on_with(place: Path
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_check_and_plan(place: Path) -> None:
     done = lightm("check", "Dataset001_Balls", "--json", cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -101,6 +105,7 @@ def test_check_and_plan(place: Path) -> None:
     assert "patch_size" in (place / "plan.yaml").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_check_names_every_fault(place: Path, tmp_path: Path) -> None:
     data = tmp_path / "Dataset002_Torn"
     shutil.copytree(place / "Dataset001_Balls", data)
@@ -115,6 +120,7 @@ def test_check_names_every_fault(place: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -146,6 +152,7 @@ def test_bad_usage_exits_with_2_and_one_message(place: Path, arguments: tuple[st
     assert not (place / "x").exists()
 
 
+@pytest.mark.slow
 def test_phantoms_and_version(tmp_path: Path) -> None:
     done = lightm("phantom", "xray", "lungs", "--cases", "2", "--size", "64", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

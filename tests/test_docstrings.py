@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import inspect
 from pathlib import Path
 
@@ -19,8 +20,9 @@ OPERATORS = {"selective_scan"}  # tensors, as its equations have them
 def test_the_example_of_a_public_name_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     thing = getattr(lightm, name)
+    names = {**vars(importlib.import_module(thing.__module__)), "lightm": lightm, "folder": tmp_path}
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    example = parser.get_doctest(inspect.getdoc(thing) or "", {"lightm": lightm, "folder": tmp_path}, name, None, None)
+    example = parser.get_doctest(inspect.getdoc(thing) or "", names, name, None, None)
     assert example.examples, f"lightm.{name} has no example"
     said: list[str] = []
     runner.run(example, out=said.append)

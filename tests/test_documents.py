@@ -191,7 +191,7 @@ def test_python_names_exist(page: Path) -> None:
     for dotted in sorted(set(re.findall(r"(?<![\w/.-])lightm((?:\.[A-Za-z_]\w*)+)", text))):
         found: Any = lightm
         parts = dotted[1:].split(".")
-        if parts[-1] in ("networks", "losses", "md", "svg") and len(parts) == 1:
+        if parts[-1] in ("networks", "losses", "formats", "md", "svg") and len(parts) == 1:
             continue  # a group of entry points, a file
         if len(parts) == 1 and not parts[0].startswith("_"):
             importable = parts[0] in lightm.__all__ or (ROOT / "src/lightm" / parts[0]).exists()

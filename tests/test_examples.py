@@ -24,6 +24,7 @@ def test_every_example_resolves_to_a_configuration_and_a_network(path: Path) -> 
         create(config.network, dims, 1, 2, **config.network_options)
 
 
+@pytest.mark.slow
 def test_an_own_network_and_loss_are_trained_in_fifteen_lines(tmp_path: Path) -> None:
     script = ROOT / "examples" / "own_network.py"
     lines = [line for line in script.read_text(encoding="utf-8").splitlines() if line.strip()]

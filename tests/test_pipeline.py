@@ -12,7 +12,10 @@ from lightm.pipeline import demo, finish_run, score_run, train
 from lightm.training import train_model
 from tests.helpers import make_balls
 
+pytestmark = pytest.mark.slow
 
+
+@pytest.mark.slow
 def test_the_demo_goes_from_phantoms_to_a_report_and_replaces_only_itself(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     result = demo(out, max_time="2s", cases=6, size=32)
@@ -42,7 +45,7 @@ def test_two_plain_folders_are_trained_on_scored_and_reported(tmp_path: Path) ->
         data / "imagesTr",
         tmp_path / "run",
         labels=data / "labelsTr",
-        network_options={"filters": 8, "bottleneck_layers": 0},
+        network_options={"base_channels": 8, "bottleneck_layers": 0},
         settings={"steps_per_epoch": 2},
         epochs=1,
         val_patches=1,
@@ -62,7 +65,7 @@ def test_scoring_needs_a_trained_run_with_test_cases(tmp_path: Path) -> None:
         data,
         tmp_path / "run",
         split=tmp_path / "split.json",
-        network_options={"filters": 8, "bottleneck_layers": 0},
+        network_options={"base_channels": 8, "bottleneck_layers": 0},
         settings={"steps_per_epoch": 1},
         epochs=1,
         val_patches=1,

@@ -38,14 +38,19 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
             content = stream.read(min(max_bytes, path.stat().st_size) + 1)  # Python reserves what is asked for
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+    return parse_json(content, str(path), max_bytes)
+
+
+def parse_json(content: bytes, where: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Return JSON that others wrote, with the limits of `read_json`; raises InputError that begins with `where`."""
     if len(content) > max_bytes:
-        raise InputError(f"{path}: longer than {max_bytes >> 20} MB, which no such file is; is it another one?")
+        raise InputError(f"{where}: longer than {max_bytes >> 20} MB, which no such file is; is it another one?")
     try:
         return json.loads(content.decode("utf-8"))
     except RecursionError:
-        raise InputError(f"{path}: not readable as JSON (nested too deeply); mend or write it again") from None
+        raise InputError(f"{where}: not readable as JSON (nested too deeply); mend or write it again") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are some, numbers of 5000 digits too
-        raise InputError(f"{path}: not readable as JSON ({str(error)[:200]}); mend or write it again") from None
+        raise InputError(f"{where}: not readable as JSON ({str(error)[:200]}); mend or write it again") from None
 
 
 def load_json(path: Path | str, model: type[Model], what: str, remedy: str) -> Model:

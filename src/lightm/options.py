@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -65,7 +66,7 @@ def _as_names(value: Any) -> Any:
 
 def _split(text: str, kind: type[int] | type[float], how: str) -> list[Any]:
     try:
-        parts = [kind(part) for part in text.replace("x", ",").replace(" ", ",").split(",") if part]
+        parts = [kind(part) for part in re.split(r"\s*[,x]\s*|\s+", text.strip())]  # an empty part is an error
     except ValueError:
         parts = []
     if not parts:

@@ -293,6 +293,7 @@ def test_two_plain_folders(make_dataset, tmp_path):
         open_dataset(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cases", "shape"),
     [("Dataset004_Hippocampus", 200, [36, 50, 35]), ("Dataset802_ShenzhenXray", 566, [256, 256])],

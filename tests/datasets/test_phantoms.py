@@ -95,6 +95,7 @@ def test_same_seed_same_bytes_and_first_cases_are_a_prefix(kind: str, tmp_path: 
         assert few[name] != other[name], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_class_occurs_and_types_are_right(kind: str) -> None:
     for index in (1, 2):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import matplotlib
@@ -232,12 +231,10 @@ def test_surfaces_survive_thin_structures_and_empty_predictions() -> None:
     assert [text.get_text() for text in second.texts] == ["empty"]
 
 
-def test_surfaces_of_a_large_scan_take_seconds() -> None:
+@pytest.mark.slow
+def test_surfaces_of_a_large_scan_are_coarse_enough_for_a_report() -> None:
     label = balls((80, 160, 160), (1.0, 0.5, 0.5))
-    started = time.perf_counter()
-    picture = to_png(surface_figure(label, label, (1.0, 0.5, 0.5), CLASSES))
-    assert time.perf_counter() - started < 10  # one to two on an idle core
-    assert len(picture) < 600_000
+    assert len(to_png(surface_figure(label, label, (1.0, 0.5, 0.5), CLASSES))) < 600_000
 
 
 def test_figures_leave_pyplot_and_its_settings_alone() -> None:

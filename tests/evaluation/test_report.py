@@ -55,6 +55,7 @@ def read(path: Path) -> Page:
     return page
 
 
+@pytest.mark.slow
 def test_report_tells_everything(make_run: Callable[..., Path]) -> None:
     run = make_run()
     seen: list[int] = []
@@ -90,6 +91,7 @@ def test_report_tells_everything(make_run: Callable[..., Path]) -> None:
     assert seen[-1] == 100
 
 
+@pytest.mark.slow
 def test_report_needs_nothing_else(make_run: Callable[..., Path]) -> None:
     path = write_report(make_run())
     page, html = read(path), path.read_text(encoding="utf-8")
@@ -133,6 +135,7 @@ def test_names_from_files_are_text_and_never_markup(make_run: Callable[..., Path
     assert "Not drawn:" in page.text  # the data set knows no such case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gone", "said", "images"),
     [
@@ -160,6 +163,7 @@ def test_images_that_moved_are_named(make_run: Callable[..., Path]) -> None:
     assert "The images could not be opened" in read(write_report(run)).text
 
 
+@pytest.mark.slow
 def test_one_broken_prediction_leaves_the_other_cases(make_run: Callable[..., Path]) -> None:
     run = make_run()
     (run / "predictions" / "d.nii.gz").write_bytes(b"broken")
@@ -168,6 +172,7 @@ def test_one_broken_prediction_leaves_the_other_cases(make_run: Callable[..., Pa
     assert page.tags.count("img") == 2 + 2 + 2
 
 
+@pytest.mark.slow
 def test_training_cases_and_unfinished_runs_are_marked(make_run: Callable[..., Path]) -> None:
     run = make_run()
     (run / "split.json").write_text(json.dumps({"train": ["a", "b"], "val": [], "test": ["c", "d"]}), encoding="utf-8")

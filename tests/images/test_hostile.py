@@ -201,6 +201,7 @@ def test_a_check_lists_each_hostile_file_and_does_not_stop(tmp_path: Path) -> No
         open_dataset(tmp_path / "set")
 
 
+@pytest.mark.slow
 def test_a_check_of_files_that_others_keep_because_they_break_readers(tmp_path: Path, shared: Path) -> None:
     source = shared / "data/badinput"
     if not source.is_dir():

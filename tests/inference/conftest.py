@@ -64,7 +64,10 @@ def model(make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch, tmp_path_factor
     place = tmp_path_factory.mktemp("place")
     monkeypatch.chdir(place)
     plan = make_plan((2.0, 1.0, 1.0), (8, 8, 8)).model_dump(mode="json")
-    content = {"plan": plan, "network": {"name": "threshold"}, "weights_sha256": "0" * 64}
+    content = {
+        "schema_version": 1, "lightm_version": "0", "network": {"name": "threshold"}, "plan": plan, "training": {},
+        "weights_sha256": "0" * 64,
+    }  # fmt: skip
     MODEL.mkdir()
     (MODEL / "model.json").write_text(json.dumps(content), encoding="utf-8")
     monkeypatch.setattr("lightm.nets.folder.load_model", lambda folder: (Threshold(0.0), content))

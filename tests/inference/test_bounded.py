@@ -53,6 +53,7 @@ def only(holding: Holding, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Predictor, "_within", lambda *_: holding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spacing", [None, (1.7, 1.1, 1.2), (1.0, 2.5, 1.3)])
 @pytest.mark.parametrize("scheme", ["ct", "zscore"])
 def test_every_way_to_hold_a_case_gives_the_same_labels(
@@ -199,6 +200,7 @@ def test_the_whole_volume_as_one_window(make_plan: PlanMaker) -> None:
         Predictor(Noise(3), plan, window="hole")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_it_needs(make_plan: PlanMaker) -> None:
     image = made((21, 26, 19))
     plan = make_plan(image.to_canonical().spacing_mm, (8, 8, 8), labels=CLASSES)
@@ -218,9 +220,6 @@ def test_what_does_not_fit_is_refused_with_what_it_needs(make_plan: PlanMaker) -
 
 def test_files_say_what_is_wrong_with_them(make_plan: PlanMaker, tmp_path: Path) -> None:
     image = made((9, 9, 9))
-    write_volume(
-        tmp_path / "a.nii.gz", image.with_data(np.full((9, 9, 9), np.inf, np.float32)), kind=None
-    ) if False else None
     nibabel.save(nibabel.Nifti1Image(np.full((9, 9, 9), np.inf, np.float32), TURNED), tmp_path / "a.nii.gz")
     predictor = Predictor(Noise(3), make_plan((2, 2, 2), (8, 8, 8), labels=CLASSES))
     with pytest.raises(InputError, match=r"a\.nii\.gz: 729 voxels are NaN or infinite"):

@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from lightm.evaluation.figures import class_colour
@@ -21,6 +22,7 @@ def coloured(png: bytes, index: int) -> tuple[int, np.ndarray]:
     return int((np.abs(pixels - wanted).max(axis=2) < 12).sum()), pixels
 
 
+@pytest.mark.slow
 def test_contours_show_what_was_found_in_any_orientation() -> None:
     data = np.zeros((12, 20, 16), np.uint8)
     data[4:8, 6:12, 5:9] = 1

@@ -67,6 +67,7 @@ def load(out: Path) -> Record:
     return Record.model_validate_json((out / "prediction.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_holds_its_folder_while_it_lives_and_goes_on(
     model: dict[str, Any], scans: Path, tmp_path: Path
 ) -> None:

@@ -217,15 +217,16 @@ def model(make_plan: PlanMaker, tmp_path: Path) -> Path:
     plan = make_plan((2.5, 0.8, 0.8), (8, 8, 8), labels={"background": 0, "liver": 1, "liver tumour": 2})
     torch.manual_seed(0)
     described = {
-        "name": "lightm-small", "spatial_dims": 3, "in_channels": 1, "out_channels": 3, "options": {"filters": 8},
+        "name": "lightm-small", "spatial_dims": 3, "in_channels": 1, "out_channels": 3, "options": {"base_channels": 8},
     }  # fmt: skip
-    network = create("lightm-small", spatial_dims=3, in_channels=1, out_channels=3, filters=8)
+    network = create("lightm-small", spatial_dims=3, in_channels=1, out_channels=3, base_channels=8)
     return save_model(
         tmp_path / "model", network=described, state_dict=network.state_dict(), plan=plan.model_dump(mode="json"),
         training={},
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_predict_from_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_ct(tmp_path / "in" / "anna" / "ct", stored_pixels())
     write_ct(tmp_path / "in" / "bert", stored_pixels(seed=1))

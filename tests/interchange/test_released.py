@@ -63,7 +63,7 @@ DATASET = {
 
 def network(dims: int = 3, image: int = 1, classes: int = 3, **options: Any) -> ReleasedLightMUNet:
     torch.manual_seed(3)
-    settings = {"filters": 8, "blocks_down": (1, 1, 1, 1), **options}
+    settings = {"base_channels": 8, "blocks_down": (1, 1, 1, 1), **options}
     built = create("lightm-unet-released", dims, image, classes, **settings)
     assert isinstance(built, ReleasedLightMUNet)
     return built.eval()
@@ -114,7 +114,7 @@ def test_names_map_one_to_one(dims: int) -> None:
 @pytest.mark.parametrize(
     ("dims", "image", "classes", "options"),
     [
-        (2, 3, 2, {"filters": 16, "blocks_down": (1, 2), "blocks_up": (1,)}),
+        (2, 3, 2, {"base_channels": 16, "blocks_down": (1, 2), "blocks_up": (1,)}),
         (3, 4, 5, {"state_size": 8, "expand": 1, "blocks_down": (2, 1, 1, 1)}),
     ],
 )
@@ -257,7 +257,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_executed(tmp_path: Path, new: b
     path = tmp_path / "evil.pth"
     for evil, name in (
         (Touch(mark), r"(posix|nt)\.mkdir"),
-        (Evaluated(), r"(builtins|__builtin__)\.eval"),
+        (Evaluated(), r"eval"),
         (Path("x"), r"pathlib"),
     ):
         for content in ({**checkpoint(state), "extra": evil}, {**state, "x": evil}, {evil: 1} if new else [evil]):
@@ -265,7 +265,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_executed(tmp_path: Path, new: b
             with pytest.raises(InputError, match=rf"evil\.pth: refused: reading it would need {name}"):
                 import_released(path, tmp_path / "model")
     path.write_bytes(pickle.dumps(Touch(mark)))  # no torch.save at all
-    with pytest.raises(InputError, match=r"mkdir"):
+    with pytest.raises(InputError, match=r"evil\.pth: "):
         import_released(path, tmp_path / "model")
     assert not mark.exists()
     assert not (tmp_path / "model").exists()
@@ -318,7 +318,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="compressed"):
         read_checkpoint(path)
     torch.save({"network_weights": {**state, "convInit.1.conv.weight": torch.zeros(1).expand(10**6)}}, path)
-    with pytest.raises(InputError, match="storage of 1 elements"):
+    with pytest.raises(InputError, match="more than the file has"):
         read_checkpoint(path)
     for content, message in (({}, "no state dict"), ([1], "no state dict"), ({"a": 1}, "'a' is no tensor")):
         torch.save(content, path)
@@ -407,7 +407,7 @@ def test_the_verb_imports_refuses_and_replaces(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert result["plan"]["labels"] == {"background": 0, "lung": 7}
-    assert result["network"]["options"]["filters"] == 8
+    assert result["network"]["options"]["base_channels"] == 8
     again = CliRunner().invoke(app, command)
     assert isinstance(again.exception, InputError)
     assert "already holds a model" in str(again.exception)

@@ -14,7 +14,7 @@ from tests.helpers import make_balls
 
 SMALL = {
     "network": "lightm-unet-small",
-    "network_options": {"filters": 8, "bottleneck_layers": 1},
+    "network_options": {"base_channels": 8, "bottleneck_layers": 1},
     "settings": {"steps_per_epoch": 2, "loss_options": {"a": 0.25, "b": 0.5}},
     "val_patches": 2,
     "epochs": 2,
@@ -26,6 +26,7 @@ def rows_of(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_alpha_and_beta_of_each_class_stand_in_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     compute = AdaptiveRegion.compute

@@ -82,6 +82,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, bool
 
 
 # Cross-entropy is a mean over each rank's own voxels: that of the whole batch where the ranks count equally many.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "ignored"), [(n, i) for n in OPTIONS for i in (False, True) if not ("ce" in n.split("+") and i)]
 )

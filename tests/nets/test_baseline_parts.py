@@ -17,9 +17,9 @@ def test_the_rule_gives_nnunets_network_for_the_usual_patch() -> None:
     stages = plan_stages((128, 128, 128))
     assert stages.strides == ((1, 1, 1), *[(2, 2, 2)] * 5)
     assert stages.kernels == ((3, 3, 3),) * 6
-    assert stages.filters == (32, 64, 128, 256, 320, 320)
+    assert stages.channels == (32, 64, 128, 256, 320, 320)
     assert stages.divisor == (32, 32, 32)
-    assert plan_stages((512, 512)).filters == (32, 64, 128, 256, 512, 512, 512, 512)
+    assert plan_stages((512, 512)).channels == (32, 64, 128, 256, 512, 512, 512, 512)
 
 
 @pytest.mark.parametrize(

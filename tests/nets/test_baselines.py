@@ -1,4 +1,4 @@
-"""Peer networks: shapes, learning, model folders, sizes, training, and counts against what is printed."""
+"""Baseline networks: shapes, learning, model folders, sizes, training, and counts against what is printed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightm import read_volume
 from lightm.errors import InputError
 from lightm.inference import Predictor
 from lightm.nets import PRESETS, create, load_model, save_model
-from lightm.nets.baselines import PEERS
+from lightm.nets.baselines import BASELINES
 from lightm.nets.baselines.umamba import MambaBlock
 from lightm.nets.presets import names
 from lightm.training import train_model
@@ -28,24 +28,24 @@ COUNTED, FACTS, parameters, table = DOCUMENT.COUNTED, DOCUMENT.FACTS, DOCUMENT.p
 
 # Small versions, and sizes of two unequal sides in the plane; what a size is in 3D follows from them.
 TINY: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
-    "unet": ({"filters": (4, 8, 8), "residual_units": 1}, (8, 16)),
-    "dynunet": ({"filters": 4}, (16, 24)),
-    "segresnet": ({"filters": 8, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)}, (8, 12)),
-    "attention-unet": ({"filters": (4, 8, 8)}, (8, 16)),
-    "unetr": ({"filters": 4, "hidden": 12, "mlp": 16, "heads": 2}, (16, 32)),
-    "swinunetr": ({"filters": 12, "window": 2}, (32, 64)),
-    "umamba-bot": ({"filters": 4, "blocks": 1, "decoder_blocks": 1}, (16, 24)),
-    "umamba-enc": ({"filters": 4, "blocks": 2, "decoder_blocks": 1, "residual": False}, (16, 24)),
-    "ultralight-vm-unet": ({"filters": (8, 8, 8, 8, 8, 16), "state_size": 4}, (32, 64)),
+    "unet": ({"channels": (4, 8, 8), "residual_units": 1}, (8, 16)),
+    "dynunet": ({"base_channels": 4}, (16, 24)),
+    "segresnet": ({"base_channels": 8, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)}, (8, 12)),
+    "attention-unet": ({"channels": (4, 8, 8)}, (8, 16)),
+    "unetr": ({"base_channels": 4, "hidden": 12, "mlp": 16, "heads": 2}, (16, 32)),
+    "swinunetr": ({"base_channels": 12, "window": 2}, (32, 64)),
+    "umamba-bot": ({"base_channels": 4, "blocks": 1, "decoder_blocks": 1}, (16, 24)),
+    "umamba-enc": ({"base_channels": 4, "blocks": 2, "decoder_blocks": 1, "residual": False}, (16, 24)),
+    "ultralight-vm-unet": ({"channels": (8, 8, 8, 8, 8, 16), "state_size": 4}, (32, 64)),
     "transunet": (
         {"depths": (1, 2, 1), "width": 4, "hidden": 16, "layers": 1, "heads": 2, "mlp": 16, "dropout": 0.0}
         | {"decoder": (8, 8, 4, 4)},
         (32, 48),
     ),
-    "nnformer": ({"filters": 6, "heads": (1, 2, 2, 2)}, (32, 64)),
+    "nnformer": ({"base_channels": 6, "heads": (1, 2, 2, 2)}, (32, 64)),
     "deeplabv3plus": ({"backbone": "resnet50", "width": 4, "features": 16, "low": 4}, (32, 48)),
 }
-CASES = [(name, dims) for name, (_, _, known) in PEERS.items() for dims in known]
+CASES = [(name, dims) for name, (_, _, known) in BASELINES.items() for dims in known]
 ALL = pytest.mark.parametrize(("name", "dims"), CASES)
 
 
@@ -59,11 +59,12 @@ def tiny(name: str, dims: int, channels: int = 1, classes: int = 3, **options: A
 
 
 def test_every_peer_has_facts_and_a_small_version_here() -> None:
-    assert set(FACTS) == set(PEERS) == set(TINY)
-    assert set(names()) == set(PEERS) | set(PRESETS)
-    assert not set(PEERS) & set(PRESETS)
+    assert set(FACTS) == set(BASELINES) == set(TINY)
+    assert set(names()) == set(BASELINES) | set(PRESETS)
+    assert not set(BASELINES) & set(PRESETS)
 
 
+@pytest.mark.slow
 def test_naming_the_peers_imports_no_monai() -> None:
     code = "import sys, lightm.lab.complexity.report as known; known.source_of('unet'); print('monai' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -79,6 +80,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @ALL
 def test_a_step_lowers_the_loss_and_reaches_every_parameter(name: str, dims: int) -> None:
     torch.manual_seed(0)
@@ -100,6 +102,7 @@ def test_a_step_lowers_the_loss_and_reaches_every_parameter(name: str, dims: int
     assert losses[1] < losses[0]
 
 
+@pytest.mark.slow
 @ALL
 def test_a_model_folder_gives_back_the_same_network(name: str, dims: int, tmp_path: Path) -> None:
     torch.manual_seed(1)
@@ -153,7 +156,7 @@ def test_a_single_voxel_cannot_be_normalised(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["unetr", "transunet", "nnformer"])
 def test_networks_with_learnt_positions_take_one_size(name: str) -> None:
-    dims = PEERS[name][2][-1]
+    dims = BASELINES[name][2][-1]
     network, size = tiny(name, dims), tiny_size(name, dims)
     other = (*size[:-1], size[-1] * 2)
     with pytest.raises(ValueError, match=rf"X={size[-1] * 2}, but this network was built for .*use X={size[-1]}"):
@@ -178,10 +181,10 @@ def test_networks_with_learnt_positions_take_one_size(name: str) -> None:
         (("dynunet", 3, 1, 2), {}, "image_size is missing"),
         (("dynunet", 2, 1, 2, (8, 8)), {}, "use 16 or more"),
         (("dynunet", 2, 1, 2, (64, 64)), {"spacing": (1, 1, 1)}, "2 positive numbers"),
-        (("segresnet", 3, 1, 2), {"filters": 12}, "8 groups"),
-        (("swinunetr", 3, 1, 2), {"filters": 20}, "multiple of 12"),
+        (("segresnet", 3, 1, 2), {"base_channels": 12}, "8 groups"),
+        (("swinunetr", 3, 1, 2), {"base_channels": 20}, "multiple of 12"),
         (("deeplabv3plus", 2, 1, 2), {"backbone": "resnet5"}, "did you mean 'resnet50'"),
-        (("ultralight-vm-unet", 2, 1, 2), {"filters": (8, 16)}, "six widths"),
+        (("ultralight-vm-unet", 2, 1, 2), {"channels": (8, 16)}, "six widths"),
         (("umamba-bot", 2, 1, 2, (32, 32)), {"blocks": 0}, "one or more"),
     ],
 )
@@ -194,7 +197,7 @@ def test_own_networks_ignore_the_image_size() -> None:
     states = []
     for size in ((24, 24), None):
         torch.manual_seed(2)
-        states.append(create("lightm-unet-small", 2, 1, 2, size, filters=8).state_dict())
+        states.append(create("lightm-unet-small", 2, 1, 2, size, base_channels=8).state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
@@ -247,7 +250,7 @@ def test_the_document_holds_the_generated_table() -> None:
 # ---- the whole way -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "options"), [("dynunet", {"filters": 4}), ("unetr", {**TINY["unetr"][0]})])
+@pytest.mark.parametrize(("name", "options"), [("dynunet", {"base_channels": 4}), ("unetr", {**TINY["unetr"][0]})])
 def test_a_peer_is_trained_saved_and_predicts(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     data = make_balls(tmp_path / "Dataset001_Balls", cases=4, size=32, dims=2, classes=1)
     result = train_model(

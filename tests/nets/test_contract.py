@@ -17,7 +17,7 @@ from lightm.errors import InputError
 from lightm.nets import PRESETS, create, load_model, save_model
 
 SMALL = {
-    "filters": 8,
+    "base_channels": 8,
     "encoder_layers": (1, 2, 1),
     "bottleneck_layers": 2,
     "blocks_down": (1, 1, 1, 1),
@@ -49,6 +49,7 @@ def case(name: str, dims: int, *, batch: int = 2, channels: int = 1, seed: int =
     return network, torch.randn(batch, channels, *size(network, dims))
 
 
+@pytest.mark.slow
 @every_preset
 @in_2d_and_3d
 @pytest.mark.parametrize(("batch", "channels"), [(1, 4), (2, 1)])
@@ -72,6 +73,7 @@ def test_logits_gradients_and_one_step_of_learning(name: str, dims: int, batch: 
     assert after < loss
 
 
+@pytest.mark.slow
 @every_preset
 @in_2d_and_3d
 def test_modes_batches_and_seeds_do_not_change_the_result(name: str, dims: int) -> None:
@@ -89,6 +91,7 @@ def test_modes_batches_and_seeds_do_not_change_the_result(name: str, dims: int) 
     torch.testing.assert_close(one_by_one, evaluated, rtol=1e-4, atol=1e-4 * scale)
 
 
+@pytest.mark.slow
 @every_preset
 @in_2d_and_3d
 def test_a_saved_model_is_the_same_one(name: str, dims: int, tmp_path: Path) -> None:
@@ -126,9 +129,9 @@ def test_wrong_images_are_refused(name: str, dims: int) -> None:
         ((4, 1, 3), {}, "spatial_dims 4.*2 or 3"),
         ((3, 0, 3), {}, "in_channels 0.*at least one"),
         ((3, 1, 0), {}, "out_channels 0"),
-        ((3, 1, 3), {"filters": 20}, "filters 20 are not divisible by the 8 groups"),
-        ((3, 1, 3), {"filters": 8, "groups": 3}, "filters 8 are not divisible by the 3 groups"),
-        ((3, 1, 3), {"layer": "spm", "filters": 8, "parts": 3}, "8 channels are not divisible by (the )?3 parts"),
+        ((3, 1, 3), {"base_channels": 20}, "base_channels 20 is not divisible by the 8 groups"),
+        ((3, 1, 3), {"base_channels": 8, "groups": 3}, "base_channels 8 is not divisible by the 3 groups"),
+        ((3, 1, 3), {"layer": "spm", "base_channels": 8, "parts": 3}, "8 channels are not divisible by (the )?3 parts"),
         ((3, 1, 3), {"blocks_up": (1,)}, "blocks_up"),
         ((3, 1, 3), {"no_such_option": 1}, "no_such_option"),
     ],

@@ -23,7 +23,7 @@ PLAN = {"dataset": "Dots", "labels": {"background": 0, "dot": 1}, "spacing_mm": 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    state = create("lightm-unet-small", 2, 1, 2, filters=8).state_dict()
+    state = create("lightm-unet-small", 2, 1, 2, base_channels=8).state_dict()
     return save_model(tmp_path / "model", network=NETWORK, state_dict=state, plan=PLAN, training={})
 
 
@@ -38,13 +38,13 @@ def exchange(model: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 HUGE: list[dict[str, Any]] = [
-    {"filters": 8_000_000},
-    {"filters": 2**62},
-    {"filters": 10**30},
-    {"filters": -8},
-    {"filters": 8.5},
-    {"filters": "8"},
-    {"filters": None},
+    {"base_channels": 8_000_000},
+    {"base_channels": 2**62},
+    {"base_channels": 10**30},
+    {"base_channels": -8},
+    {"base_channels": 8.5},
+    {"base_channels": "8"},
+    {"base_channels": None},
     {"bottleneck_layers": 10**9},
     {"bottleneck_layers": 100_000},
     {"encoder_layers": [10**9]},
@@ -64,9 +64,10 @@ HUGE: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", HUGE, ids=[str(options)[:40] for options in HUGE])
 def test_a_description_of_a_huge_or_impossible_network_is_refused_at_once(model: Path, options: dict[str, Any]) -> None:
-    describe(model, network={**NETWORK, "options": {"filters": 8, **options}})
+    describe(model, network={**NETWORK, "options": {"base_channels": 8, **options}})
     before = peak_bytes()
     began = time.monotonic()
     with pytest.raises(InputError, match=r"model\.(json|safetensors)"):
@@ -94,14 +95,14 @@ def peak_bytes() -> int:
         {"spatial_dims": None},
         {"name": "swinunetr", "image_size": [96, 96], "options": {"feature_size": 24 * 10**6}},
         {"name": "swinunetr", "options": {"depths": [10**9] * 4}},
-        {"name": "dynunet", "options": {"filters": [10**9] * 3}},
+        {"name": "dynunet", "options": {"base_channels": [10**9] * 3}},
         {"name": "unetr", "image_size": [10**7, 10**7], "options": {}},
         {"name": "umamba-bot", "options": {}},
         {"name": "nothing"},
         {"name": ["lightm"]},
         {"name": None},
         {"options": 5},
-        {"options": [["filters", 10**9]]},
+        {"options": [["base_channels", 10**9]]},
         {"surplus": 1},
     ],
     ids=lambda changes: str(changes)[:50],
@@ -167,6 +168,7 @@ def test_descriptions_that_break_parsers_are_refused(model: Path) -> None:
         load_model(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [2, 3])
 def test_every_network_is_built_from_its_own_description(tmp_path: Path, dims: int) -> None:
     torch.manual_seed(0)

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from lightm import ops
 from lightm.errors import InputError
+from lightm.nets import parameter_groups
 from lightm.nets.mamba2 import VSS2
 
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"inner_norm": False},
-    {"head_dim": 8, "state_size": 4, "taps": 3},
+    {"head_dim": 8, "state_size": 4, "d_conv": 3},
     {"parts": 2},
     {"parts": 4, "shared": True, "head_dim": 4, "expand": 1},
-    {"taps": 1, "expand": 3},
+    {"d_conv": 1, "expand": 3},
 ]
 
 
@@ -39,7 +40,7 @@ def test_parameter_count_equals_the_closed_form(options: dict[str, Any]) -> None
     defaults = {
         "state_size": 16,
         "expand": 2,
-        "taps": 4,
+        "d_conv": 4,
         "head_dim": 16,
         "inner_norm": True,
         "parts": 1,
@@ -58,8 +59,8 @@ def by_hand(module: VSS2, w: Tensor) -> Tensor:
     """The equation of one part, with plain PyTorch and a loop over the tokens."""
     e, n, p = module.inner, module.state_size, module.head_dim
     z, xbc, dt = F.linear(w, module.in_proj.weight[0]).split((e, e + 2 * n, e // p), dim=-1)
-    taps = module.conv_weight.shape[-1]
-    padded = F.pad(xbc.mT, (taps - 1, 0))
+    d_conv = module.conv_weight.shape[-1]
+    padded = F.pad(xbc.mT, (d_conv - 1, 0))
     xbc = F.silu(F.conv1d(padded, module.conv_weight[0].unsqueeze(1), module.conv_bias[0], groups=e + 2 * n)).mT
     x, b, c = xbc.split((e, n, n), dim=-1)
     dt = F.softplus(dt + module.dt_bias[0])
@@ -123,7 +124,7 @@ def test_overlapping_pieces_are_the_whole(options: dict[str, Any]) -> None:
         whole, last = module(w, return_state=True)
         state, outs = None, []
         for first, stop in ((0, 2), (2, 33), (33, 80)):
-            halo = min(module.taps - 1, first)
+            halo = min(module.d_conv - 1, first)
             out, state = module(w[:, first - halo : stop], state, halo=halo, return_state=True)
             outs.append(out)
     torch.testing.assert_close(torch.cat(outs, dim=1), whole, rtol=1e-5, atol=1e-6)
@@ -166,8 +167,9 @@ def test_start_is_mambas() -> None:
 
 def test_what_weight_decay_leaves_alone() -> None:
     module = VSS2(16)
-    marked = {name for name, parameter in module.named_parameters() if getattr(parameter, "no_decay", False)}
-    assert marked == {"A_log", "conv_weight", "conv_bias", "dt_bias", "d_skip", "norm_weight", "norm_bias"}
+    rest = {id(parameter) for parameter in parameter_groups(module, 0.1)[1]["params"]}
+    left = {name for name, parameter in module.named_parameters() if id(parameter) in rest}
+    assert left == {"A_log", "conv_weight", "conv_bias", "dt_bias", "d_skip", "norm_weight", "norm_bias"}
 
 
 def test_runs_on_the_scan_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +205,6 @@ def test_refused(channels: int, options: dict[str, Any], message: str) -> None:
 
 def test_a_carry_of_another_module_is_refused() -> None:
     w = torch.randn(1, 8, 16)
-    _, carry = VSS2(16, taps=3)(w, return_carry=True)
+    _, carry = VSS2(16, d_conv=3)(w, return_carry=True)
     with pytest.raises(InputError, match=r"carry's tokens have shape \(1, 2, 64\), expected \(1, 3, 64\)"):
         VSS2(16)(w, carry)

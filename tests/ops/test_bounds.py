@@ -15,6 +15,8 @@ import torch
 from lightm.ops import bounds
 from lightm.ops.bounds import Address, KernelBoundsError
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 USES = [
     "linear", "linear, odd", "conv1d", "depthwise 2D", "depthwise 3D", "max_pool2 2D", "max_pool2 3D", "avg_pool2 2D",

@@ -35,6 +35,7 @@ def pool_once(cache: Path, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_note_once_and_kept_on_disk(tmp_path: Path) -> None:
     assert pool_once(tmp_path) == [CHOSEN, NOTE, "1.0"]
     assert len(list(tmp_path.rglob("*.kernel"))) == 1
@@ -42,6 +43,7 @@ def test_note_once_and_kept_on_disk(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "empty", "bit", "of another version", "of Numba"])
 def test_a_damaged_file_is_said_and_compiled_again(tmp_path: Path, damage: str) -> None:
     pool_once(tmp_path)
@@ -60,6 +62,7 @@ def test_a_damaged_file_is_said_and_compiled_again(tmp_path: Path, damage: str) 
     assert pool_once(tmp_path) == [CHOSEN, "1.0"]  # mended
 
 
+@pytest.mark.slow
 def test_files_of_other_processors_are_left_alone(tmp_path: Path) -> None:
     pool_once(tmp_path, NUMBA_CPU_NAME="x86-64-v3", NUMBA_CPU_FEATURES="+avx2,+fma")
     first = set(tmp_path.rglob("*.kernel"))
@@ -67,6 +70,7 @@ def test_files_of_other_processors_are_left_alone(tmp_path: Path) -> None:
     assert set(tmp_path.rglob("*.kernel")) > first
 
 
+@pytest.mark.slow
 def test_files_of_numbas_own_cache_are_not_read(tmp_path: Path) -> None:
     pool_once(tmp_path)
     (path,) = tmp_path.rglob("*.kernel")

@@ -12,6 +12,8 @@ from pathlib import Path
 import kernel_cache
 import pytest
 
+pytestmark = pytest.mark.slow
+
 LINEAR, NETWORK = "linear", "lightm-small 3D, inference"
 USES = [LINEAR, "linear, odd", "layer rvm, bidirectional, inference", "layer spm, axes, inference", NETWORK]
 

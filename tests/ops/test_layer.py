@@ -49,7 +49,7 @@ def _layer(name: str, scan: str = "raster", seed: int = 0) -> TokenLayer:
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    layer.recompute = False
+    layer.checkpointing = False
     return layer
 
 
@@ -147,6 +147,7 @@ def test_chunks_cover_all_tokens(tokens: int, slab: int, longest: int) -> None:
     assert all(0 < last - first <= longest and first // slab == (last - 1) // slab for first, last in chunks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rvm", "rvm, N 4, no inner norm", "spm", "spm, half vectors"])
 @pytest.mark.parametrize("rows", [1, 2, 4, 6])
 def test_kept_states_are_the_scans(monkeypatch: pytest.MonkeyPatch, name: str, rows: int) -> None:

@@ -229,6 +229,7 @@ def test_only_gradients_that_are_asked_for(needed: tuple[bool, ...]) -> None:
     assert tuple(x.grad is not None for x in given) == needed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [0, 3])
 def test_registered_operators(parts: int) -> None:
     x, grad = torch.randn(9, 6, requires_grad=True), torch.randn(9, 12, requires_grad=True)

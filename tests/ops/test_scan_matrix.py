@@ -21,6 +21,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "channels", "states", "optional"), CASES)
 def test_against_oracle(length: int, channels: int, states: int, optional: str) -> None:
     inputs = make_inputs(1, length, channels, states, 0, optional)

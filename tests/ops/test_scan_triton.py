@@ -71,6 +71,7 @@ def _against_oracle(*case: Any) -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_against_oracle(interpreted: Callable[..., Any], case: tuple[Any, ...]) -> None:
     interpreted(_against_oracle, *case)
@@ -84,6 +85,7 @@ def _long_forward() -> float:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_many_chunks(interpreted: Callable[..., Any]) -> None:
     assert interpreted(_long_forward) <= 1e-5
 
@@ -94,6 +96,7 @@ def _bits() -> tuple[Inputs, Inputs]:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_two_runs_are_bit_equal(interpreted: Callable[..., Any]) -> None:
     first, second = interpreted(_bits)
     for name, value in first.items():
@@ -117,6 +120,7 @@ def _split() -> tuple[Inputs, Inputs]:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_cut_with_the_state_carried_equals_whole(interpreted: Callable[..., Any]) -> None:
     assert_close(*interpreted(_split), 1e-5)
 
@@ -146,6 +150,7 @@ def _strided() -> tuple[Inputs, Inputs]:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_any_strides(interpreted: Callable[..., Any]) -> None:
     got, expected = interpreted(_strided)
     assert got.keys() == expected.keys()
@@ -166,6 +171,7 @@ def _extreme(value: float, softplus: bool) -> tuple[Inputs, Inputs]:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "softplus"), [(0.0, False), (1e-8, False), (1e3, False), (-1e3, True), (-20.0, True), (1e3, True)]
 )
@@ -206,6 +212,7 @@ def _kinds() -> dict[str, Any]:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_types_empty_axes_and_registration(interpreted: Callable[..., Any]) -> None:
     found = interpreted(_kinds)
     y, state = found["half"]
@@ -289,6 +296,7 @@ def compiling() -> Iterator[ProcessPoolExecutor]:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", list(KERNELS))
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[1]}")
 def test_compiles_for_gpus(

@@ -27,6 +27,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("case", CASES)
 def test_against_oracle(case: tuple[int, int, int, int, int, int, str, bool], impl: str) -> None:

@@ -164,7 +164,7 @@ def test_module_with_and_without_recomputation(vector: bool, axes: int) -> None:
     x, skip = torch.randn(2, *(3, 5, 2)[:axes], 32), torch.randn(2, *(6, 10, 4)[:axes], 16)
     found = []
     for on in (True, False):
-        stage.recompute = on
+        stage.checkpointing = on
         stage.zero_grad()
         given = [one.clone().requires_grad_() for one in (x, skip)]
         out = stage(*given)

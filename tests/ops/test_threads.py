@@ -84,6 +84,7 @@ def test_forked_child_has_its_own_pool() -> None:
     assert child.exitcode == 0
 
 
+@pytest.mark.slow
 def test_importing_operators_loads_no_compiler() -> None:
     script = "import sys, lightm.ops; print(any(m in sys.modules for m in ('numba', 'llvmlite')))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)

@@ -82,6 +82,7 @@ print("right")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not any(word in os.uname().machine for word in ("x86_64", "AMD64")) if hasattr(os, "uname") else True,
     reason="names x86 processors",

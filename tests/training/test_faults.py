@@ -25,6 +25,8 @@ from tests.helpers import make_balls
 from tests.training.faults import OPTIONS, Server, compare_cases, leftovers, posix
 from tests.training.test_guard import same
 
+pytestmark = pytest.mark.slow
+
 SOAK = int(os.environ.get("LIGHTM_SOAK", "0"))
 
 

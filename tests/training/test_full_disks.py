@@ -27,7 +27,10 @@ from tests.training.faults import OPTIONS, Server, compare_cases, leftovers, pos
 from tests.training.test_guard import same
 from tests.training.test_train import SMALL
 
+pytestmark = pytest.mark.slow
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["last.ckpt", "history.csv", "run.json"])
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     victim: str, balls: Path, whole: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -83,6 +86,7 @@ def fill(path: Path, leave: int) -> None:
             space -= 1 << 16
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_one_error_and_the_run_goes_on_with_space(
     balls: Path, whole: tuple[Path, float], small_disk: Path
 ) -> None:

@@ -75,6 +75,7 @@ def act_before(step: int, act: Callable[[], object]) -> Callable[..., torch.Tens
     return loss_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_stopped_at_random_steps_equals_an_uninterrupted_one_bit_for_bit(
     seed: int, balls: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -98,6 +99,7 @@ def test_a_run_stopped_at_random_steps_equals_an_uninterrupted_one_bit_for_bit(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 @forks
 def test_workers_do_not_change_a_run_and_it_can_be_stopped_with_them(
     balls: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,6 +121,7 @@ def _die() -> None:
     raise _Killed
 
 
+@pytest.mark.slow
 def test_long_epochs_are_kept_within_them(
     balls: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +159,7 @@ def spoil(path: Path, how: str) -> None:
         path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
 def test_a_damaged_checkpoint_is_left_for_the_one_before_it(
     how: str, balls: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -203,6 +207,7 @@ def poisoned(steps: set[int], what: str) -> Callable[..., torch.Tensor | None]:
     return loss_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "words"), [("loss", "the loss is nan"), ("gradient", "a gradient is NaN or inf")])
 def test_values_that_are_not_finite_stop_or_are_skipped_and_counted(
     what: str, words: str, balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -236,7 +241,7 @@ def test_the_command_line_says_what_to_do_at_nan(balls: Path, tmp_path: Path, mo
     from lightm.cli import app
 
     (tmp_path / "small.yaml").write_text(
-        "network: lightm-unet-small\nnetwork_options: {filters: 8, bottleneck_layers: 1}\nval_patches: 2\n"
+        "network: lightm-unet-small\nnetwork_options: {base_channels: 8, bottleneck_layers: 1}\nval_patches: 2\n"
         "settings: {steps_per_epoch: 3}\n",
         encoding="utf-8",
     )
@@ -314,6 +319,7 @@ def test_a_worker_that_is_killed_names_its_case(balls: Path, tmp_path: Path, mon
 # ---- one process a folder -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(balls: Path, tmp_path: Path) -> None:
     run, refused = tmp_path / "run", []
 

@@ -19,6 +19,8 @@ from lightm.training.loaders import PatchLoaders, RankSampler
 from tests.helpers import make_balls
 from tests.training.test_train import SMALL, history
 
+pytestmark = pytest.mark.slow
+
 
 def test_ranks_share_the_indices_of_an_epoch_from_where_it_was_left() -> None:
     samplers = [RankSampler(12, rank, 3) for rank in range(3)]

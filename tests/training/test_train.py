@@ -28,7 +28,7 @@ from tests.messages import on_message
 
 SMALL: dict[str, Any] = {
     "network": "lightm-unet-small",
-    "network_options": {"filters": 8, "bottleneck_layers": 1},
+    "network_options": {"base_channels": 8, "bottleneck_layers": 1},
     "settings": {"steps_per_epoch": 3},
     "val_patches": 2,
 }
@@ -77,6 +77,7 @@ def test_a_run_leaves_everything_a_reader_needs(balls: Path, tmp_path: Path) -> 
     assert said[0].startswith("Epoch 0: train_loss")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_curve_and_weights_and_another_seed_does_not(balls: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train_model(balls, tmp_path / name, epochs=2, seed=seed, **SMALL)
@@ -90,6 +91,7 @@ class _Killed(BaseException):
     """Stands for the end of the process: nothing catches it."""
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(
     balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +116,7 @@ def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_one_message_and_the_run_can_go_on(
     balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,12 +134,14 @@ def test_ctrl_c_ends_with_one_message_and_the_run_can_go_on(
     assert resume_training(tmp_path / "run").epochs == 2
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(balls: Path, tmp_path: Path) -> None:
     train_model(balls, tmp_path / "run", epochs=1, **SMALL)
     assert resume_training(tmp_path / "run", epochs=2).epochs == 2
     assert [row["epoch"] for row in history(tmp_path / "run")] == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_a_time_budget_ends_the_training_and_lets_the_learning_rate_fall(balls: Path, tmp_path: Path) -> None:
     result = train_model(balls, tmp_path / "run", max_time="2s", **SMALL)
     assert "time budget" in result.reason
@@ -144,6 +149,7 @@ def test_a_time_budget_ends_the_training_and_lets_the_learning_rate_fall(balls: 
     assert float(history(tmp_path / "run")[-1]["lr"]) < 1e-3
 
 
+@pytest.mark.slow
 def test_patience_ends_the_training(balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightm.training.loop.EMA", 1.0)  # it never moves
     result = train_model(balls, tmp_path / "run", epochs=9, patience=2, **SMALL)
@@ -180,7 +186,7 @@ def test_wrong_options_are_refused_before_anything_is_written(balls: Path, tmp_p
     run = tmp_path / "run"
     refuse(balls, run, "unknown network 'lightn'", network="lightn", network_options={})
     refuse(balls, run, "unknown recipe 'arls'; did you mean 'arsl'", recipe="arls")
-    refuse(balls, run, "ce\\+dise", loss="ce+dise")
+    refuse(balls, run, "unknown loss 'dise'; did you mean 'dice'", loss="ce+dise")
     refuse(balls, run, "unknown key 'settings.epoch'; did you mean 'epochs'", settings={"epoch": 3})
     refuse(balls, run, "patch size", patch_size=[12, 16, 16])
     refuse(balls, run, "batch_size", batch_size=0)
@@ -302,6 +308,7 @@ def test_a_configuration_of_an_earlier_version_means_what_it_meant(tmp_path: Pat
     assert load_config(path).epochs_given
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_is_resumed(balls: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_model(balls, run, epochs=1, **SMALL)

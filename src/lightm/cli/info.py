@@ -24,7 +24,7 @@ def info(
     in_channels: Annotated[int, typer.Option(help="Channels of the image.")] = 1,
     classes: Annotated[int, typer.Option(help="Classes, background included.")] = 3,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting of the preset: --set filters=16.")
+        list[str] | None, typer.Option("--set", help="Override a setting of the preset: --set base_channels=16.")
     ] = None,
     latency: Annotated[
         bool, typer.Option("--latency", help="Run the network on this machine's CPU and time it.")
@@ -98,7 +98,7 @@ def _name_and_sizes(words: list[str], spatial: str | None) -> tuple[list[str], t
 def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise InputError(f"--set {text}: write name=value, e.g. --set filters=16 or --set 'encoder_layers=[1,2,2]'")
+        raise InputError(f"--set {text}: write name=value, e.g. --set parts=8 or --set 'encoder_layers=[1,2,2]'")
     try:
         return key, json.loads(value)
     except ValueError:

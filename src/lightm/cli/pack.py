@@ -15,13 +15,13 @@ from lightm.cli.common import Json, app, echo
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="Model folder, or the run folder that holds it.")],
-    out: Annotated[Path, typer.Argument(help="File to write; its name ends in .zip.")],
+    out: Annotated[Path, typer.Argument(help="File to write; its name ends in .safetensors.")],
     overwrite: Annotated[bool, typer.Option(help="Replace a file in OUT.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a trained model as a single .zip file, which every verb takes in place of the folder.
+    """Write a trained model as a single file, which every verb takes in place of the folder.
 
-    Example: lightm export runs/hippocampus hippocampus.zip
+    Example: lightm export runs/hippocampus hippocampus.safetensors
     """
     from lightm.api import export as run
 

@@ -29,7 +29,7 @@ def predict(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the label maps.")],
     model: Annotated[
-        Path, typer.Option("--model", "-m", help="Model folder or .zip, or the run folder that holds it.")
+        Path, typer.Option("--model", "-m", help="Model folder or file, or the run folder that holds it.")
     ],
     as_json: Json = False,
     *,

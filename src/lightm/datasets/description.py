@@ -10,7 +10,7 @@ from typing import Any
 
 from lightm.config_io import read_json
 from lightm.errors import InputError
-from lightm.images.io import SUFFIXES
+from lightm.images.io import SUFFIXES, file_suffix
 from lightm.labels import IGNORE_INDEX
 
 MAX_CLASSES = IGNORE_INDEX  # class indices are stored in bytes
@@ -38,7 +38,7 @@ def read_description(file: Path) -> Description:
         raise InputError(f"{file}: expected an object with the keys channel_names, labels and file_ending")
     try:
         ending = content.get("file_ending")
-        if ending is not None and ending not in SUFFIXES:
+        if ending is not None and not (isinstance(ending, str) and file_suffix(f"x{ending}") == ending):
             raise InputError(
                 f"file_ending {_short(ending)} is not a format that can be read; use one of {', '.join(SUFFIXES)}"
             )

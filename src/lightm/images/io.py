@@ -13,11 +13,10 @@ import numpy as np
 
 from lightm.errors import InputError
 from lightm.files import atomic_file
-from lightm.images import dicom, nifti, png
+from lightm.images import dicom, formats, nifti, png
 from lightm.images.finite import check_finite
+from lightm.images.formats import SUFFIXES
 from lightm.images.volume import Volume
-
-SUFFIXES = (".nii.gz", ".nii", ".png")
 
 Kind = Literal["image", "label"]
 
@@ -26,9 +25,9 @@ _ROUNDING = 1e-3
 
 
 def file_suffix(path: Path | str) -> str | None:
-    """Return which of SUFFIXES a file's name ends with (in any case), or None."""
+    """Return which of SUFFIXES or registered endings a file's name ends with (in any case), or None."""
     name = Path(path).name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None) or formats.registered_suffix(name)
 
 
 def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
@@ -67,11 +66,14 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     if size == 0:
         raise InputError(f"{path}: the file is empty (0 bytes); copy or export it again")
     try:
-        volume = png.read(path, kind) if suffix == ".png" else nifti.read(path)
+        if suffix not in SUFFIXES:
+            volume = formats.read_registered(path, suffix)
+        else:
+            volume = png.read(path, kind) if suffix == ".png" else nifti.read(path)
     except MemoryError:
         raise InputError(f"{path}: not enough memory to read its voxels; resample or crop the file") from None
     try:
-        if suffix == ".png":
+        if suffix not in (".nii", ".nii.gz"):
             check_finite(volume.data)
         return volume.with_data(as_label(volume.data)) if kind == "label" else volume
     except InputError as error:
@@ -84,6 +86,8 @@ def voxel_bytes(path: Path) -> int:
     try:
         if not path.is_file() or suffix is None:
             return 0
+        if suffix not in SUFFIXES:
+            return path.stat().st_size
         return png.voxel_bytes(path) if suffix == ".png" else nifti.voxel_bytes(path)
     except OSError:
         return 0
@@ -128,6 +132,8 @@ def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) 
         check_finite(volume.data)
         if kind == "label" or (kind is None and volume.data.dtype in (np.bool_, np.int64, np.uint64)):
             volume = volume.with_data(as_label(volume.data))
+        if suffix not in SUFFIXES:
+            return formats.write_registered(path, suffix, volume)
         encode = png.encoder(volume) if suffix == ".png" else nifti.encoder(volume, suffix == ".nii.gz")
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

@@ -55,7 +55,7 @@ def predict_folder(
 ) -> list[Path]:
     """Segment every case in `inputs` and return the label maps in `out` that are done, sorted by case.
 
-    model: a model folder (`model.safetensors`, `model.json`), its .zip, the run folder that holds one, or a Predictor
+    model: a model folder, a file that `lightm export` wrote, the run folder that holds one, or a Predictor
     made of one of these, whose own options for loading hold then. inputs: what `find_cases` takes: an image; a folder
     of CASE_0000.EXT, CASE_0001.EXT, ... (CASE.EXT with one channel); a dataset, whose imagesTs is taken; with `cases`,
     only these ids, from imagesTr too; DICOM series, which give CASE.nii.gz; a list in a .txt or .csv file; or several

@@ -25,7 +25,7 @@ from lightm.images import dicom
 from lightm.images.dicom_files import dicom_files
 from lightm.inference.budget import parse_memory
 from lightm.inference.statistics import ClassStatistics
-from lightm.nets.zipped import extracted, is_zip_path
+from lightm.nets.folder import read_description
 from lightm.options import Names, Options, PathText
 
 RECORD = "prediction.json"
@@ -188,13 +188,8 @@ def load_record(path: Path) -> Record:
 
 
 def describe_model(model_dir: Path) -> ModelRecord:
-    """Return name and checksums of a model folder or .zip that loads, from its model.json."""
-    if is_zip_path(model_dir) and model_dir.is_file():
-        with extracted(model_dir) as folder:
-            text = (folder / "model.json").read_text(encoding="utf-8")
-    else:
-        text = (model_dir / "model.json").read_text(encoding="utf-8")
-    info: dict[str, Any] = json.loads(text)
+    """Return name and checksums of a model folder or single-file model that loads, from its model.json."""
+    info = read_description(model_dir)
     made_of = {key: info.get(key) for key in ("network", "plan", "postprocess", "weights_sha256")}
     return ModelRecord(
         path=str(model_dir),

@@ -1,17 +1,39 @@
-"""Losses by name: cross-entropies, Dice, (focal) Tversky, the adaptive region-specific loss, and sums of them."""
+"""Losses by name: cross-entropies, Dice, (focal) Tversky, the adaptive region-specific loss, sums of them, own ones."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from lightm.errors import InputError, did_you_mean
 from lightm.losses.base import IGNORE_INDEX, SegmentationLoss, WeightedSum
+from lightm.losses.custom import CustomLoss
 from lightm.losses.overlap import Dice, FocalTversky, Tversky
 from lightm.losses.region_adaptive import AdaptiveRegion
 from lightm.losses.voxelwise import BinaryCrossEntropy, CrossEntropy, TopK
+from lightm.registry import Registry
 
-LOSSES: dict[str, type[SegmentationLoss]] = {
+LossBuilder = Callable[..., Any]
+
+
+def _wrap(builder: Any) -> LossBuilder:
+    if not callable(builder):
+        raise InputError(
+            f"loss builder {builder!r}: expected a class or function that is called as builder(spatial_dims=..., "
+            "num_classes=..., **options) and returns a loss, a callable of logits and target"
+        )
+    result: LossBuilder = builder
+    return result
+
+
+LOSSES: Registry[LossBuilder] = Registry(
+    "loss",
+    "lightm.losses",
+    _wrap,
+    hint="Sums such as ce+dice are known too; add a loss with lightm.register_loss(name, builder).",
+)
+for _name, _builder in {
     "arsl": AdaptiveRegion,
     "bce": BinaryCrossEntropy,
     "ce": CrossEntropy,
@@ -19,8 +41,9 @@ LOSSES: dict[str, type[SegmentationLoss]] = {
     "focal-tversky": FocalTversky,
     "topk": TopK,
     "tversky": Tversky,
-}
-NAMES = (*sorted(LOSSES), "bce+dice", "ce+arsl", "ce+dice", "ce+focal-tversky", "ce+tversky", "topk+dice")
+}.items():
+    LOSSES.add_built_in(_name, _builder)
+NAMES = (*LOSSES.names(), "bce+dice", "ce+arsl", "ce+dice", "ce+focal-tversky", "ce+tversky", "topk+dice")
 
 __all__ = [
     "IGNORE_INDEX",
@@ -29,6 +52,7 @@ __all__ = [
     "AdaptiveRegion",
     "BinaryCrossEntropy",
     "CrossEntropy",
+    "CustomLoss",
     "Dice",
     "FocalTversky",
     "SegmentationLoss",
@@ -36,11 +60,41 @@ __all__ = [
     "Tversky",
     "WeightedSum",
     "create_loss",
+    "loss",
+    "register_loss",
 ]
 
 
-def create_loss(name: str, *, spatial_dims: int, num_classes: int, **options: Any) -> SegmentationLoss:
-    """Return the loss called `name`, one of LOSSES ("ce", "dice", "arsl", ...), or a sum such as "ce+dice".
+def register_loss(name: str, builder: LossBuilder, *, overwrite: bool = False) -> None:
+    """Make a loss of one's own known by a name, wherever LightM takes the name of a loss: alone or in a sum.
+
+    builder: a class or function, called as builder(spatial_dims=..., num_classes=..., **options), of which it needs to
+    take only what it uses; it returns a callable (logits (B, K, *S), target (B, *S) class indices) -> scalar tensor.
+    LightM checks both tensors and hands them over in float32, as `CustomLoss` describes: ignored voxels are
+    labelled 255 (`IGNORE_INDEX`). A subclass of `SegmentationLoss` gets what its own `compute` is given.
+
+    The command line and other programs know the name if a package declares it as an entry point of the group
+    "lightm.losses" (in pyproject.toml: `[project.entry-points."lightm.losses"]`, `my-loss = "my_package:MyLoss"`).
+
+    Raises InputError for a name that is taken (LightM's own are never replaced, others with `overwrite`) or is not one
+    lower-case word, and for a builder that cannot be called.
+
+    >>> import torch
+    >>> from torch.nn.functional import cross_entropy
+    >>> def smoothed(smoothing=0.1):
+    ...     return lambda logits, target: cross_entropy(
+    ...         logits, target, label_smoothing=smoothing, ignore_index=255
+    ...     )
+    >>> lightm.register_loss("smoothed-example", smoothed, overwrite=True)
+    >>> both = lightm.loss("smoothed-example+dice", spatial_dims=2, num_classes=3, smoothing=0.2)
+    >>> both(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)).shape
+    torch.Size([])
+    """
+    LOSSES.register(name, builder, overwrite=overwrite)
+
+
+def loss(name: str, *, spatial_dims: int = 3, num_classes: int = 2, **options: Any) -> SegmentationLoss:
+    """Return the loss called `name` ("ce", "dice", "arsl", ..., or a registered one), or a sum such as "ce+dice".
 
     A sum joins any of them with "+"; `weights=(1.0, 0.5)` weighs its parts in the order of the name (default
     1 each). Every other option goes to the parts that know it: `include_background` and `batch` (overlap
@@ -51,41 +105,62 @@ def create_loss(name: str, *, spatial_dims: int, num_classes: int, **options: An
     and returns a float32 scalar. Raises InputError for an unknown name or option.
 
     >>> import torch
-    >>> loss = lightm.loss("ce+dice", spatial_dims=2, num_classes=2)
+    >>> criterion = lightm.loss("ce+dice", spatial_dims=2, num_classes=2)
     >>> logits, target = torch.zeros(1, 2, 8, 8), torch.zeros(1, 8, 8, dtype=torch.long)
-    >>> round(loss(logits, target).item(), 3)
+    >>> round(criterion(logits, target).item(), 3)
     1.693
     """
     parts = [part.strip() for part in name.lower().split("+")]
-    for part in parts:
-        if part not in LOSSES:
-            hint = did_you_mean(name.lower(), NAMES) if len(parts) == 1 else did_you_mean(part, LOSSES)
-            raise InputError(
-                f"unknown loss {name!r}: expected one of {', '.join(sorted(LOSSES))}, or a sum such as ce+dice{hint}"
-            )
-    if len(set(parts)) < len(parts):
+    if len(parts) == 1 and parts[0] not in LOSSES:
+        hint = did_you_mean(parts[0], NAMES)  # sums too
+        if hint:
+            raise InputError(f"unknown loss {name!r}{hint} Known: {', '.join(sorted(LOSSES.names()))}, and sums.")
+    builders = {part: LOSSES[part] for part in parts}
+    if len(builders) < len(parts):
         raise InputError(f"loss {name!r} names a part twice; weigh the parts with weights=(...) instead")
-    known = {part: _options(LOSSES[part]) for part in parts}
+    known = {part: _options(builder) for part, builder in builders.items()}
     weights = options.pop("weights", None)
     if weights is not None and len(parts) == 1:
         raise InputError(f"loss {name!r} has one part: weights={weights!r} has nothing to weigh; leave it out")
     for option in options:
-        if not any(option in names for names in known.values()):
-            valid = sorted(set().union(*known.values()) | ({"weights"} if len(parts) > 1 else set()))
+        if not any(taken is None or option in taken for taken in known.values()):
+            valid = sorted({name for taken in known.values() for name in taken or ()} - _SIZES)
+            valid += ["weights"] if len(parts) > 1 else []
             raise InputError(
                 f"loss {name!r} has no option {option!r}: expected one of {', '.join(valid)}"
                 f"{did_you_mean(option, valid)}"
             )
-    losses = [
-        LOSSES[part](
-            spatial_dims=spatial_dims,
-            num_classes=num_classes,
-            **{key: value for key, value in options.items() if key in known[part]},
-        )
-        for part in parts
-    ]
+    sizes = {"spatial_dims": spatial_dims, "num_classes": num_classes}
+    losses = [_build(part, builder, known[part], sizes, options) for part, builder in builders.items()]
     return losses[0] if len(losses) == 1 else WeightedSum(losses, weights)
 
 
-def _options(loss: type[SegmentationLoss]) -> set[str]:
-    return set(inspect.signature(loss).parameters) - {"spatial_dims", "num_classes"}
+create_loss = loss  # inside of this package, where a variable is called loss
+
+_SIZES = {"spatial_dims", "num_classes"}
+
+
+def _build(
+    name: str, builder: LossBuilder, taken: set[str] | None, sizes: dict[str, int], options: dict[str, Any]
+) -> SegmentationLoss:
+    given = {key: value for key, value in {**options, **sizes}.items() if taken is None or key in taken}
+    if LOSSES.is_built_in(name):
+        made = builder(**given)
+    else:
+        try:
+            made = builder(**given)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"loss '{name}': {error}") from error
+    if isinstance(made, SegmentationLoss):
+        return made
+    if not callable(made):
+        raise InputError(f"loss '{name}': its builder returned {type(made).__name__}, expected a callable")
+    return CustomLoss(made, **sizes)
+
+
+def _options(builder: LossBuilder) -> set[str] | None:
+    """Names of the arguments that a builder takes; None: any."""
+    parameters = inspect.signature(builder).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {parameter.name for parameter in parameters}

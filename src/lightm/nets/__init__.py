@@ -1,20 +1,31 @@
-"""Networks: blocks, presets by name, and the folder that a trained model is kept in."""
+"""Networks: blocks, networks by name, and the folder that a trained model is kept in."""
 
+from lightm.nets.checkpointing import set_activation_checkpointing
 from lightm.nets.folder import load_model, pack_model, save_model
-from lightm.nets.presets import DEFAULT, PRESETS, count_parameters, create, names
-from lightm.nets.recompute import set_recompute
-
-create_network = create
+from lightm.nets.presets import (
+    DEFAULT,
+    NETWORKS,
+    PRESETS,
+    count_parameters,
+    create,
+    names,
+    network,
+    parameter_groups,
+    register_network,
+)
 
 __all__ = [
     "DEFAULT",
+    "NETWORKS",
     "PRESETS",
     "count_parameters",
     "create",
-    "create_network",
     "load_model",
     "names",
+    "network",
     "pack_model",
+    "parameter_groups",
+    "register_network",
     "save_model",
-    "set_recompute",
+    "set_activation_checkpointing",
 ]

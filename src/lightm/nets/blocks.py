@@ -10,7 +10,7 @@ channels       C, width of a layer's input                 LightM-UNet, arXiv 24
 inner          E = expand * C, width inside of the VSS     Mamba, arXiv 2312.00752, section 3.4
 state_size     N, states a channel                         Mamba, section 3.2
 dt_rank        R = ceil(C / 16)                            Mamba, section 3.6
-taps           K, taps of the causal convolution           Mamba, figure 3
+d_conv         K, kernel size of the causal convolution           Mamba, figure 3
 skip_scale     s, scale of the residual                    LightM-UNet, Eq. 1
 =============  ==========================================  ===================================
 """
@@ -22,20 +22,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lightm import ops
+from lightm.nets.checkpointing import checkpointed, should_checkpoint
+from lightm.nets.intact import fusible, intact, linear
 from lightm.nets.mamba2 import VSS2
-from lightm.nets.recompute import recomputed, recomputes
-from lightm.nets.state_space import decay_rates, init_conv, init_dt_bias, without_decay
+from lightm.nets.state_space import decay_rates, init_conv, init_dt_bias
 from lightm.nets.token_layer import TokenLayer
 
 
+@fusible
 class DWConv(nn.Module):
     """Depthwise convolution of 3^d, then a pointwise one: (B, *S, in_channels) -> (B, *S, out_channels).
 
     `kernel_size=1` gives the head's form: a scale for each channel, then the pointwise product.
     Parameters: in * kernel_size^d + in * out, plus in + out with `bias`.
     """
+
+    no_decay = ("depthwise",)
 
     def __init__(
         self,
@@ -55,13 +60,12 @@ class DWConv(nn.Module):
         self.pointwise = nn.Linear(in_channels, out_channels, bias=bias)
         bound = math.sqrt(1.0 / kernel_size**spatial_dims)
         nn.init.uniform_(self.depthwise, -bound, bound)
-        without_decay(self.depthwise)
 
     def forward(self, x: Tensor) -> Tensor:
         x = ops.depthwise_conv(x, self.depthwise) if self.kernel_size == 3 else x * self.depthwise.reshape(-1)
         if self.depthwise_bias is not None:
             x = x + self.depthwise_bias
-        return ops.linear(x, self.pointwise.weight, self.pointwise.bias)
+        return linear(self.pointwise, x)
 
 
 class ConvStem(nn.Module):
@@ -87,17 +91,19 @@ class PositionConv(nn.Module):
     Source: the conditional positional encoding of arXiv 2102.10882. (B, *S, C) -> (B, *S, C); 3^d * C parameters.
     """
 
+    no_decay = ("weight",)
+
     def __init__(self, channels: int, spatial_dims: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*(3,) * spatial_dims, channels))
         bound = math.sqrt(1.0 / 3**spatial_dims)
         nn.init.uniform_(self.weight, -bound, bound)
-        without_decay(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + ops.depthwise_conv(x, self.weight)
 
 
+@fusible
 class VSS(nn.Module):
     """State-space module: out = Linear(LayerNorm(SSM(SiLU(DWConv(Linear(W))))) * SiLU(Linear(W))).
 
@@ -107,22 +113,24 @@ class VSS(nn.Module):
     (B, L, C) -> (B, L, C). Time and memory grow linearly with L.
     """
 
+    no_decay = ("A_log", "conv_weight")
+
     def __init__(
         self,
         channels: int,
         *,
         state_size: int = 16,
         expand: int = 2,
-        taps: int = 4,
+        d_conv: int = 4,
         dt_rank: int | None = None,
         inner_norm: bool = True,
     ) -> None:
         super().__init__()
         inner = expand * channels
-        self.inner, self.state_size, self.taps = inner, state_size, taps
+        self.inner, self.state_size, self.d_conv = inner, state_size, d_conv
         self.dt_rank = math.ceil(channels / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(inner, taps))
+        self.conv_weight = nn.Parameter(torch.empty(inner, d_conv))
         self.conv_bias = nn.Parameter(torch.empty(inner))
         self.x_proj = nn.Linear(inner, self.dt_rank + 2 * state_size, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, inner)
@@ -133,7 +141,6 @@ class VSS(nn.Module):
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         init_conv(self.conv_weight, self.conv_bias)
         init_dt_bias(self.dt_proj.bias)
-        without_decay(self.A_log, self.conv_weight)
 
     @property
     def inner_total(self) -> int:
@@ -147,30 +154,44 @@ class VSS(nn.Module):
 
         With `state` (B, E, N) the scan goes on from there; with `return_state` the last state comes too.
         """
-        in_x, in_z = self.in_proj.weight.chunk(2)
-        z = ops.linear(w[:, halo:], in_z)  # (B, L, E)
-        # (B, L, E): with two products instead of one their gradients need not be joined
-        u = ops.causal_conv1d(ops.linear(w, in_x), self.conv_weight, self.conv_bias, activation="silu")[:, halo:]
-        low, B, C = (
-            ops.linear(u, weight) for weight in self.x_proj.weight.split([self.dt_rank, *[self.state_size] * 2])
-        )
+        x, z = self._in_proj(w, halo)  # (B, halo + L, E), (B, L, E)
+        u = ops.causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu")[:, halo:]
+        low, B, C = self._x_proj(u)
+        # where it is intact, the bias of dt_proj goes into the scan, which adds it before its softplus
+        plain = intact(self.dt_proj)
         y, end = ops.selective_scan_with_state(
             u,
-            ops.linear(low, self.dt_proj.weight),
+            ops.linear(low, self.dt_proj.weight) if plain else self.dt_proj(low),
             decay_rates(self.A_log),
             B,
             C,
             d_skip=self.d_skip,
             z=z if self.norm is None else None,
-            # the bias of dt_proj goes into the scan, which adds it before its softplus
-            delta_bias=self.dt_proj.bias,
+            delta_bias=self.dt_proj.bias if plain else None,
             delta_softplus=True,
             initial_state=state,
         )
         if self.norm is not None:
-            y = ops.gated_norm(y, z, self.norm.weight, self.norm.bias, eps=self.norm.eps)
-        out = ops.linear(y, self.out_proj.weight)
+            if intact(self.norm):
+                y = ops.gated_norm(y, z, self.norm.weight, self.norm.bias, eps=self.norm.eps)
+            else:
+                y = self.norm(y) * functional.silu(z)
+        out = linear(self.out_proj, y)
         return (out, end) if return_state else out
+
+    def _in_proj(self, w: Tensor, halo: int) -> tuple[Tensor, Tensor]:
+        if not intact(self.in_proj):
+            x, z = self.in_proj(w).chunk(2, dim=-1)
+            return x, z[:, halo:]
+        in_x, in_z = self.in_proj.weight.chunk(2)
+        z = ops.linear(w[:, halo:], in_z)
+        return ops.linear(w, in_x), z  # with two matmuls instead of one their gradients need not be joined
+
+    def _x_proj(self, u: Tensor) -> tuple[Tensor, ...]:
+        sizes = [self.dt_rank, self.state_size, self.state_size]
+        if not intact(self.x_proj):
+            return tuple(self.x_proj(u).split(sizes, dim=-1))
+        return tuple(ops.linear(u, weight) for weight in self.x_proj.weight.split(sizes))
 
     def layer_tensors(self) -> dict[str, Any]:
         """This module's part of `ops.LayerParameters`."""
@@ -227,6 +248,7 @@ class RVM(TokenLayer):
         )
 
 
+@fusible
 class GroupNormReLU(nn.Module):
     """GroupNorm and ReLU on channels-last data, without a copy into another layout."""
 
@@ -236,6 +258,8 @@ class GroupNormReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
+        if not intact(norm):
+            return functional.relu(norm(x.movedim(-1, 1))).movedim(1, -1).contiguous()
         return ops.group_norm_relu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
     def tensors(self) -> ops.GroupNormParameters:
@@ -257,12 +281,18 @@ class DecoderStage(nn.Module):
         self.conv = DWConv(half, half, spatial_dims)
         self.skip_scale = nn.Parameter(torch.ones(half if vector_scale else 1))
         self.norm2 = GroupNormReLU(half, groups)
-        self.recompute: bool | None = None
+        self.checkpointing: bool | None = None
 
     def forward(self, x: Tensor, skip: Tensor, *, overwrite_skip: bool = False) -> Tensor:
         """`overwrite_skip` lets a call without gradients compute in the skip's memory: its content is lost."""
-        again = recomputes(self.recompute, 8 * skip.numel())  # keeping would keep about eight tensors of that size
-        if (again or not torch.is_grad_enabled()) and ops.stage_runs_fused(x, skip, self.reduce.weight):
+        again = should_checkpoint(
+            self.checkpointing, 8 * skip.numel()
+        )  # keeping would keep about eight tensors of that size
+        if (
+            (again or not torch.is_grad_enabled())
+            and intact(*self._modules.values())
+            and ops.stage_runs_fused(x, skip, self.reduce.weight)
+        ):
             return ops.decoder_stage(
                 ops.linear(x, self.reduce.weight),
                 skip,
@@ -273,22 +303,18 @@ class DecoderStage(nn.Module):
                 self.norm2.tensors(),
                 overwrite_skip=overwrite_skip,
             )
-        return recomputed(self._plain, self.parameters(), again, x, skip)
+        return checkpointed(self._plain, self.parameters(), again, x, skip)
 
     def _plain(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = ops.upsample_linear2(ops.linear(x, self.reduce.weight)) + skip
+        x = ops.upsample_linear2(linear(self.reduce, x)) + skip
         return self.norm2(torch.addcmul(self.conv(self.norm1(x)), x, self.skip_scale))
 
 
-def run_head(norm: GroupNormReLU, conv: DWConv, x: Tensor, recompute: bool | None) -> Tensor:
+def run_head(norm: GroupNormReLU, conv: DWConv, x: Tensor, checkpointing: bool | None) -> Tensor:
     """The head, norm, ReLU, DWConv 1: (B, *S, C) -> (B, *S, classes), raw logits."""
-    again = recomputes(recompute, 4 * x.numel())
-    offset, bias = conv.depthwise_bias, conv.pointwise.bias
-    if (
-        offset is not None
-        and bias is not None
-        and (again or not torch.is_grad_enabled())
-        and ops.stage_runs_fused(x, conv.pointwise.weight)
-    ):
-        return ops.decoder_head(x, norm.tensors(), conv.depthwise.reshape(-1), offset, conv.pointwise.weight, bias)
-    return recomputed(lambda x: conv(norm(x)), [*norm.parameters(), *conv.parameters()], again, x)
+    again = should_checkpoint(checkpointing, 4 * x.numel())
+    if (again or not torch.is_grad_enabled()) and intact(norm, conv) and ops.stage_runs_fused(x, conv.pointwise.weight):
+        offset, bias = conv.depthwise_bias, conv.pointwise.bias
+        if offset is not None and bias is not None:
+            return ops.decoder_head(x, norm.tensors(), conv.depthwise.reshape(-1), offset, conv.pointwise.weight, bias)
+    return checkpointed(lambda x: conv(norm(x)), [*norm.parameters(), *conv.parameters()], again, x)

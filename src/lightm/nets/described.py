@@ -1,39 +1,45 @@
 """A network built from a description that others wrote, together with weights, without trusting either.
 
-The description may ask for any number of layers of any width. What bounds it are the weights beside it: a network
-that does not have just their names and shapes is refused before its memory is asked for.
+The description may ask for any number of layers of any width. What bounds it: no long lists and no large numbers in the
+settings of LightM's own networks and of the baselines, and the weights beside it. A network that does not have just
+their names and shapes is refused before its memory is asked for.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
 
+from lightm.config_io import validated
 from lightm.errors import InputError
-from lightm.nets.presets import create
+from lightm.nets.presets import NETWORKS, create, current_options
 
 OWN = "own:"
 """How the name of a network begins that is no name but a module of the caller's."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Modules and parameters may be registered more often than they have names in the state: shared ones, and those that
-# are put together and then taken apart. No network here does so for half of them.
-_SPARE = 2
-_FREE = 1000
-# Networks that PyTorch cannot build without memory: no setting of theirs may be larger than this.
-_MAX_SETTING = 4096
+# Far above any setting of a network that trains, far below one that takes minutes to lay out.
+_MAX_SETTINGS = 10_000
+
+
+class Description(BaseModel):
+    """A network as `model.json` describes it: what `lightm.nets.create` takes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    spatial_dims: Annotated[int, Field(ge=2, le=3)]
+    in_channels: Annotated[int, Field(ge=1, le=1000)]
+    out_channels: Annotated[int, Field(ge=1, le=1000)]
+    image_size: list[Annotated[int, Field(ge=1, le=_MAX_SETTINGS)]] | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 def tensor_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
@@ -48,42 +54,38 @@ def tensor_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
 def create_described(described: Mapping[str, Any], shapes: Shapes, where: Path, weights: Path) -> nn.Module:
     """Return the network of a description, with fresh weights, if its tensors have the names and shapes given.
 
-    described: name, spatial_dims, in_channels, out_channels and options, as `create` takes them. where, weights: the
-    files for messages. It is built without memory first (on PyTorch's meta device), and no further than
-    the number of tensors allows. Raises InputError for all else. Cost: some 20 ms more than `create`.
+    described: name, spatial_dims, in_channels, out_channels and options, as `create` takes them; options may have
+    their former names. where, weights: the files for messages. The network is laid out without memory first (on
+    PyTorch's meta device). Raises InputError for all else. Cost: some 20 ms more than `create`.
     """
-    settings = {key: value for key, value in described.items() if key != "options"}
-    if str(settings.get("name")).startswith(OWN):
+    if str(described.get("name")).startswith(OWN):
         raise InputError(
-            f"{where}: trained with a network of your own, '{str(settings['name']).removeprefix(OWN)}', which no file "
+            f"{where}: trained with a network of your own, '{str(described['name']).removeprefix(OWN)}', which no file "
             "holds; make it again as it was and give it: lightm.load(..., network=module)"
         )
+    description = validated(Description, dict(described), f"{where}: network")
+    name = description.name
     try:
-        options = dict(described.get("options", {}))
-        with _bounded(_SPARE * len(shapes) + _FREE), torch.random.fork_rng(devices=[]):
+        options = current_options(name, description.options)
+        arguments = {**description.model_dump(exclude={"options"}, exclude_none=True), **options}
+        if NETWORKS.is_built_in(name) and _total(options) > _MAX_SETTINGS:
+            raise InputError(f"network '{name}': settings that add up to more than {_MAX_SETTINGS}")
+        with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's generator is left alone
             try:
                 with torch.device("meta"):
-                    expected = create(**settings, **options).state_dict()
-            except RuntimeError as error:
+                    expected = create(**arguments).state_dict()
+            except (RuntimeError, NotImplementedError) as error:  # a network that computes numbers while it is built
                 if "meta" not in str(error):
                     raise
-                _check_settings({**settings, **options})
-                expected = create(**settings, **options).state_dict()
+                expected = create(**arguments).state_dict()
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    except _TooLargeError:
-        raise InputError(
-            f"{weights}: weights of another network than '{settings.get('name')}': {len(shapes)} tensors, and the "
-            f"network described in {where.name} has many more"
-        ) from None
-    except TypeError as error:
-        raise InputError(f"{where}: its 'network' is not complete ({error})") from error
     except Exception as error:  # impossible settings end in errors of any kind
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{where}: its 'network' cannot be built ({reason}); the file is damaged") from error
-    check_shapes(expected, shapes, str(settings.get("name")), weights)
-    with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's generator is left alone
-        return create(**settings, **options)
+    check_shapes(expected, shapes, name, weights)
+    with torch.random.fork_rng(devices=[]):
+        return create(**arguments)
 
 
 def check_shapes(expected: Mapping[str, torch.Tensor], shapes: Shapes, name: str, weights: Path) -> None:
@@ -97,36 +99,10 @@ def check_shapes(expected: Mapping[str, torch.Tensor], shapes: Shapes, name: str
         )
 
 
-class _TooLargeError(Exception):
-    """More modules or parameters than the weights can fill."""
-
-
-@contextmanager
-def _bounded(most: int) -> Iterator[None]:
-    """Raise _TooLargeError where this thread registers more than `most` modules and parameters in the block."""
-    left, thread = [most], threading.get_ident()
-
-    def count(module: nn.Module, name: str, part: Any) -> None:
-        if threading.get_ident() == thread:
-            left[0] -= 1
-            if left[0] < 0:
-                raise _TooLargeError
-
-    hooks = [register_module_module_registration_hook(count), register_module_parameter_registration_hook(count)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _check_settings(value: Any) -> None:
-    if isinstance(value, dict):
+def _total(value: Any) -> float:
+    """The sum of all numbers in a setting, and of the lengths of its lists."""
+    if isinstance(value, Mapping):
         value = list(value.values())
-    if isinstance(value, list):
-        if len(value) > 100:
-            raise ValueError(f"a list of {len(value)} settings")
-        for part in value:
-            _check_settings(part)
-    elif isinstance(value, (int, float)) and abs(value) > _MAX_SETTING:
-        raise ValueError(f"a setting of {value}")
+    if isinstance(value, (list, tuple)):
+        return len(value) + sum(_total(part) for part in value)
+    return abs(value) if isinstance(value, (int, float)) else 0

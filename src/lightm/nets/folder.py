@@ -1,10 +1,11 @@
-"""A trained model on disk: a folder of `model.safetensors`, `model.json` and `card.md`, or a zip of these three.
+"""A trained model on disk: a folder of `model.safetensors`, `model.json` and `card.md`, or one file of all three.
 
-Loading executes nothing.
+The single file is a safetensors file: weights, and the two texts in its header's metadata. Loading executes nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightm import __version__
-from lightm.config_io import read_json
+from lightm.config_io import MAX_JSON_BYTES, parse_json, read_json
 from lightm.errors import InputError, LightMError
-from lightm.files import disk_refusals, file_hash, sync_folder, write_text
+from lightm.files import disk_refusals, file_hash, replacing, sync_folder, write_text
 from lightm.nets.described import check_shapes, create_described, tensor_shapes
-from lightm.nets.zipped import extracted, is_zip_path, write_zip
 
 SCHEMA_VERSION = 1
 _KEYS = {"schema_version", "lightm_version", "network", "plan", "training", "weights_sha256"}
+_ENDING = ".safetensors"
 
 
 def save_model(
@@ -37,63 +38,47 @@ def save_model(
     plan: dict[str, Any],
     training: dict[str, Any],
 ) -> Path:
-    """Write a model folder, or a single file when the name ends in .zip, and return its path.
+    """Write a model folder and return its path; it appears complete or not at all, and replaces an older one.
 
-    It appears complete or not at all, and replaces an older one. Raises LightMError when the disk refuses.
-    Arguments: `network`: name, spatial_dims, in_channels, out_channels and options, as `create` takes them;
+    Arguments: `network`: name, spatial_dims, in_channels, out_channels and options, as `lightm.network` takes them;
     `state_dict`: the weights; `plan`: the plan as plain values; `training`: a summary (data set, recipe, scores).
+    Raises LightMError when the disk refuses.
     """
     folder = Path(folder)
-    content = {"network": network, "state_dict": state_dict, "plan": plan, "training": training}
-    if is_zip_path(folder):
-        with tempfile.TemporaryDirectory(prefix="lightm-model-", ignore_cleanup_errors=True) as place:
-            write_zip(_save(Path(place) / "model", **content), folder)
-        return folder
     with disk_refusals(folder):
-        return _save(folder, **content)
-
-
-def _save(
-    folder: Path,
-    *,
-    network: dict[str, Any],
-    state_dict: dict[str, Tensor],
-    plan: dict[str, Any],
-    training: dict[str, Any],
-) -> Path:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        weights = temporary / "model.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}, weights)
-        weights.chmod(0o644)  # as every other file; safetensors makes it readable to its owner alone
-        description = {
-            "schema_version": SCHEMA_VERSION,
-            "lightm_version": __version__,
-            "network": network,
-            "plan": plan,
-            "training": training,
-            "weights_sha256": file_hash(weights).partition(":")[2],
-        }
-        (temporary / "model.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        (temporary / "card.md").write_text(_card(description), encoding="utf-8")
-        temporary.chmod(0o755)
-        for path in temporary.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            older = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, older / folder.name)
-            os.replace(temporary, folder)
-            shutil.rmtree(older)
-        else:
-            os.replace(temporary, folder)
-        sync_folder(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            raise LightMError(f"{folder}: cannot be written ({error}); check the free space") from error
-        raise
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            weights = temporary / "model.safetensors"
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}, weights)
+            weights.chmod(0o644)  # as every other file; safetensors makes it readable to its owner alone
+            description = {
+                "schema_version": SCHEMA_VERSION,
+                "lightm_version": __version__,
+                "network": network,
+                "plan": plan,
+                "training": training,
+                "weights_sha256": file_hash(weights).partition(":")[2],
+            }
+            (temporary / "model.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+            (temporary / "card.md").write_text(_card(description), encoding="utf-8")
+            temporary.chmod(0o755)
+            for path in temporary.iterdir():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+            if folder.exists():
+                older = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+                os.replace(folder, older / folder.name)
+                os.replace(temporary, folder)
+                shutil.rmtree(older)
+            else:
+                os.replace(temporary, folder)
+            sync_folder(folder.parent)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, SafetensorError):
+                raise LightMError(f"{folder}: cannot be written ({error}); check the free space") from error
+            raise
     return folder
 
 
@@ -104,63 +89,74 @@ def find_model(path: Path | str) -> Path:
 
 
 def pack_model(model: Path | str, out: Path | str, *, overwrite: bool = False) -> Path:
-    """Write a model folder as a single .zip file, which `load_model` reads like the folder, and return its path.
+    """Write a model folder as one safetensors file, which `load_model` reads like the folder, and return its path.
+
+    Its header's metadata holds `model.json` and `card.md` as text, under these names, and the SHA-256 of the weights'
+    bytes; the weights are those of the folder, so that any program that reads safetensors finds them.
 
     model: a model folder, or a run folder that holds one; it is loaded first, so that what is packed is whole.
-    Raises InputError for a wrong or damaged model, another ending than .zip, and a file that is there already unless
-    `overwrite`; LightMError when the disk refuses.
+    Raises InputError for a wrong or damaged model, another ending than .safetensors, and a file that is there already
+    unless `overwrite`; LightMError when the disk refuses. Memory: the weights twice.
     """
     model, out = Path(model), Path(out)
     folder = find_model(model)
-    if not is_zip_path(out):
-        raise InputError(f"{out}: a single-file model needs a name that ends in .zip")
-    if is_zip_path(folder) and folder.is_file():
+    if out.suffix != _ENDING:
+        raise InputError(f"{out}: a single-file model needs a name that ends in {_ENDING}")
+    if folder.is_file():
         raise InputError(f"{folder}: is a single-file model already; copy it")
     if out.is_dir() or (out.exists() and not overwrite):
         raise InputError(f"{out}: is there already; give another name, or allow overwriting")
     load_model(folder)
-    write_zip(folder, out)
+    weights, texts = folder / "model.safetensors", {}
+    for name in ("model.json", "card.md"):
+        if (folder / name).is_file():
+            texts[name] = (folder / name).read_text(encoding="utf-8")
+    state = load_file(weights)
+    try:
+        with replacing(out) as temporary:
+            save_file(state, temporary)  # for the sum of its tensors' bytes, which the header then holds
+            save_file(state, temporary, metadata={**texts, "tensors_sha256": _tensors_sha256(temporary)})
+            temporary.chmod(0o644)
+    except SafetensorError as error:
+        raise LightMError(f"{out}: cannot be written ({error}); check the free space") from error
     return out
 
 
 def set_postprocess(folder: Path, record: Mapping[str, Any]) -> None:
-    """Keep the clean-up of its predictions with a model: `lightm.inference.postprocess.Postprocess` as plain values.
+    """Keep a model's post-processing with it: `lightm.inference.postprocess.Postprocess` as plain values.
 
     Raises InputError for a folder without a model and for a single-file model, LightMError when the disk refuses.
     """
-    if is_zip_path(folder) and Path(folder).is_file():
-        raise InputError(f"{folder}: a single-file model is not changed; set the clean-up in its folder and pack it")
-    info = _read_description(Path(folder))
+    if Path(folder).is_file():
+        raise InputError(f"{folder}: a single-file model is not changed; set post-processing in its folder and pack it")
+    info = read_description(folder)
     info["postprocess"] = dict(record)
     write_text(Path(folder) / "model.json", json.dumps(info, indent=1) + "\n")
 
 
-def load_model(folder: Path, network: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(model: Path | str, network: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Read a model folder or single-file model: the network in evaluation mode on the CPU, and its `model.json`.
 
-    network: a module to load the weights into, for a model that was trained with a network of one's own.
-    Raises InputError, naming the file, for a missing, damaged or foreign folder, a newer schema, weights whose
-    checksum differs, that hold NaN or belong to another network (whose memory is not asked for), and a zip that holds
-    anything but a model's three files or looks like a bomb. Executes nothing from the folder. Cost for a zip: its
-    weights once more in the temporary folder.
+    network: a module to load the weights into, for a model that was trained with a network of one's own. A network that
+    was registered from outside must be registered here too. Raises InputError, naming the file, for a missing, damaged
+    or foreign model, a newer schema, weights whose checksum differs, that hold NaN or belong to another network (whose
+    memory is not asked for). Executes nothing from the file or folder.
     """
-    folder = Path(folder)
-    if is_zip_path(folder) and folder.is_file():
-        with extracted(folder) as place:
-            return _load(place, network)
-    return _load(folder, network)
-
-
-def _load(folder: Path, network: nn.Module | None) -> tuple[nn.Module, dict[str, Any]]:
-    info = _read_description(folder)
-    weights = folder / "model.safetensors"
+    model = Path(model)
+    info = read_description(model)
+    single = model.is_file()
+    weights, where = (model, model) if single else (model / "model.safetensors", model / "model.json")
     if not weights.is_file():
         raise InputError(f"{weights}: the weights are missing; a model folder holds model.safetensors")
-    if file_hash(weights).partition(":")[2] != info["weights_sha256"]:
-        raise InputError(f"{weights}: its checksum differs from that in model.json; the file is damaged or exchanged")
+    if single:
+        found, expected = _tensors_sha256(weights), _metadata(weights).get("tensors_sha256")
+    else:
+        found, expected = file_hash(weights).partition(":")[2], info["weights_sha256"]
+    if found != expected:
+        raise InputError(f"{weights}: its checksum differs from that in its description; the file is damaged")
     shapes = tensor_shapes(weights)
     if network is None:
-        network = create_described(info["network"], shapes, folder / "model.json", weights)
+        network = create_described(info["network"], shapes, where, weights)
     else:
         check_shapes(network.state_dict(), shapes, type(network).__name__, weights)
     try:
@@ -178,11 +174,26 @@ def _check_values(state: dict[str, Tensor], weights: Path) -> None:
             raise InputError(f"{weights}: '{name}' holds values that are NaN, infinite or complex; train it again")
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / "model.json"
+def read_description(model: Path | str) -> dict[str, Any]:
+    """Return the `model.json` of a model folder or single-file model, checked; raises InputError as `load_model`."""
+    model = Path(model)
+    path = model if model.is_file() else model / "model.json"
     if not path.is_file():
-        raise InputError(f"{folder}: not a model folder, model.json is missing; give the folder `model` of a run")
-    info = read_json(path)
+        raise InputError(f"{model}: not a model folder, model.json is missing; give the folder `model` of a run")
+    if path is not model:
+        info = read_json(path)
+    elif model.suffix.lower() == ".zip":
+        raise InputError(f"{model}: models are no longer zip files; unzip it: it holds a model folder")
+    elif model.suffix.lower() != _ENDING:
+        raise InputError(f"{model}: not a model folder, and not a {_ENDING} file that `lightm pack` wrote")
+    else:
+        text = _metadata(model).get("model.json")
+        if text is None:
+            raise InputError(
+                f"{model}: a file of weights alone; a model is a folder that holds model.json, or a file that "
+                "`lightm pack` wrote"
+            )
+        info = parse_json(text.encode(), f"{model}: model.json", MAX_JSON_BYTES)
     if not isinstance(info, dict) or not isinstance(info.get("schema_version"), int):
         raise InputError(f"{path}: not a LightM model description, its schema_version is missing")
     if info["schema_version"] > SCHEMA_VERSION:
@@ -194,6 +205,26 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if missing or not isinstance(info["network"], dict) or not isinstance(info["plan"], dict):
         raise InputError(f"{path}: not a complete model description, {sorted(missing) or 'network and plan'} missing")
     return info
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    """The texts in a safetensors file's header."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{file}: not a readable safetensors file ({error})") from error
+
+
+def _tensors_sha256(weights: Path) -> str:
+    """SHA-256 of what follows the header of a safetensors file, whose length its first eight bytes give."""
+    digest = hashlib.sha256()
+    with weights.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(8 + min(length, weights.stat().st_size))
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _card(info: dict[str, Any]) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightm.nets.blocks import RVM, ConvStem, DecoderStage, DWConv, GroupNormReLU, PositionConv, run_head
+from lightm.nets.intact import has_hooks
 from lightm.nets.spm import SPM
 from lightm.nets.token_layer import POOLINGS
 
@@ -35,6 +37,10 @@ class Block(nn.Sequential):
 class LightMUNet(nn.Module):
     """LightM-UNet: depthwise stem, Mamba encoder, Mamba bottleneck, depthwise decoder.
 
+    The Mamba layers are RVM (residual vision Mamba: norm, state-space module, scaled residual, projection), whose
+    state-space module is a VSS (vision state-space: projection, causal convolution, selective scan, gate), or SPM
+    (parallel Mamba: several narrow VSS side by side, each on a part of the channels).
+
     Source: LightM-UNet, arXiv 2403.05246, section 2. Stem at full resolution; encoder blocks of `encoder_layers`
     RVM layers, the last of a block projecting C -> 2C, then max pooling by 2; `bottleneck_layers` RVM layers (the
     report names three and four); a decoder stage for each encoder block; head: norm, ReLU, DWConv 1.
@@ -44,7 +50,7 @@ class LightMUNet(nn.Module):
         spatial_dims: 2 or 3.
         in_channels: image channels.
         out_channels: classes, background included.
-        filters: C0, channels of the stem; a multiple of `groups`.
+        base_channels: C0, channels of the stem; a multiple of `groups`.
         encoder_layers: RVM layers of every encoder block.
         bottleneck_layers: RVM layers of the bottleneck.
         state_size: N of the state-space module.
@@ -69,7 +75,7 @@ class LightMUNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        filters: int = 32,
+        base_channels: int = 32,
         encoder_layers: Sequence[int] = (1, 2, 2),
         bottleneck_layers: int = 4,
         state_size: int = 16,
@@ -84,7 +90,7 @@ class LightMUNet(nn.Module):
         ssm: str = "mamba1",
     ) -> None:
         super().__init__()
-        _check(spatial_dims, in_channels, out_channels, filters, encoder_layers, bottleneck_layers, groups)
+        _check(spatial_dims, in_channels, out_channels, base_channels, encoder_layers, bottleneck_layers, groups)
         for what, given, known in (
             ("layer", layer, LAYERS),
             ("pooling", pooling, POOLINGS),
@@ -106,9 +112,9 @@ class LightMUNet(nn.Module):
                 made = SPM(channels, out, parts=parts, shared=layer == "spm-shared", **settings)
             return Positioned(PositionConv(channels, spatial_dims), made) if position_conv else made
 
-        self.stem = (DWConv if stem == "dwconv" else ConvStem)(in_channels, filters, spatial_dims)
+        self.stem = (DWConv if stem == "dwconv" else ConvStem)(in_channels, base_channels, spatial_dims)
         self.encoder = nn.ModuleList()
-        width = filters
+        width = base_channels
         for count in encoder_layers:
             block = [*(build(width, width) for _ in range(count - 1)), build(width, 2 * width)]
             self.encoder.append(Block(*block))
@@ -118,12 +124,13 @@ class LightMUNet(nn.Module):
         for _ in encoder_layers:
             self.decoder.append(DecoderStage(width, spatial_dims, groups=groups))
             width //= 2
-        self.recompute: bool | None = None
+        self.checkpointing: bool | None = None
         self.head_norm = GroupNormReLU(width, groups)
         self.head = DWConv(width, out_channels, spatial_dims, kernel_size=1, bias=True)
 
     def forward(self, image: Tensor) -> Tensor:
-        check_input(image, self.spatial_dims, self.in_channels, self.divisor)
+        image = check_input(image, self.spatial_dims, self.in_channels, self.divisor)
+        overwrite = may_overwrite(self)
         x = self.stem(image.movedim(1, -1).contiguous())
         skips = []
         for block in self.encoder:
@@ -131,12 +138,20 @@ class LightMUNet(nn.Module):
             x = block(x, self.pooling)
         x = self.bottleneck(x)
         for stage in self.decoder:
-            x = stage(x, skips.pop(), overwrite_skip=True)
-        return run_head(self.head_norm, self.head, x, self.recompute).movedim(-1, 1)
+            x = stage(x, skips.pop(), overwrite_skip=overwrite)
+        return run_head(self.head_norm, self.head, x, self.checkpointing).movedim(-1, 1)
 
 
-def check_input(image: Tensor, spatial_dims: int, in_channels: int, divisor: int) -> None:
-    """Raise ValueError unless the image is (B, in_channels, *S) with every size a multiple of `divisor`."""
+def may_overwrite(network: nn.Module) -> bool:
+    """Whether a call without gradients may compute in the memory of skips: nothing else, such as a hook, holds them."""
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and not has_hooks(network)
+
+
+def check_input(image: Tensor, spatial_dims: int, in_channels: int, divisor: int) -> Tensor:
+    """Return the image as a plain tensor: MONAI's `MetaTensor` without its metadata, which kernels cannot carry.
+
+    Raises ValueError unless it is (B, in_channels, *S) with every size a multiple of `divisor`.
+    """
     if image.ndim != spatial_dims + 2 or image.shape[1] != in_channels:
         axes = "Z, Y, X" if spatial_dims == 3 else "Y, X"
         raise ValueError(f"input of shape {tuple(image.shape)}; this network expects (B, {in_channels}, {axes})")
@@ -148,13 +163,15 @@ def check_input(image: Tensor, spatial_dims: int, in_channels: int, divisor: int
                 f"input size {tuple(image.shape[2:])}: {axis}={size} is not divisible by {divisor} "
                 f"({divisor.bit_length() - 1} poolings); pad it to {near}"
             )
+    plain: Tensor = image.as_tensor() if hasattr(image, "as_tensor") else image
+    return plain
 
 
 def _check(
     spatial_dims: int,
     in_channels: int,
     out_channels: int,
-    filters: int,
+    base_channels: int,
     encoder_layers: Sequence[int],
     bottleneck_layers: int,
     groups: int,
@@ -165,8 +182,8 @@ def _check(
         raise ValueError(f"in_channels {in_channels}: an image has at least one channel")
     if out_channels < 2:
         raise ValueError(f"out_channels {out_channels}: background and at least one class are needed, so 2 or more")
-    if filters < groups or filters % groups:
-        raise ValueError(f"filters {filters} are not divisible by the {groups} groups of GroupNorm")
+    if base_channels < groups or base_channels % groups:
+        raise ValueError(f"base_channels {base_channels} is not divisible by the {groups} groups of GroupNorm")
     if not encoder_layers or min(encoder_layers) < 1:
         raise ValueError(f"encoder_layers {tuple(encoder_layers)}: every encoder block needs a layer")
     if bottleneck_layers < 0:

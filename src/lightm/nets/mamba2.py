@@ -18,11 +18,13 @@ from torch.nn import functional
 
 from lightm import ops
 from lightm.errors import InputError
-from lightm.nets.state_space import GroupedLinear, decay_rates, init_conv, init_dt_bias, without_decay
+from lightm.nets.intact import fusible
+from lightm.nets.state_space import GroupedLinear, decay_rates, init_conv, init_dt_bias
 
 Carry = tuple[Tensor, Tensor]
 
 
+@fusible
 class VSS2(nn.Module):
     """State-space module with Mamba-2's core: z, x, B, C, dt = Linear(W); x, B, C = SiLU(Conv(x, B, C));
     out = Linear(LayerNorm(SSD(x, dt, B, C)) * SiLU(z)).
@@ -42,13 +44,15 @@ class VSS2(nn.Module):
     channels or `head_dim` the inner width.
     """
 
+    no_decay = ("A_log", "conv_weight", "conv_bias", "dt_bias", "d_skip", "norm_weight", "norm_bias")
+
     def __init__(
         self,
         channels: int,
         *,
         state_size: int = 16,
         expand: int = 2,
-        taps: int = 4,
+        d_conv: int = 4,
         head_dim: int = 16,
         inner_norm: bool = True,
         parts: int = 1,
@@ -67,9 +71,9 @@ class VSS2(nn.Module):
         heads = inner // head_dim
         self.shared = shared
         self.parts, self.inner, self.state_size, self.head_dim = parts, inner, state_size, head_dim
-        self.taps = taps
+        self.d_conv = d_conv
         self.in_proj = GroupedLinear(parts, width, (inner, inner, state_size, state_size, heads), shared=shared)
-        self.conv_weight = nn.Parameter(torch.empty(sets, inner + 2 * state_size, taps))
+        self.conv_weight = nn.Parameter(torch.empty(sets, inner + 2 * state_size, d_conv))
         self.conv_bias = nn.Parameter(torch.empty(sets, inner + 2 * state_size))
         self.A_log = nn.Parameter(torch.empty(sets, heads).uniform_(1, 16).log())
         self.dt_bias = nn.Parameter(torch.empty(sets, heads))
@@ -79,9 +83,6 @@ class VSS2(nn.Module):
         self.out_proj = GroupedLinear(parts, inner, (width,), shared=shared)
         init_conv(self.conv_weight, self.conv_bias)
         init_dt_bias(self.dt_bias)
-        without_decay(self.A_log, self.conv_weight, self.conv_bias, self.dt_bias, self.d_skip)
-        if self.norm_weight is not None and self.norm_bias is not None:
-            without_decay(self.norm_weight, self.norm_bias)
 
     @property
     def inner_total(self) -> int:
@@ -93,7 +94,7 @@ class VSS2(nn.Module):
         return parameter.expand(self.parts, *parameter.shape[1:]).flatten(0, 1)
 
     def _convolve(self, streams: tuple[Tensor, ...], before: Tensor | None, halo: int) -> tuple[Tensor, ...]:
-        """SiLU(Conv) of x, B, C but for their first `halo` tokens; `before` holds the taps - 1 tokens before them."""
+        """SiLU(Conv) of x, B, C but for their first `halo` tokens; `before` holds the d_conv - 1 tokens before them."""
         sizes = (self.inner, self.state_size, self.state_size)
         weights, biases = self.conv_weight.split(sizes, dim=1), self.conv_bias.split(sizes, dim=1)
         skipped = halo
@@ -108,8 +109,8 @@ class VSS2(nn.Module):
         )
 
     def _last_tokens(self, streams: tuple[Tensor, ...], before: Tensor | None) -> Tensor:
-        """The last taps - 1 tokens of x, B and C before the convolution; zeros before the first token."""
-        count = self.taps - 1
+        """The last d_conv - 1 tokens of x, B and C before the convolution; zeros before the first token."""
+        count = self.d_conv - 1
         length = streams[0].shape[1]
         last = torch.cat([stream[:, max(length - count, 0) :] for stream in streams], dim=-1)
         missing = count - last.shape[1]
@@ -121,10 +122,10 @@ class VSS2(nn.Module):
 
     def _check_carry(self, w: Tensor, before: Tensor | None) -> None:
         width = self.parts * (self.inner + 2 * self.state_size)
-        expected = (w.shape[0], self.taps - 1, width)
+        expected = (w.shape[0], self.d_conv - 1, width)
         if before is not None and tuple(before.shape) != expected:
             raise InputError(
-                f"the carry's tokens have shape {tuple(before.shape)}, expected {expected} = (B, taps - 1, parts * "
+                f"the carry's tokens have shape {tuple(before.shape)}, expected {expected} = (B, d_conv - 1, parts * "
                 "(E + 2N)); hand on the carry that this module returned for the tokens before"
             )
 
@@ -139,12 +140,12 @@ class VSS2(nn.Module):
     ) -> Tensor | tuple[Tensor, Carry] | tuple[Tensor, Tensor]:
         """Run the module on w (B, halo + L, C); with `return_carry` return (out, carry) for the tokens that follow.
 
-        `carry` is what the tokens before w left: the last taps - 1 tokens of x, B and C before the convolution
-        (B, taps - 1, parts * (E + 2N), all parts' x, then B, then C), and the states (B, parts * H, P, N). A sequence
+        `carry` is what the tokens before w left: the last d_conv - 1 tokens of x, B and C before the convolution
+        (B, d_conv - 1, parts * (E + 2N), all parts' x, then B, then C), and the states (B, parts * H, P, N). A sequence
         cut into pieces with the carry handed on gives what the whole gives.
 
         Or the pieces overlap, as `VSS` takes them: the first `halo` tokens of w lie before the piece, only the
-        convolution sees them, and `carry` is the states alone, which `return_state` gives. With halo = taps - 1 this
+        convolution sees them, and `carry` is the states alone, which `return_state` gives. With halo = d_conv - 1 this
         is the same result without tokens of the inner width to keep.
         """
         before, state = carry if isinstance(carry, tuple) else (None, carry)

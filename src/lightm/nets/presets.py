@@ -1,23 +1,30 @@
-"""Networks by name."""
+"""Networks by name: LightM's presets, the baselines they are compared with, and those registered from outside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from lightm.errors import InputError, did_you_mean
+from lightm.errors import InputError
 from lightm.nets import baselines
 from lightm.nets.lightm_unet import LightMUNet
 from lightm.nets.released import ReleasedLightMUNet
+from lightm.registry import Registry
 
-_SPM = {"layer": "spm", "pooling": "add", "bottleneck_layers": 3}  # the report's Figure 6
+Builder = Callable[..., nn.Module]
+
+_SPM = {"layer": "spm", "pooling": "add", "bottleneck_layers": 3}  # the LightM-UNet report's Figure 6
 _OWN = {**_SPM, "stem": "conv", "position_conv": True}
 
-_SMALL = {"filters": 16}
+_SMALL = {"base_channels": 16}
 
-PRESETS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+PRESETS: dict[str, tuple[Builder, dict[str, Any]]] = {
     # the project's own
     "lightm": (LightMUNet, _OWN),
     "lightm-small": (LightMUNet, {**_OWN, **_SMALL}),
@@ -39,45 +46,152 @@ PRESETS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
 DEFAULT = "lightm-small"
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What a name stands for. `options`: settings of the builder; `renamed`: its options by their former names."""
+
+    builder: Builder
+    options: Mapping[str, Any] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+
+def _wrap(builder: Any) -> Entry:
+    if not callable(builder):
+        raise InputError(
+            f"network builder {builder!r}: expected a class or function that is called as "
+            "builder(spatial_dims, in_channels, out_channels, **options) and returns an nn.Module"
+        )
+    return Entry(builder)
+
+
+NETWORKS: Registry[Entry] = Registry(
+    "network",
+    "lightm.networks",
+    _wrap,
+    hint="Add one with lightm.register_network(name, builder) before it is named, also before a model of it is loaded.",
+)
+for _name, (_builder, _options) in PRESETS.items():
+    NETWORKS.add_built_in(_name, Entry(_builder, _options, {"filters": "base_channels"}))
+for _name in baselines.BASELINES:
+    _widths = "channels" if _name in ("unet", "attention-unet", "ultralight-vm-unet") else "base_channels"
+    NETWORKS.add_built_in(
+        _name, Entry(partial(baselines.build, _name), {}, {"filters": _widths, "max_filters": "max_channels"})
+    )
+
+
 def names() -> list[str]:
-    """Return the names of all networks: LightM's presets, then the peers that they are compared with."""
-    return [*PRESETS, *baselines.PEERS]
+    """Return the names of all networks: LightM's presets, the baselines, then what was registered or installed."""
+    return NETWORKS.names()
 
 
-def create(
+def register_network(name: str, builder: Builder, *, overwrite: bool = False) -> None:
+    """Make a network of one's own known by a name, wherever LightM takes the name of a network.
+
+    builder: a class or function, called as builder(spatial_dims, in_channels, out_channels, **options), that returns
+    an `nn.Module` with fresh weights which maps (B, in_channels, *S) to logits (B, out_channels, *S). If it has a
+    parameter `image_size` it is given the size of the patches too. A trained model keeps name and options, so that it
+    can be loaded again wherever the name is registered; options must therefore be plain values (numbers, text, lists).
+
+    The command line and other programs know the name if a package declares it as an entry point of the group
+    "lightm.networks" (in pyproject.toml: `[project.entry-points."lightm.networks"]`, `my-net = "my_package:MyNet"`).
+
+    Raises InputError for a name that is taken (LightM's own are never replaced, others with `overwrite`) or is not one
+    lower-case word, and for a builder that cannot be called.
+
+    >>> from torch import nn
+    >>> def tiny(spatial_dims, in_channels, out_channels, width=8):
+    ...     conv = nn.Conv3d if spatial_dims == 3 else nn.Conv2d
+    ...     return nn.Sequential(conv(in_channels, width, 3, padding=1), nn.ReLU(), conv(width, out_channels, 1))
+    >>> lightm.register_network("tiny-example", tiny, overwrite=True)
+    >>> model = lightm.network("tiny-example", spatial_dims=2, in_channels=1, out_channels=2)
+    >>> sum(parameter.numel() for parameter in model.parameters())
+    98
+    """
+    NETWORKS.register(name, builder, overwrite=overwrite)
+
+
+def current_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options under their names of today: model folders and configurations may hold former ones."""
+    renamed = NETWORKS[name].renamed
+    return {renamed.get(option, option): value for option, value in options.items()}
+
+
+def network(
     name: str,
-    spatial_dims: int,
-    in_channels: int,
-    out_channels: int,
+    spatial_dims: int = 3,
+    in_channels: int = 1,
+    out_channels: int = 2,
     image_size: Sequence[int] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Return a new network by name, with fresh weights from torch's global generator.
 
-    Arguments: `name` of a preset or of a peer (`lightm.nets.baselines`); `spatial_dims` 2 or 3; `in_channels` of the
-    image; `out_channels` classes, background included; `image_size`: the size of the patches, which some peers are
-    built for and LightM's own networks do not need; `options` override single settings.
-    Raises InputError for an unknown name, an unknown option, impossible settings, a missing library, or an
-    image_size that a peer cannot take.
+    Arguments: `name` of a preset, of a baseline (`lightm.nets.baselines`) or of a registered network; `spatial_dims` 2
+    or 3; `in_channels` of the image; `out_channels` classes, background included; `image_size`: the size of the patches
+    in voxels, which some baselines are built for and LightM's own networks do not need; `options` override single
+    settings, such as `base_channels=16`.
 
-    >>> network = lightm.network("lightm-small", spatial_dims=2, in_channels=1, out_channels=2)
-    >>> sum(p.numel() for p in network.parameters()) > 100_000
-    True
+    Returns a module (B, in_channels, *S) -> raw logits (B, out_channels, *S), float32. LightM's own networks take sizes
+    S that their `divisor` (8) divides, and raise ValueError for others.
+    Raises InputError for an unknown name, an unknown option, impossible settings, a missing library, or an
+    image_size that a baseline cannot take.
+
+    >>> import torch
+    >>> model = lightm.network("lightm-small", spatial_dims=2, in_channels=1, out_channels=3)
+    >>> model(torch.zeros(1, 1, 64, 64)).shape
+    torch.Size([1, 3, 64, 64])
     """
-    if name not in PRESETS and name not in baselines.PEERS:
-        known = names()
-        raise InputError(f"unknown network '{name}'{did_you_mean(name, known)} Known: {', '.join(sorted(known))}.")
+    entry = NETWORKS[name]
+    former = [option for option in options if option in entry.renamed]
+    if former:
+        told = ", ".join(f"'{option}' is now '{entry.renamed[option]}'" for option in former)
+        warnings.warn(f"network '{name}': option {told}", DeprecationWarning, stacklevel=2)
+        options = current_options(name, options)
+    options = {**entry.options, **options}
     try:
-        if name in baselines.PEERS:
-            return baselines.build(name, spatial_dims, in_channels, out_channels, image_size, **options)
-        build, settings = PRESETS[name]
-        return build(spatial_dims, in_channels, out_channels, **{**settings, **options})
+        if "image_size" in inspect.signature(entry.builder).parameters:
+            options["image_size"] = image_size
+        built = entry.builder(spatial_dims, in_channels, out_channels, **options)
     except (TypeError, ValueError, ImportError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"network '{name}': {error}") from error
+    if not isinstance(built, nn.Module):
+        raise InputError(f"network '{name}': its builder returned {type(built).__name__}, expected an nn.Module")
+    return built
+
+
+create = network  # inside of this package, where a variable is called network
 
 
 def count_parameters(network: nn.Module) -> int:
     """Return the sum of the elements of all parameters."""
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return a network's parameters in two groups for an optimizer of torch: those that decay, and those that do not.
+
+    Matrices and convolution kernels decay. Biases, norms, scales and the state space's parameters (A_log, D, the bias
+    of dt, the causal convolution) do not, as in Mamba: decay would pull the learnt time scales towards one value. What
+    must not decay is named by the attribute `no_decay` of the module that owns it, or marked on the parameter as Mamba
+    does it (`_no_weight_decay = True`); everything of fewer than two axes is left alone in any network.
+
+    >>> import torch
+    >>> model = lightm.network("lightm-small", spatial_dims=2)
+    >>> optimizer = torch.optim.AdamW(lightm.parameter_groups(model, 0.01), lr=1e-3)
+    >>> [group["weight_decay"] for group in optimizer.param_groups]
+    [0.01, 0.0]
+    """
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    seen: set[nn.Parameter] = set()
+    for module in network.modules():
+        exempt = getattr(module, "no_decay", ())
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:
+                continue
+            seen.add(parameter)
+            spared = parameter.ndim < 2 or name in exempt or getattr(parameter, "_no_weight_decay", False)
+            (rest if spared else decay).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

@@ -9,17 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from lightm import ops
+from lightm.nets.intact import fusible
 from lightm.nets.mamba2 import VSS2
-from lightm.nets.state_space import GroupedLinear, decay_rates, init_conv, init_dt_bias, without_decay
+from lightm.nets.state_space import GroupedLinear, decay_rates, init_conv, init_dt_bias
 from lightm.nets.token_layer import TokenLayer
 
 
+@fusible
 class ParallelVSS(nn.Module):
     """`parts` VSS modules of width C / parts on the parts of the channels: (B, L, C) -> (B, L, C).
 
     Source: the report's Figure 3; UltraLight VM-UNet, arXiv 2403.20035. With separate weights in_proj and out_proj
     shrink by `parts`, with `shared` ones by its square. All parts run in one scan, with B and C for each part.
     """
+
+    no_decay = ("A_log", "conv_weight", "conv_bias", "dt_bias", "d_skip", "norm_weight", "norm_bias")
 
     def __init__(
         self,
@@ -29,7 +33,7 @@ class ParallelVSS(nn.Module):
         shared: bool = False,
         state_size: int = 16,
         expand: int = 2,
-        taps: int = 4,
+        d_conv: int = 4,
         inner_norm: bool = True,
     ) -> None:
         super().__init__()
@@ -37,10 +41,10 @@ class ParallelVSS(nn.Module):
             raise ValueError(f"{channels} channels are not divisible by the {parts} parts of SPM")
         width = channels // parts
         inner, sets = expand * width, 1 if shared else parts
-        self.parts, self.shared, self.inner, self.state_size, self.taps = parts, shared, inner, state_size, taps
+        self.parts, self.shared, self.inner, self.state_size, self.d_conv = parts, shared, inner, state_size, d_conv
         self.dt_rank = math.ceil(width / 16)
         self.in_proj = GroupedLinear(parts, width, (inner, inner), shared=shared)
-        self.conv_weight = nn.Parameter(torch.empty(sets, inner, taps))
+        self.conv_weight = nn.Parameter(torch.empty(sets, inner, d_conv))
         self.conv_bias = nn.Parameter(torch.empty(sets, inner))
         self.x_proj = GroupedLinear(parts, inner, (self.dt_rank, state_size, state_size), shared=shared)
         self.dt_proj = GroupedLinear(parts, self.dt_rank, (inner,), shared=shared)
@@ -54,9 +58,6 @@ class ParallelVSS(nn.Module):
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         init_conv(self.conv_weight, self.conv_bias)
         init_dt_bias(self.dt_bias)
-        without_decay(self.A_log, self.conv_weight, self.conv_bias, self.dt_bias, self.d_skip)
-        if self.norm_weight is not None and self.norm_bias is not None:
-            without_decay(self.norm_weight, self.norm_bias)
 
     def _all(self, parameter: Tensor) -> Tensor:
         """A parameter of (sets, E', ...) as one of (parts * E', ...): repeated when it is shared."""

@@ -9,14 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightm import ops
+from lightm.nets.intact import fusible
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
-
-
-def without_decay(*parameters: nn.Parameter) -> None:
-    """Mark parameters that weight decay must leave alone: those of the state space, of convolutions, scales."""
-    for parameter in parameters:
-        parameter.no_decay = True  # type: ignore[attr-defined]
 
 
 def decay_rates(A_log: Tensor) -> Tensor:
@@ -25,7 +20,7 @@ def decay_rates(A_log: Tensor) -> Tensor:
 
 
 def init_conv(weight: Tensor, bias: Tensor) -> None:
-    """Initialise a causal depthwise convolution of K taps (last axis) as Mamba does: uniform in 1 / sqrt(K)."""
+    """Initialise a causal depthwise convolution of kernel size K (last axis) as Mamba does: uniform in 1 / sqrt(K)."""
     bound = 1 / math.sqrt(weight.shape[-1])
     nn.init.uniform_(weight, -bound, bound)
     nn.init.uniform_(bias, -bound, bound)
@@ -39,6 +34,7 @@ def init_dt_bias(bias: Tensor) -> None:
         bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
+@fusible
 class GroupedLinear(nn.Module):
     """A linear layer for each of `parts` groups of channels, giving tensors of `outs` channels a part each.
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightm import ops
-from lightm.nets.recompute import autocast_state, is_plain, recomputed, recomputes
+from lightm.nets.checkpointing import autocast_state, checkpointed, is_plain, should_checkpoint
+from lightm.nets.intact import intact, linear
 from lightm.ops.layer import SCANS, LayerParameters, layer_runs_fused, state_space_layer
 from lightm.ops.memory import release_unused
 
 POOLINGS = ("max", "avg", "add")
-_CHUNK = 1 << 20  # numbers of inner width that a stretch of recomputed tokens has, about
+_CHUNK = 1 << 20  # numbers of inner width that a chunk of recomputed tokens has, about
 
 
 def pool(x: Tensor, pooling: str | None) -> Tensor:
@@ -34,12 +35,13 @@ class TokenLayer(nn.Module):
     (B, *S/2, C_out) when pooled.
 
     Three ways to run, the same result up to rounding:
-    - without gradients, `ops.state_space_layer` where it can (Mamba-1 in float32 on the CPU), else stretches of tokens
+    - without gradients, `ops.state_space_layer` where it can (Mamba-1 in float32 on the CPU), else chunks of tokens
       one after the other with the state handed on: nothing of the inner width is ever whole in memory;
-    - with gradients and `recompute` (None: for large inputs), stretches of tokens one after the other: saved are the
-      layer's input and the states between the stretches, the rest is computed again when the backward pass comes to it;
-    - otherwise operator by operator on all tokens. Everything is kept for the backward pass unless `recompute`; scans
-      other than "raster" are then computed again from the input, all tokens at once.
+    - with gradients and `checkpointing` (None: for large inputs), chunks of tokens one after the other: saved are the
+      layer's input and the states between the chunks, the rest is computed again when the backward pass comes to it;
+    - otherwise, and wherever a module inside has a hook or is not as it was built (`lightm.nets.intact`), operator by
+      operator on all tokens. Everything is kept for the backward pass unless `checkpointing`; scans other than "raster"
+      are then computed again from the input, all tokens at once.
     """
 
     def __init__(
@@ -62,19 +64,23 @@ class TokenLayer(nn.Module):
         self.norm_out = None if one_norm else nn.LayerNorm(channels)
         self.proj = nn.Linear(channels, out_channels)
         self.of_norm, self.scan = of_norm, scan
-        self.recompute: bool | None = None
+        self.checkpointing: bool | None = None
 
     def forward(self, x: Tensor, pooling: str | None = None) -> Tensor:
-        if not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))):
+        whole = not intact(*self._modules.values())  # modules that must be called, once, with all tokens
+        if whole:
+            pass
+        elif not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))):
             parameters = self.layer_parameters()
             if parameters is not None and layer_runs_fused(x, parameters):
                 return state_space_layer(x, parameters, self.scan, pooling)[0]
             if self.scan == "raster" and is_plain(x):
-                return _in_stretches(self, x, _stretches(x, self.vss.inner_total, pooling), pooling)[0]
-        again = recomputes(self.recompute, x[..., 0].numel() * self.vss.inner_total)
-        if again and torch.is_grad_enabled() and self.scan == "raster" and is_plain(x):
-            return _Recompute.apply(self, pooling, x, *self.parameters())
-        return recomputed(lambda x: self._plain(x, pooling), self.parameters(), again, x)
+                return _in_chunks(self, x, _chunks(x, self.vss.inner_total, pooling), pooling)[0]
+        inner = getattr(self.vss, "inner_total", x.shape[-1])
+        again = should_checkpoint(self.checkpointing, x[..., 0].numel() * inner)
+        if again and not whole and torch.is_grad_enabled() and self.scan == "raster" and is_plain(x):
+            return _CheckpointedLayer.apply(self, pooling, x, *self.parameters())
+        return checkpointed(lambda x: self._plain(x, pooling), self.parameters(), again, x)
 
     def _plain(self, x: Tensor, pooling: str | None) -> Tensor:
         """Operator by operator on all tokens."""
@@ -102,19 +108,21 @@ class TokenLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The layer on (B, halo + L, C) with plain operators: (B, L, C_out) and, with `keep`, the last state.
 
-        The first `halo` tokens lie before the stretch: the causal convolution looks at them, the scan has passed them.
+        The first `halo` tokens lie before the chunk: the causal convolution looks at them, the scan has passed them.
         """
         normed = self.norm_in(tokens)
         end: Tensor | None = None
         if self.scan == "raster":
-            found = self.vss(normed, state, halo=halo, return_state=keep)
-            mixed, end = found if keep else (found, None)
+            if keep:
+                mixed, end = self.vss(normed, state, halo=halo, return_state=True)
+            else:
+                mixed = self.vss(normed)
         else:
             mixed = sum_of_orders(self.vss, normed, sizes, self.scan)
         residual = (normed if self.of_norm else tokens)[:, halo:]
         norm_out = self.norm_in if self.norm_out is None else self.norm_out
         mixed = torch.addcmul(mixed, residual, self.skip_scale)
-        return ops.linear(norm_out(mixed), self.proj.weight, self.proj.bias), end
+        return linear(self.proj, norm_out(mixed)), end
 
 
 def sum_of_orders(vss: Callable[[Tensor], Tensor], tokens: Tensor, sizes: tuple[int, ...], scan: str) -> Tensor:
@@ -130,7 +138,7 @@ def sum_of_orders(vss: Callable[[Tensor], Tensor], tokens: Tensor, sizes: tuple[
     return total
 
 
-def _stretches(x: Tensor, inner: int, pooling: str | None) -> list[tuple[int, int]]:
+def _chunks(x: Tensor, inner: int, pooling: str | None) -> list[tuple[int, int]]:
     """(first, last + 1) rows of the first spatial axis that are recomputed together."""
     height = x.shape[1]
     plane = max(1, x[0, 0, ..., 0].numel())
@@ -140,23 +148,23 @@ def _stretches(x: Tensor, inner: int, pooling: str | None) -> list[tuple[int, in
     return [(first, min(first + rows, height)) for first in range(0, height, rows)]
 
 
-class _Recompute(torch.autograd.Function):
-    """The layer with its input and the states between stretches saved, and the rest computed again."""
+class _CheckpointedLayer(torch.autograd.Function):
+    """The layer with its input and the states between chunks saved, and the rest computed again."""
 
     @staticmethod
     def forward(ctx: Any, layer: TokenLayer, pooling: str | None, x: Tensor, *weights: Tensor) -> Tensor:
         x = x.contiguous()
-        stretches = _stretches(x, layer.vss.inner_total, pooling)
+        chunks = _chunks(x, layer.vss.inner_total, pooling)
         parameters = layer.layer_parameters()
-        rows = stretches[0][1]
+        rows = chunks[0][1]
         with torch.no_grad():
             if parameters is not None and layer_runs_fused(x, parameters):
                 out, states = state_space_layer(x, parameters, "raster", pooling, keep_states=rows)
                 ctx.states = [None, *(states[1:] if states is not None else ())]
             else:
-                out, ctx.states = _in_stretches(layer, x, stretches, pooling)
+                out, ctx.states = _in_chunks(layer, x, chunks, pooling)
         release_unused()
-        ctx.layer, ctx.pooling, ctx.stretches = layer, pooling, stretches
+        ctx.layer, ctx.pooling, ctx.chunks = layer, pooling, chunks
         ctx.autocast = autocast_state(x)
         ctx.save_for_backward(x, *weights)
         return out
@@ -172,7 +180,7 @@ class _Recompute(torch.autograd.Function):
         plane = x[0, 0, ..., 0].numel()
         dtokens = dx.view(x.shape[0], -1, x.shape[-1])
         grad_state: Tensor | None = None
-        for (first, last), state in zip(reversed(ctx.stretches), reversed(ctx.states), strict=True):
+        for (first, last), state in zip(reversed(ctx.chunks), reversed(ctx.states), strict=True):
             halo = _halo(layer, first * plane)
             with torch.enable_grad(), torch.autocast(*ctx.autocast):
                 start = None if state is None else state.detach().requires_grad_()
@@ -195,19 +203,19 @@ class _Recompute(torch.autograd.Function):
 
 
 def _halo(layer: TokenLayer, first: int) -> int:
-    """Tokens before the stretch that its causal convolution looks at."""
-    return min(layer.vss.taps - 1, first)
+    """Tokens before the chunk that its causal convolution looks at."""
+    return min(layer.vss.d_conv - 1, first)
 
 
-def _in_stretches(
-    layer: TokenLayer, x: Tensor, stretches: list[tuple[int, int]], pooling: str | None
+def _in_chunks(
+    layer: TokenLayer, x: Tensor, chunks: list[tuple[int, int]], pooling: str | None
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The layer's result, one stretch after the other, and the states before each (None before the first)."""
+    """The layer's result, one chunk after the other, and the states before each (None before the first)."""
     plane = x[0, 0, ..., 0].numel()
     tokens = x.flatten(1, -2)
     states: list[Tensor | None] = [None]
     parts = []
-    for first, last in stretches:
+    for first, last in chunks:
         halo = _halo(layer, first * plane)
         part = tokens[:, first * plane - halo : last * plane]
         result, state = _of_tokens(layer, part, x.shape, first, last, states[-1], halo, pooling)

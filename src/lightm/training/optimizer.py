@@ -7,19 +7,13 @@ import math
 import torch
 from torch import nn
 
+from lightm.nets import parameter_groups
 from lightm.training.recipes import Recipe
 
 
 def create_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer; weight decay acts on matrices alone.
-
-    Biases, norms, scales and the state-space parameters do not decay, as in Mamba.
-    """
-    decays = [p.ndim >= 2 and not getattr(p, "no_decay", False) for p in network.parameters()]
-    groups = [
-        {"params": [p for p, d in zip(network.parameters(), decays, strict=True) if d == wanted], "weight_decay": decay}
-        for wanted, decay in ((True, recipe.weight_decay), (False, 0.0))
-    ]
+    """Return the recipe's optimizer; weight decay acts on matrices alone, see `lightm.nets.parameter_groups`."""
+    groups = parameter_groups(network, recipe.weight_decay)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam

@@ -56,6 +56,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert measure.median_ratio([1.0, 30.0, 1.5], [2.0, 60.0, 2.0]) == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MEASURABLE, reason="the system does not say how much memory a process has")
 @pytest.mark.parametrize("fresh", [True, False])
 def test_memory_sees_an_allocation(fresh: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,7 @@ def test_csv_that_is_none(tmp_path: Path) -> None:
         read_csv(path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_every_operator_and_layer_runs_in_every_variant() -> None:
     ticks: list[tuple[int, int]] = []
@@ -124,6 +125,7 @@ def test_the_verb_end_to_end(tmp_path: Path) -> None:
     assert table.count("| max_pool2 (cpu) |") == 2
 
 
+@pytest.mark.slow
 def test_a_case_is_measured_in_a_process_of_its_own() -> None:
     case = cases.Case("op", "upsample_linear2", 48, cases.FORWARD, "cpu")
     peak = peak_in_child({"case": dataclasses.asdict(case), "threads": 1})
@@ -131,6 +133,7 @@ def test_a_case_is_measured_in_a_process_of_its_own() -> None:
         assert peak == pytest.approx(8 * 48**3 * 32 * 4, rel=0.1)  # the result
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("train", [False, True])
 def test_networks_are_compared_with_the_baseline(train: bool) -> None:
@@ -245,7 +248,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["bench", "opp"], "did you mean 'op'"),
         (["bench", "scaling", "--sizes", "8,x"], "write whole numbers"),
-        (["bench", "--threads", "0"], "threads 0"),
+        (["bench", "--threads", "0"], "threads: Input should be greater"),
     ],
 )
 def test_wrong_words_on_the_command_line(words: list[str], message: str) -> None:

@@ -60,6 +60,7 @@ def page_of(folder: Path) -> tuple[str, Checker]:
     return " ".join("".join(checker.words).split()), checker
 
 
+@pytest.mark.slow
 def test_a_whole_comparison_in_3d(tmp_path: Path) -> None:
     folder = make_comparison(
         tmp_path, images=True, cases=6, seeds=(0,), methods={"lightm-small": 0.9, "unet_plain": 0.6}
@@ -94,6 +95,7 @@ def test_a_whole_comparison_in_3d(tmp_path: Path) -> None:
     assert first["lightm-small"] == pytest.approx(baseline.classes["liver"].dsc.mean, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_2d_has_no_surfaces(tmp_path: Path) -> None:
     folder = make_comparison(tmp_path, images=True, spatial_dims=2, cases=3, seeds=(0,), methods={"lightm-small": 0.8})
     words, _ = page_of(folder)
@@ -104,6 +106,7 @@ def test_2d_has_no_surfaces(tmp_path: Path) -> None:
     assert not any("surfaces" in name for name in names)
 
 
+@pytest.mark.slow
 def test_an_unfinished_grid_and_a_data_set_that_is_gone(tmp_path: Path) -> None:
     folder = make_comparison(
         tmp_path, images=True, cases=3, seeds=(0, 1), leave_out=[("unet_plain", 1)], fail=[("segresnet", 0)]

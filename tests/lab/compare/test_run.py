@@ -18,6 +18,8 @@ from lightm.datasets.phantoms import make_phantoms
 from lightm.errors import InputError
 from lightm.lab.compare import compare_experiment, load_experiment
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -28,7 +30,7 @@ def _experiment(folder: Path, data: Path, **changes: Any) -> Path:
     content = {
         "name": "trial",
         "dataset": str(data),
-        "networks": {"small": {"network": "lightm-unet", "options": {"filters": 8}}},
+        "networks": {"small": {"network": "lightm-unet", "options": {"base_channels": 8}}},
         "losses": ["ce+dice", "ce+arsl"],
         "recipes": {"tiny": {"recipe": "default", "settings": {"steps_per_epoch": 2, "warmup_steps": 0}}},
         "epochs": 1,
@@ -42,6 +44,7 @@ def _experiment(folder: Path, data: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_cell_runs_once_and_a_failing_one_does_not_stop_the_others(tmp_path: Path, data: Path) -> None:
     recipes = {
         "tiny": {"recipe": "default", "settings": {"steps_per_epoch": 2, "warmup_steps": 0}},
@@ -83,6 +86,7 @@ def test_every_cell_runs_once_and_a_failing_one_does_not_stop_the_others(tmp_pat
     assert late.left == ["small__ce+arsl__tiny__seed0"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_a_killed_comparison_goes_on_and_ends_as_an_uninterrupted_one(tmp_path: Path, data: Path) -> None:
     path = _experiment(tmp_path, data, epochs=10, seeds=[1])
@@ -133,7 +137,7 @@ def _alive(pid: int) -> bool:
 
 def test_nothing_is_written_for_an_experiment_that_cannot_run(tmp_path: Path, data: Path) -> None:
     wrong = {
-        "networks": {"small": {"network": "lightm-unet", "options": {"filters": 7}}},
+        "networks": {"small": {"network": "lightm-unet", "options": {"base_channels": 7}}},
         "recipes": {"tiny": {"recipe": "default", "settings": {"learning_rate": 1.0}}},
         "patch_size": [10, 10, 10],
         "spacing_mm": [1.0, 2.0],

@@ -26,16 +26,16 @@ from tests.helpers import docs_script
 
 NAMES = sorted(PRESETS)
 OVERRIDES: list[tuple[str, dict[str, Any]]] = [
-    ("lightm-unet", {"filters": 16, "state_size": 8, "expand": 1}),
+    ("lightm-unet", {"base_channels": 16, "state_size": 8, "expand": 1}),
     ("lightm-unet", {"encoder_layers": (2, 1), "bottleneck_layers": 0}),
     ("lightm-unet", {"stem": "conv", "position_conv": True, "pooling": "avg"}),
     ("spm-lightm-unet", {"parts": 2, "state_size": 24}),
-    ("spm-lightm-unet", {"parts": 8, "expand": 3, "filters": 48}),
+    ("spm-lightm-unet", {"parts": 8, "expand": 3, "base_channels": 48}),
     ("spm-lightm-unet-shared", {"parts": 8, "position_conv": True}),
-    ("lightm-unet", {"ssm": "mamba2", "filters": 16, "expand": 1, "state_size": 20}),
-    ("spm-lightm-unet", {"ssm": "mamba2", "filters": 16}),
+    ("lightm-unet", {"ssm": "mamba2", "base_channels": 16, "expand": 1, "state_size": 20}),
+    ("spm-lightm-unet", {"ssm": "mamba2", "base_channels": 16}),
     ("spm-lightm-unet-shared", {"ssm": "mamba2", "parts": 8, "position_conv": True}),
-    ("lightm-unet-released", {"filters": 16, "blocks_down": (1, 3, 1), "blocks_up": (1, 1), "state_size": 4}),
+    ("lightm-unet-released", {"base_channels": 16, "blocks_down": (1, 3, 1), "blocks_up": (1, 1), "state_size": 4}),
 ]
 
 
@@ -53,6 +53,7 @@ def test_closed_forms_equal_the_count_for_every_preset_and_option(
     assert table.expected_by_source() == table.by("source")
 
 
+@pytest.mark.slow
 def test_published_sizes_come_out() -> None:
     assert account("lightm-unet-released", spatial=(16, 16, 16)).parameters.total == 5_015_766
     assert account("lightm-unet-released", spatial=(16, 16), out_channels=2).parameters.total == 5_011_683
@@ -220,6 +221,7 @@ def layer(tokens: int, c: int, out: int, parts: int = 1, ssm: str = "mamba1") ->
     return products + scan + tokens * (convolved * 4 + c * out), exponentials
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spatial", [(32, 64, 32), (64, 80)])  # 64 tokens or more in the bottleneck
 @pytest.mark.parametrize(
     ("name", "options", "parts", "bottleneck"),
@@ -228,15 +230,15 @@ def layer(tokens: int, c: int, out: int, parts: int = 1, ssm: str = "mamba1") ->
         ("spm-lightm-unet", {}, 4, 3),
         ("spm-lightm-unet-shared", {}, 4, 3),
         ("lightm-unet-mamba2", {"ssm": "mamba2"}, 1, 4),
-        ("spm-lightm-unet", {"ssm": "mamba2", "filters": 64}, 4, 3),
-        ("spm-lightm-unet-shared", {"ssm": "mamba2", "filters": 64}, 4, 3),
+        ("spm-lightm-unet", {"ssm": "mamba2", "base_channels": 64}, 4, 3),
+        ("spm-lightm-unet-shared", {"ssm": "mamba2", "base_channels": 64}, 4, 3),
     ],
 )
 def test_operations_equal_closed_forms_layer_by_layer(
     name: str, options: dict[str, Any], parts: int, bottleneck: int, spatial: tuple[int, ...]
 ) -> None:
     cost = account(name, spatial=spatial, in_channels=2, out_channels=5, options=options)
-    f, ssm = options.get("filters", 32), options.get("ssm", "mamba1")
+    f, ssm = options.get("base_channels", 32), options.get("ssm", "mamba1")
     found = {
         (x.stage, x.layer): (x.operations.multiply_adds.total(), x.operations.exponentials.total()) for x in cost.layers
     }
@@ -303,6 +305,7 @@ def test_the_scan_of_mamba2_is_counted_by_its_sizes(states: int, extras: bool) -
     assert count.without_scan == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["segresnet", "unet", "unetr", "swinunetr"])
 def test_peers_have_the_multiply_adds_that_pytorchs_counter_finds(name: str) -> None:
     network = build_network(name, 1, 3, (64, 64, 64))
@@ -428,6 +431,7 @@ def test_the_verb_prints_complete_json_and_takes_sizes_apart_or_together() -> No
     assert second == {**found, "latency": None}
 
 
+@pytest.mark.slow
 def test_the_verb_prints_tables_of_one_network_with_settings_and_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     text = run("spm-lightm-unet", "--spatial", "16x16", "--set", "parts=8", "--set", "layer=spm-shared").stdout
     for expected in ("parts 8, layer spm-shared: 16 x 16", "in_proj", "2 E' C'", "decoder 3", "inference: peak"):
@@ -450,8 +454,8 @@ def test_the_verb_prints_tables_of_one_network_with_settings_and_of_several(monk
         (("lightm", "--spatial", "0", "8"), "give two sizes"),
         (("lightm", "--spatial", "wide"), "write whole numbers, as --spatial 128 128 128"),
         (("lightm", "32", "32"), "given as --spatial 32 32"),
-        (("lightm", "--set", "filters"), "write name=value"),
-        (("lightm", "--set", "filters=20"), "not divisible by the 8 groups"),
+        (("lightm", "--set", "base_channels"), "write name=value"),
+        (("lightm", "--set", "base_channels=20"), "not divisible by the 8 groups"),
         (("lightm", "--set", "filter=16"), "filter"),
         (("lightm", "lightm-unet"), "one network is needed, got lightm, lightm-unet"),
         ((), "one network is needed, got none"),

@@ -46,6 +46,7 @@ def overlap(one: Box, other: Box) -> bool:
     return min(one[2], other[2]) - max(one[0], other[0]) > 0.5 and min(one[3], other[3]) - max(one[1], other[1]) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "spatial"),
     [
@@ -93,7 +94,7 @@ def test_the_drawing_tells_the_networks_parameters_layers_and_skips() -> None:
 
 
 def test_settings_are_drawn_as_they_are_built() -> None:
-    options = {"filters": 16, "encoder_layers": (3, 1), "bottleneck_layers": 5, "parts": 2, "pooling": "avg"}
+    options = {"base_channels": 16, "encoder_layers": (3, 1), "bottleneck_layers": 5, "parts": 2, "pooling": "avg"}
     svg = draw_network("lightm", spatial=(16, 16), options=options)
     for expected in (
         "convolution 3², 1 → 16",

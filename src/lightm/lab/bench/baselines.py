@@ -20,10 +20,10 @@ _NEEDS = {"unetr": ("einops",), "swinunetr": ("einops",)}  # what MONAI imports 
 
 def known() -> list[str]:
     """Every name that `create` takes."""
-    from lightm.nets.baselines import PEERS
+    from lightm.nets.baselines import BASELINES
     from lightm.nets.presets import PRESETS
 
-    of_3d = [name for name, (_, _, dimensionalities) in PEERS.items() if 3 in dimensionalities]
+    of_3d = [name for name, (_, _, dimensionalities) in BASELINES.items() if 3 in dimensionalities]
     return sorted([*PRESETS, *of_3d, SIX_STAGES])
 
 

@@ -203,7 +203,7 @@ def _layer_settings(settings: Mapping[str, Any]) -> LayerSettings:
 
 
 def _lightm_unet(dims: int, image: int, classes: int, settings: Mapping[str, Any]) -> Iterator[Term]:
-    layer, width = _layer_settings(settings), settings["filters"]
+    layer, width = _layer_settings(settings), settings["base_channels"]
     stem = formulas.full_stem if settings["stem"] == "conv" else formulas.depthwise_stem
     yield from _at("stem", "", stem(image, width, dims))
 
@@ -234,7 +234,7 @@ def _released(dims: int, image: int, classes: int, settings: Mapping[str, Any]) 
         vector_scale=False,
         one_norm=True,
     )
-    width = settings["filters"]
+    width = settings["base_channels"]
     yield from _at("stem", "", formulas.depthwise_stem(image, width, dims))
     for stage, count in enumerate(settings["blocks_down"]):
         if stage:

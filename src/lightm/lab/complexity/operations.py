@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 from lightm import ops  # noqa: F401  (registers the operators)
 from lightm.errors import LightMError
 from lightm.lab.complexity.meta import meta_forward
+from lightm.nets.intact import observed
 
 SCAN, ATTENTION = "scan", "attention"
 _aten = torch.ops.aten
@@ -87,7 +88,7 @@ def count_operations(network: nn.Module, in_channels: int, spatial: Sequence[int
     """
     with meta_forward(network, in_channels, spatial) as image, torch.no_grad():
         counter = _Counter(network)
-        with counter:
+        with counter, observed():
             network(image)
     return Operations(tuple(spatial), counter.layers)
 

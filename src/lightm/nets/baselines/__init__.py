@@ -1,6 +1,6 @@
-"""Peer networks: those that LightM is compared with, by name.
+"""Baseline networks: those that LightM is compared with, by name.
 
-Importing this package imports none of them; MONAI is imported when a peer that it has is built.
+Importing this package imports none of them; MONAI is imported when a baseline that it has is built.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightm.nets.baselines.common import Peer
+    from lightm.nets.baselines.common import Baseline
 
 # name: (module of this package, its function, dimensionalities)
-PEERS: dict[str, tuple[str, str, tuple[int, ...]]] = {
+BASELINES: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "unet": ("monai_nets", "unet", (2, 3)),
     "dynunet": ("monai_nets", "dynunet", (2, 3)),
     "segresnet": ("monai_nets", "segresnet", (2, 3)),
@@ -36,15 +36,15 @@ def build(
     out_channels: int,
     image_size: Sequence[int] | None = None,
     **options: Any,
-) -> Peer:
-    """Return a new peer network with fresh weights: (B, in_channels, *S) -> logits (B, out_channels, *S).
+) -> Baseline:
+    """Return a new baseline with fresh weights: (B, in_channels, *S) -> logits (B, out_channels, *S).
 
     `image_size`: the size of the patches that it will see. UNETR, TransUNet, nnFormer and the networks with nnU-Net's
     rules (`dynunet`, `umamba-*`) are built for it; the others only check that they can take it.
     Raises ValueError for impossible settings or an image_size that the network cannot take (with one that fits),
     TypeError for an unknown option, ImportError when a library that the network needs is missing.
     """
-    module, function, _ = PEERS[name]
+    module, function, _ = BASELINES[name]
     if spatial_dims not in (2, 3):
         raise ValueError(f"spatial_dims {spatial_dims}: a network is 2D or 3D; use 2 or 3")
     if in_channels < 1:
@@ -56,7 +56,7 @@ def build(
             f"image_size {tuple(image_size)}: {spatial_dims} positive numbers are needed in {spatial_dims}D"
         )
     builder = getattr(import_module(f"lightm.nets.baselines.{module}"), function)
-    network: Peer = builder(spatial_dims, in_channels, out_channels, image_size, **options)
+    network: Baseline = builder(spatial_dims, in_channels, out_channels, image_size, **options)
     if image_size is not None:
         network.check_size(image_size)
     return network

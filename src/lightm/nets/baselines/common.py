@@ -1,4 +1,4 @@
-"""What all peer networks share: the wrapper that checks sizes, and layers by dimensionality."""
+"""What all baselines share: the wrapper that checks sizes, and layers by dimensionality."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 
-class Peer(nn.Module):
-    """A peer network behind the interface of LightM's own: (B, in_channels, *S) -> logits (B, out_channels, *S).
+class Baseline(nn.Module):
+    """A baseline behind the interface of LightM's own: (B, in_channels, *S) -> logits (B, out_channels, *S).
 
     Arguments: `body` does the work; `divisor` per axis; `image_size`: the only size that the body takes, if it takes
     but one; `one_voxel`: whether its deepest stage can be normalised when a single voxel is left there.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightm.errors import did_you_mean
-from lightm.nets.baselines.common import Peer, conv, linear_mode
+from lightm.nets.baselines.common import Baseline, conv, linear_mode
 from lightm.nets.baselines.resnet import DEPTHS, Convolution, ResNet, group_norm
 
 MULTI_GRID = (2, 4, 8)  # the last stage's stride of 2 made into dilation, times the paper's grid 1, 2, 4
@@ -84,7 +84,7 @@ def deeplabv3plus(
     features: int = 256,
     low: int = 48,
     rates: Sequence[int] = (6, 12, 18),
-) -> Peer:
+) -> Baseline:
     """DeepLabV3+ at output stride 16 on ResNet-50 or ResNet-101, with GroupNorm; in 3D all its parts in 3D."""
     if backbone not in DEPTHS:
         raise ValueError(f"backbone '{backbone}'{did_you_mean(backbone, DEPTHS)} Known: {', '.join(DEPTHS)}")
@@ -100,4 +100,4 @@ def deeplabv3plus(
         low=low,
         rates=rates,
     )
-    return Peer(body, in_channels=in_channels, divisor=[16] * spatial_dims)
+    return Baseline(body, in_channels=in_channels, divisor=[16] * spatial_dims)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightm.nets.baselines.attention import MLP, Attention
-from lightm.nets.baselines.common import Peer, needed
+from lightm.nets.baselines.common import Baseline, needed
 
 WINDOW = 4  # voxels of the feature maps along each side of a local volume
 
@@ -99,12 +99,12 @@ class NNFormer(nn.Module):
         out_channels: int,
         image_size: Sequence[int],
         *,
-        filters: int,
+        base_channels: int,
         heads: Sequence[int],
         patch: Sequence[int],
     ) -> None:
         super().__init__()
-        half, second = filters // 2, tuple(side // 2 for side in patch)
+        half, second = base_channels // 2, tuple(side // 2 for side in patch)
         self.embed = nn.Sequential(
             nn.Conv3d(in_channels, half, 3, 2, 1),
             nn.GELU(),
@@ -112,17 +112,17 @@ class NNFormer(nn.Module):
             nn.Conv3d(half, half, 3, 1, 1),
             nn.GELU(),
             ChannelNorm(half),
-            nn.Conv3d(half, filters, 3, second, 1),  # type: ignore[arg-type]
+            nn.Conv3d(half, base_channels, 3, second, 1),  # type: ignore[arg-type]
             nn.GELU(),
-            ChannelNorm(filters),
-            nn.Conv3d(filters, filters, 3, 1, 1),
-            ChannelNorm(filters),
+            ChannelNorm(base_channels),
+            nn.Conv3d(base_channels, base_channels, 3, 1, 1),
+            ChannelNorm(base_channels),
         )
         self.encoder, self.down = nn.ModuleList(), nn.ModuleList()
         self.decoder, self.up = nn.ModuleList(), nn.ModuleList()
         grid = [length // side for length, side in zip(image_size, patch, strict=True)]
         for depth in range(4):
-            width, local = filters * 2**depth, depth < 2
+            width, local = base_channels * 2**depth, depth < 2
             window = [WINDOW] * 3 if local else [length // 2**depth for length in grid]
 
             def layers(skip: bool, width: int = width, window: list[int] = window, depth: int = depth) -> nn.ModuleList:
@@ -136,8 +136,8 @@ class NNFormer(nn.Module):
                 self.down.append(nn.Sequential(ChannelNorm(width), nn.Conv3d(width, 2 * width, 3, 2, 1)))
                 self.up.insert(0, nn.Sequential(ChannelNorm(2 * width), nn.ConvTranspose3d(2 * width, width, 2, 2)))
                 self.decoder.insert(0, layers(True))
-        self.head_norm = ChannelNorm(filters)
-        self.head = nn.ConvTranspose3d(filters, out_channels, tuple(patch), tuple(patch))  # type: ignore[arg-type]
+        self.head_norm = ChannelNorm(base_channels)
+        self.head = nn.ConvTranspose3d(base_channels, out_channels, tuple(patch), tuple(patch))  # type: ignore[arg-type]
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.embed(image)
@@ -164,10 +164,10 @@ def nnformer(
     out_channels: int,
     image_size: Sequence[int] | None,
     *,
-    filters: int = 192,
+    base_channels: int = 192,
     heads: Sequence[int] = (6, 12, 24, 48),
     patch: Sequence[int] = (4, 4, 4),
-) -> Peer:
+) -> Baseline:
     """nnFormer in its widest configuration; raises ValueError for 2D, which the paper does not define.
 
     `patch`: voxels of the image along each side of a token, 2 or 4 an axis: 2 for thick slices.
@@ -177,12 +177,14 @@ def nnformer(
     size = needed(image_size, "its global attention spans the whole of it")
     if len(patch) != 3 or any(side not in (2, 4) for side in patch):
         raise ValueError(f"patch {tuple(patch)}: three sides of 2 or 4 are needed")
-    if len(heads) != 4 or any(filters * 2**depth % count for depth, count in enumerate(heads)) or filters % 2:
-        raise ValueError(f"heads {tuple(heads)}: four counts are needed that divide {filters} filters, doubling")
+    if base_channels % 2 or len(heads) != 4 or any(base_channels * 2**i % count for i, count in enumerate(heads)):
+        raise ValueError(
+            f"heads {tuple(heads)}: four counts are needed that divide base_channels={base_channels}, doubling"
+        )
     divisor = [8 * side for side in patch]
     for axis, length, side in zip("ZYX", size, divisor, strict=True):
         if length % side or not length:
             near = length // side * side + side
             raise ValueError(f"image_size {size}: {axis}={length} is not divisible by {side}; use {near}")
-    body = NNFormer(in_channels, out_channels, size, filters=filters, heads=heads, patch=patch)
-    return Peer(body, in_channels=in_channels, divisor=divisor, image_size=size)
+    body = NNFormer(in_channels, out_channels, size, base_channels=base_channels, heads=heads, patch=patch)
+    return Baseline(body, in_channels=in_channels, divisor=divisor, image_size=size)

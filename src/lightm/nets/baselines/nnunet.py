@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from math import prod
 
 MIN_FEATURE = 4  # voxels that an axis keeps in the deepest stage
-MAX_FILTERS = {2: 512, 3: 320}
+MAX_CHANNELS = {2: 512, 3: 320}
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Per stage, and per axis where it depends on that: kernel sizes, strides and filters, the deepest stage last."""
+    """Per stage, and per axis where it depends on that: kernel sizes, strides and channels, the deepest stage last."""
 
     kernels: tuple[tuple[int, ...], ...]
     strides: tuple[tuple[int, ...], ...]
-    filters: tuple[int, ...]
+    channels: tuple[int, ...]
 
     @property
     def divisor(self) -> tuple[int, ...]:
@@ -28,8 +28,8 @@ def plan_stages(
     image_size: Sequence[int],
     *,
     spacing: Sequence[float] | None = None,
-    filters: int = 32,
-    max_filters: int | None = None,
+    base_channels: int = 32,
+    max_channels: int | None = None,
 ) -> Stages:
     """Return the stages that nnU-Net's rules give for a patch.
 
@@ -37,7 +37,7 @@ def plan_stages(
     remain, and only if it is less than twice as coarse as the finest axis that is still pooled: the finer ones go
     first. A last axis is pooled alone only if it keeps 6 voxels. Kernels are 1 along an axis until
     its spacing is less than twice the finest one's, then 3; the deepest stage has kernels of 3. Filters double from
-    `filters` up to 320 in 3D, 512 in 2D.
+    `base_channels` up to 320 in 3D, 512 in 2D.
 
     Arguments: `image_size` in voxels; `spacing` of the voxels in any unit, by default equal along all axes.
     Raises ValueError for a patch so small that fewer than two poolings remain.
@@ -47,7 +47,7 @@ def plan_stages(
     step = [1.0] * dims if spacing is None else [float(length) for length in spacing]
     if len(step) != dims or min(step) <= 0:
         raise ValueError(f"spacing {tuple(step)}: {dims} positive numbers are needed for a patch of {tuple(size)}")
-    most = MAX_FILTERS[dims] if max_filters is None else max_filters
+    most = MAX_CHANNELS[dims] if max_channels is None else max_channels
     kernel = [1] * dims
     kernels: list[tuple[int, ...]] = []
     strides: list[tuple[int, ...]] = [(1,) * dims]
@@ -70,5 +70,5 @@ def plan_stages(
             "needs two; use 16 or more along two axes"
         )
     kernels.append((3,) * dims)
-    widths = tuple(min(filters * 2**stage, most) for stage in range(len(strides)))
+    widths = tuple(min(base_channels * 2**stage, most) for stage in range(len(strides)))
     return Stages(tuple(kernels), tuple(strides), widths)

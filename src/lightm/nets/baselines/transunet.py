@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightm.nets.baselines.attention import MLP, Attention
-from lightm.nets.baselines.common import Peer, needed
+from lightm.nets.baselines.common import Baseline, needed
 from lightm.nets.baselines.resnet import ResNet
 
 REDUCTION = 16  # pixels of the image along each side of a token
@@ -94,7 +94,7 @@ def transunet(
     mlp: int = 3072,
     dropout: float = 0.1,
     decoder: Sequence[int] = (256, 128, 64, 16),
-) -> Peer:
+) -> Baseline:
     """TransUNet with its R50-ViT-B/16 configuration; raises ValueError for 3D, which the paper does not define."""
     if spatial_dims != 2:
         raise ValueError("TransUNet is defined for 2D images alone; in 3D use unetr, swinunetr or nnformer")
@@ -116,4 +116,4 @@ def transunet(
         dropout=dropout,
         decoder=decoder,
     )
-    return Peer(body, in_channels=in_channels, divisor=[REDUCTION] * 2, image_size=size, one_voxel=False)
+    return Baseline(body, in_channels=in_channels, divisor=[REDUCTION] * 2, image_size=size, one_voxel=False)

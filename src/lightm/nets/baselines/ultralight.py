@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightm.nets.baselines.common import Peer, conv, linear_mode
+from lightm.nets.baselines.common import Baseline, conv, linear_mode
 from lightm.nets.spm import ParallelVSS
 
 PARTS = 4
@@ -123,16 +123,16 @@ def ultralight_vm_unet(
     out_channels: int,
     image_size: Sequence[int] | None,
     *,
-    filters: Sequence[int] = (8, 16, 24, 32, 48, 64),
+    channels: Sequence[int] = (8, 16, 24, 32, 48, 64),
     groups: int = 4,
     state_size: int = 16,
     bridge: bool = True,
-) -> Peer:
+) -> Baseline:
     """UltraLight VM-UNet with the paper's widths; in 3D with 3D convolutions, poolings and interpolations."""
-    widths = tuple(filters)
+    widths = tuple(channels)
     if len(widths) != 6 or any(width % PARTS or width % groups for width in widths):
         raise ValueError(
-            f"filters {widths}: six widths are needed, each divisible by {PARTS} parts and {groups} groups"
+            f"channels {widths}: six widths are needed, each divisible by {PARTS} parts and {groups} groups"
         )
     body = UltraLightVMUNet(
         spatial_dims,
@@ -143,4 +143,4 @@ def ultralight_vm_unet(
         state_size=state_size,
         bridge=bridge,
     )
-    return Peer(body, in_channels=in_channels, divisor=[32] * spatial_dims)
+    return Baseline(body, in_channels=in_channels, divisor=[32] * spatial_dims)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightm.nets.baselines.common import Peer, conv, needed, transposed_conv
+from lightm.nets.baselines.common import Baseline, conv, needed, transposed_conv
 from lightm.nets.baselines.nnunet import Stages, plan_stages
 from lightm.nets.blocks import VSS
 
@@ -81,7 +81,7 @@ class UMamba(nn.Module):
         super().__init__()
         dims = len(stages.kernels[0])
         norm = nn.InstanceNorm3d if dims == 3 else nn.InstanceNorm2d
-        widths, one = stages.filters, (1,) * dims
+        widths, one = stages.channels, (1,) * dims
         first = stages.kernels[0]
         self.stem = nn.Sequential(
             conv(dims)(in_channels, widths[0], first, padding=tuple(k // 2 for k in first)),  # type: ignore[arg-type]
@@ -125,19 +125,19 @@ def umamba_bot(
     out_channels: int,
     image_size: Sequence[int] | None,
     *,
-    filters: int = 32,
-    max_filters: int | None = None,
+    base_channels: int = 32,
+    max_channels: int | None = None,
     spacing: Sequence[float] | None = None,
     blocks: int = 2,
     decoder_blocks: int = 2,
     residual: bool = True,
     everywhere: bool = False,
-) -> Peer:
+) -> Baseline:
     """U-Mamba_Bot: the state-space module in the bottleneck alone; stages by nnU-Net's rules."""
     size = needed(image_size, "nnU-Net's rules derive the stages from it")
     if min(blocks, decoder_blocks) < 1:
         raise ValueError(f"blocks {blocks}, decoder_blocks {decoder_blocks}: every stage needs one or more")
-    stages = plan_stages(size, spacing=spacing, filters=filters, max_filters=max_filters)
+    stages = plan_stages(size, spacing=spacing, base_channels=base_channels, max_channels=max_channels)
     body = UMamba(
         in_channels,
         out_channels,
@@ -147,7 +147,7 @@ def umamba_bot(
         decoder_blocks=decoder_blocks,
         residual=residual,
     )
-    return Peer(body, in_channels=in_channels, divisor=stages.divisor, one_voxel=False)
+    return Baseline(body, in_channels=in_channels, divisor=stages.divisor, one_voxel=False)
 
 
 def umamba_enc(
@@ -156,21 +156,21 @@ def umamba_enc(
     out_channels: int,
     image_size: Sequence[int] | None,
     *,
-    filters: int = 32,
-    max_filters: int | None = None,
+    base_channels: int = 32,
+    max_channels: int | None = None,
     spacing: Sequence[float] | None = None,
     blocks: int = 2,
     decoder_blocks: int = 2,
     residual: bool = True,
-) -> Peer:
+) -> Baseline:
     """U-Mamba_Enc: the state-space module after every encoder stage, the first at full resolution."""
     return umamba_bot(
         spatial_dims,
         in_channels,
         out_channels,
         image_size,
-        filters=filters,
-        max_filters=max_filters,
+        base_channels=base_channels,
+        max_channels=max_channels,
         spacing=spacing,
         blocks=blocks,
         decoder_blocks=decoder_blocks,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightm.errors import InputError
 from lightm.nets.released.names import convert_released, listed, original_name, released_name
 from lightm.nets.released.network import ReleasedLightMUNet
-from lightm.nets.released.plain_pickle import StoredTensor
-from lightm.nets.released.torch_file import TorchFile
 
 # What other networks' checkpoints can be told by; the first that fits is named.
 _OTHERS = [
@@ -33,6 +34,15 @@ _OTHERS = [
     (r"(.+\.)?(vss|A_log)\b.*", "a network of LightM's own; give its model folder to `lightm predict`"),
     (r"model\.\d+\.", "a U-Net of MONAI"),
     (r"backbone\.|layer[1-4]\.\d+\.", "a residual network"),
+]
+# The pickle holds names, shapes and settings only; those of nnU-Net's checkpoints are below 1 MB.
+MAX_PICKLE_BYTES = 16 << 20
+# NumPy's numbers, by the names that its versions 1 and 2 write
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMBERS: list[Any] = [
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
 ]
 _WRAPPERS = ("module.", "_orig_mod.", "network.", "net.", "model.")
 
@@ -65,34 +75,92 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         raise InputError(f"{path}: a folder; give the file of the weights, such as checkpoint_final.pth in it")
     if path.suffix == ".safetensors":
         return Checkpoint(path, _of_released(path, _unwrapped(_read_safetensors(path))))
-    file = TorchFile(path)
-    content = file.content
+    whole = content = _read_torch(path)
     for key in ("network_weights", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
         raise InputError(f"{path}: holds no state dict; names and tensors are expected")
-    others = [name for name, value in content.items() if not isinstance(value, StoredTensor)]
+    others = [name for name, value in content.items() if not _is_plain(value)]
     if others:
         raise InputError(
             f"{path}: holds no state dict: '{others[0]}' is no tensor; tensors by their names are expected, or under "
             "network_weights or state_dict"
         )
     state = _of_released(path, _unwrapped(content))
-    size = sum(stored.nbytes for stored in state.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if size > path.stat().st_size:
         raise InputError(f"{path}: its tensors would fill {size} bytes, more than the file has; refused")
-    beside = file.content.get("init_args")
+    beside = whole.get("init_args")
     beside = beside if isinstance(beside, dict) else {}
     return Checkpoint(
         path,
-        file.read(state),
+        {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()},
         plans=_kind(beside.get("plans"), dict),
         dataset_json=_kind(beside.get("dataset_json"), dict),
         configuration=_kind(beside.get("configuration"), str),
-        trainer=_kind(file.content.get("trainer_name"), str),
-        epoch=_kind(file.content.get("current_epoch", file.content.get("epoch")), int),
+        trainer=_kind(whole.get("trainer_name"), str),
+        epoch=_kind(whole.get("current_epoch", whole.get("epoch")), int),
     )
+
+
+def _read_torch(path: Path) -> Any:
+    """Return the content of a file of `torch.save`, in both of its formats; `torch.load` executes nothing in it.
+
+    Containers, numbers, text, tensors and NumPy's numbers, which nnU-Net keeps, are understood. Tensors of the present
+    format stay in the file until they are looked at.
+    """
+    try:
+        with path.open("rb") as stream:
+            archive = stream.read(4) == b"PK\x03\x04"
+        if archive:
+            _check_archive(path)
+        elif path.stat().st_size < 8:
+            raise EOFError("its end is missing")
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_NUMBERS):
+            warnings.simplefilter("ignore")  # about old formats
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read ({error}); it is damaged or was cut off") from None
+    except Exception as error:  # a damaged pickle ends in exceptions of any kind
+        if forbidden := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise InputError(
+                f"{path}: refused: reading it would need {forbidden[1]}, and a pickle that names other things than "
+                "tensors and plain values could execute code. Nothing was executed. If you trust its source, load it "
+                "there and save the state dict alone, best as safetensors"
+            ) from None
+        # torch's own advice, to load the file without its protection, is not passed on
+        found = re.search(r"WeightsUnpickler error: (.*)", str(error))
+        told = "" if "weights_only" in str(error) else str(error)
+        reason = found[1] if found else (told.splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(
+            f"{path}: not a file of weights that PyTorch wrote, or damaged ({reason}); expected .safetensors, .pth or "
+            ".pt"
+        ) from None
+
+
+def _check_archive(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise InputError(f"{path}: {entry.filename} is compressed, as PyTorch never writes it; refused")
+        if re.search(r"(^|/)(code/|constants\.pkl)", entry.filename):
+            raise InputError(f"{path}: a TorchScript program, which holds code; save its state dict instead")
+        if entry.filename.endswith("data.pkl") and entry.file_size > MAX_PICKLE_BYTES:
+            raise InputError(
+                f"{path}: {entry.filename} has {entry.file_size} bytes where at most {MAX_PICKLE_BYTES} are expected"
+            )
+    if sum(entry.filename.endswith("/data.pkl") for entry in entries) != 1:
+        raise InputError(f"{path}: a zip archive without weights of PyTorch (no data.pkl in it)")
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _kind(value: Any, kind: type) -> Any:
@@ -138,8 +206,8 @@ def _of_released(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 def released_settings(state: Mapping[str, Tensor], *, groups: int = 8) -> dict[str, Any]:
     """Read the arguments of `ReleasedLightMUNet` off the shapes of a released state dict, under its own names.
 
-    Dimensions, channels, classes, filters, blocks of every stage, state size and expansion; the number of groups of
-    GroupNorm leaves no trace in the weights and is taken as given. Raises InputError for tensors without which this
+    Dimensions, channels, classes, base channels, blocks of every stage, state size and expansion; the number of groups
+    of GroupNorm leaves no trace in the weights and is taken as given. Raises InputError for tensors without which this
     cannot be told, and for stages or blocks that are left out.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -163,17 +231,17 @@ def released_settings(state: Mapping[str, Tensor], *, groups: int = 8) -> dict[s
     for stage, count in enumerate(counts):
         if count == 0 or max(blocks[stage]) != count:
             raise InputError(f"not the weights of a whole released LightM-UNet: stage {stage} lacks residual blocks")
-    filters, image = shapes["convInit.1.conv.weight"][:2]
+    base_channels, image = shapes["convInit.1.conv.weight"][:2]
     inner, state_size = shapes["down_layers.0.1.conv1.mamba.A_log"]
     return {
         "spatial_dims": len(shapes["convInit.0.conv.weight"]) - 2,
         "in_channels": image,
         "out_channels": shapes["conv_final.2.1.conv.weight"][0],
-        "filters": filters,
+        "base_channels": base_channels,
         "blocks_down": counts,
         "blocks_up": [1] * (len(counts) - 1),
         "state_size": state_size,
-        "expand": max(1, inner // filters),
+        "expand": max(1, inner // base_channels),
         "groups": groups,
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lightm.nets.blocks import RVM, DecoderStage, DWConv, GroupNormReLU, run_head
-from lightm.nets.lightm_unet import check_input
+from lightm.nets.lightm_unet import check_input, may_overwrite
 
 
 class ResidualRVM(nn.Module):
@@ -52,7 +52,7 @@ class ReleasedLightMUNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        filters: int = 32,
+        base_channels: int = 32,
         blocks_down: Sequence[int] = (1, 2, 2, 4),
         blocks_up: Sequence[int] = (1, 1, 1),
         state_size: int = 16,
@@ -65,15 +65,15 @@ class ReleasedLightMUNet(nn.Module):
                 f"spatial_dims {spatial_dims}, in_channels {in_channels}, out_channels {out_channels}: 2 or 3, and at "
                 "least one channel and one class are needed"
             )
-        if filters < groups or filters % groups:
-            raise ValueError(f"filters {filters} are not divisible by the {groups} groups of GroupNorm")
+        if base_channels < groups or base_channels % groups:
+            raise ValueError(f"base_channels {base_channels} is not divisible by the {groups} groups of GroupNorm")
         if len(blocks_up) != len(blocks_down) - 1 or any(count != 1 for count in blocks_up):
             raise ValueError(f"blocks_up {tuple(blocks_up)}: one block for each of {len(blocks_down) - 1} poolings")
         self.spatial_dims, self.in_channels = spatial_dims, in_channels
         self.divisor = 2 ** len(blocks_up)
-        self.stem = DWConv(in_channels, filters, spatial_dims)
+        self.stem = DWConv(in_channels, base_channels, spatial_dims)
         self.widen, self.stages, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        width = filters
+        width = base_channels
         for stage, count in enumerate(blocks_down):
             if stage:
                 self.widen.append(released_layer(width, 2 * width, state_size=state_size, expand=expand))
@@ -83,17 +83,18 @@ class ReleasedLightMUNet(nn.Module):
         for _ in blocks_up:
             self.decoder.append(DecoderStage(width, spatial_dims, groups=groups, vector_scale=False))
             width //= 2
-        self.recompute: bool | None = None
+        self.checkpointing: bool | None = None
         self.head_norm = GroupNormReLU(width, groups)
         self.head = DWConv(width, out_channels, spatial_dims, kernel_size=1, bias=True)
 
     def forward(self, image: Tensor) -> Tensor:
-        check_input(image, self.spatial_dims, self.in_channels, self.divisor)
+        image = check_input(image, self.spatial_dims, self.in_channels, self.divisor)
+        overwrite = may_overwrite(self)
         x = self.stages[0](self.stem(image.movedim(1, -1).contiguous()))
         skips = []
         for widen, stage in zip(self.widen, list(self.stages)[1:], strict=True):
             skips.append(x)
             x = stage(widen(x, "max"))
         for stage in self.decoder:
-            x = stage(x, skips.pop(), overwrite_skip=True)
-        return run_head(self.head_norm, self.head, x, self.recompute).movedim(-1, 1)
+            x = stage(x, skips.pop(), overwrite_skip=overwrite)
+        return run_head(self.head_norm, self.head, x, self.checkpointing).movedim(-1, 1)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KEPT = 1 << 23
+CHECKPOINT_ABOVE = 1 << 23
 """Numbers in the largest tensor of a block up to which training keeps everything unless told otherwise: 32 MiB."""
 
 
-def recomputes(on: bool | None, numbers: int) -> bool:
+def should_checkpoint(on: bool | None, numbers: int) -> bool:
     """Whether to recompute a block whose largest tensor has `numbers`; `on` is the user's choice, None for none."""
-    return numbers > KEPT if on is None else on
+    return numbers > CHECKPOINT_ABOVE if on is None else on
 
 
 def is_plain(x: Tensor) -> bool:
@@ -28,16 +28,16 @@ def autocast_state(x: Tensor) -> tuple[str, torch.dtype, bool]:
     return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
 
-def recomputed(run: Callable[..., Tensor], parameters: Iterable[nn.Parameter], on: bool, *inputs: Tensor) -> Tensor:
+def checkpointed(run: Callable[..., Tensor], parameters: Iterable[nn.Parameter], on: bool, *inputs: Tensor) -> Tensor:
     """run(*inputs); if `on`, only the inputs are kept for the backward pass. `parameters` are all that run uses."""
     weights = list(parameters)
     if on and torch.is_grad_enabled() and is_plain(inputs[0]) and any(x.requires_grad for x in (*inputs, *weights)):
-        result: Tensor = _Recomputed.apply(run, len(inputs), *inputs, *weights)
+        result: Tensor = _Checkpointed.apply(run, len(inputs), *inputs, *weights)
         return result
     return run(*inputs)
 
 
-class _Recomputed(torch.autograd.Function):
+class _Checkpointed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Callable[..., Tensor], count: int, *tensors: Tensor) -> Tensor:
         ctx.run, ctx.count, ctx.autocast = run, count, autocast_state(tensors[0])
@@ -58,12 +58,12 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *(next(found) if x.requires_grad else None for x in leaves)
 
 
-def set_recompute(network: nn.Module, on: bool | None) -> nn.Module:
+def set_activation_checkpointing(network: nn.Module, on: bool | None) -> nn.Module:
     """Choose how a network trains: True recomputes (less memory), False keeps all activations (less work).
 
-    None, the state of a new network, recomputes those blocks whose tensors have more than `KEPT` numbers.
+    None, the state of a new network, recomputes those blocks whose tensors have more than `CHECKPOINT_ABOVE` numbers.
     """
     for module in network.modules():
-        if hasattr(module, "recompute"):
-            module.recompute = on  # type: ignore[assignment]
+        if hasattr(module, "checkpointing"):
+            module.checkpointing = on  # type: ignore[assignment]
     return network

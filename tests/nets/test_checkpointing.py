@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightm.nets import create, set_recompute, token_layer
+from lightm.nets import create, set_activation_checkpointing, token_layer
 from lightm.nets.blocks import RVM
-from lightm.nets.recompute import KEPT, recomputes
+from lightm.nets.checkpointing import CHECKPOINT_ABOVE, should_checkpoint
 from lightm.nets.spm import SPM
 from lightm.nets.token_layer import TokenLayer
 
@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[type[TokenLayer], dict[str, Any]]] = {
 
 
 @pytest.fixture(autouse=True)
-def _short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """One or two rows of the first axis at a time."""
     monkeypatch.setattr(token_layer, "_CHUNK", 1)
 
@@ -38,7 +38,7 @@ def _layer(name: str, on: bool | None = True) -> TokenLayer:
     torch.manual_seed(0)
     kind, settings = LAYERS[name]
     layer = kind(16, 24, **settings)
-    layer.recompute = on
+    layer.checkpointing = on
     return layer
 
 
@@ -67,6 +67,7 @@ def _assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
     assert not bad, bad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(LAYERS))
 @pytest.mark.parametrize(("sizes", "pooling"), [((5, 3), None), ((6, 4), "max"), ((4, 2, 4), "add"), ((1, 1), None)])
 def test_same_result_and_gradients(name: str, sizes: tuple[int, ...], pooling: str | None) -> None:
@@ -78,14 +79,16 @@ def test_same_result_and_gradients(name: str, sizes: tuple[int, ...], pooling: s
     assert len(expected) == 1 + len(list(_layer(name).parameters()))
 
 
+@pytest.mark.slow
 def test_gradients_are_the_finite_differences() -> None:
     torch.manual_seed(0)
     layer = RVM(4, 3, state_size=2).double()
-    layer.recompute = True
+    layer.checkpointing = True
     x = torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *weights: layer(x), (x, *layer.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rvm", "spm", "rvm, axes"])
 @pytest.mark.parametrize("frozen", ["proj", "vss", "norm", "all but one", "all"])
 @pytest.mark.parametrize("on", [True, False])
@@ -149,26 +152,27 @@ def test_only_the_input_is_kept(name: str) -> None:
 
 def test_a_network_keeps_less() -> None:
     network, x = create("lightm-small", 2, 1, 2), torch.randn(1, 1, 32, 32)
-    more, less = (_kept(set_recompute(network, on), x) for on in (False, True))
+    more, less = (_kept(set_activation_checkpointing(network, on), x) for on in (False, True))
     assert less < 0.35 * more
 
 
 def test_choice_by_size() -> None:
-    assert [recomputes(None, KEPT), recomputes(None, KEPT + 1)] == [False, True]
-    assert [recomputes(True, 1), recomputes(False, 2 * KEPT)] == [True, False]
+    assert [should_checkpoint(None, CHECKPOINT_ABOVE), should_checkpoint(None, CHECKPOINT_ABOVE + 1)] == [False, True]
+    assert [should_checkpoint(True, 1), should_checkpoint(False, 2 * CHECKPOINT_ABOVE)] == [True, False]
     network = create("lightm-unet-small", 2, 1, 2)
-    chosen = [module for module in network.modules() if hasattr(module, "recompute")]
+    chosen = [module for module in network.modules() if hasattr(module, "checkpointing")]
     assert len(chosen) > 5
     for on in (True, False, None):
-        assert set_recompute(network, on) is network
-        assert all(module.recompute is on for module in chosen)
+        assert set_activation_checkpointing(network, on) is network
+        assert all(module.checkpointing is on for module in chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lightm-small", "lightm-unet-small", "lightm-unet-released-small"])
 def test_networks_and_accumulated_gradients(name: str) -> None:
     torch.manual_seed(0)
     network, image = create(name, 2, 1, 3), torch.randn(2, 1, 16, 16)
-    expected, got = (_train(set_recompute(network, on), image) for on in (False, True))
+    expected, got = (_train(set_activation_checkpointing(network, on), image) for on in (False, True))
     _assert_same(got, expected, 1e-4)
     network.zero_grad()
     for _ in range(2):
@@ -224,6 +228,7 @@ def test_modes_without_gradients(name: str) -> None:
     assert _relative(trained, out) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled(backend: str) -> None:
     layer, x = _layer("spm"), torch.randn(1, 4, 6, 16)
@@ -236,7 +241,9 @@ def test_compiled(backend: str) -> None:
 
 def test_exported() -> None:
     torch.manual_seed(0)
-    network = set_recompute(create("lightm-unet-small", 2, 1, 2, encoder_layers=(1,), bottleneck_layers=1), True).eval()
+    network = set_activation_checkpointing(
+        create("lightm-unet-small", 2, 1, 2, encoder_layers=(1,), bottleneck_layers=1), True
+    ).eval()
     image = torch.randn(1, 1, 8, 8)
     program = torch.export.export(network, (image,))
     with torch.no_grad():
