@@ -26,7 +26,7 @@ CAPTIONS = {
     "case_1_slices": "The baseline's worst case, by all methods",
     "case_4_slices": "The case in which methods differ most",
 }
-TABLES = ("methods.csv", "classes.csv", "cases.csv", "cells.csv", "size.csv", "radius.csv")
+TABLES = ("methods.csv", "classes.csv", "cases.csv", "trials.csv", "size.csv", "radius.csv")
 PATHS = ("dataset", "labels", "plan", "split")
 
 

@@ -287,7 +287,6 @@ def compare(
         total_time=total_time,
         retry=retry,
         progress=progress,
-        say=_log.info,
     )
 
 
@@ -415,4 +414,4 @@ def bench(what: str = "network", *, progress: Progress | None = None, **options:
         import torch
 
         torch.set_num_threads(chosen.threads)
-    return run(what, **arguments, progress=progress, say=_log.info)
+    return run(what, **arguments, progress=progress)

@@ -18,7 +18,7 @@ def compare(
     dataset: Annotated[Path | None, typer.Option(help="Data set to use instead of the experiment's.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Trainings side by side, on equal shares of the cores.")] = None,
     total_time: Annotated[str | None, typer.Option(help="Begin no training that would end later: 2h.")] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Train cells that failed once more.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Train trials that failed once more.")] = False,
     only_report: Annotated[bool, typer.Option("--only-report", help="Train nothing; write tables and page.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -51,5 +51,5 @@ def compare(
         table = result.comparison.folder / "tables" / "methods.md"
         typer.echo(f"{table.read_text(encoding='utf-8')}\n{result.page}")
     if failed:
-        echo(f"{len(failed)} cells failed; `--retry` trains them again")
+        echo(f"{len(failed)} trials failed; `--retry` trains them again")
         raise typer.Exit(1)

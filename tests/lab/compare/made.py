@@ -17,8 +17,8 @@ from lightm.datasets.phantoms import make_phantoms
 from lightm.datasets.split import Split
 from lightm.evaluation.evaluation import CaseRow, summarize
 from lightm.evaluation.folder import evaluate_folder
-from lightm.lab.compare.experiment import Cell, Experiment, NetworkChoice, PhantomData
-from lightm.lab.compare.results import CellRecord, NetworkRecord
+from lightm.lab.compare.experiment import Experiment, NetworkChoice, PhantomData, Trial
+from lightm.lab.compare.results import NetworkRecord, TrialRecord
 from lightm.lab.complexity import known_names
 from lightm.preparation.fingerprint import ChannelIntensities, Fingerprint
 from lightm.preparation.plan import ChannelNormalization, Plan, make_plan
@@ -28,8 +28,8 @@ METHODS = {"lightm-small": 0.85, "segresnet": 0.80, "unet_plain": 0.70}
 WATCHED = 3
 """Cases of the split that train or watch, so that `cases` are the tested ones."""
 
-Score = Callable[[Cell, int, str], float | str]
-"""DSC of a cell's case number and class, or "missed", "spurious" or "absent"."""
+Score = Callable[[Trial, int, str], float | str]
+"""DSC of a trial's case number and class, or "missed", "spurious" or "absent"."""
 
 
 def make_comparison(
@@ -47,10 +47,10 @@ def make_comparison(
     fail: Collection[tuple[str, int]] = (),
     epochs: int = 12,
 ) -> Path:
-    """Write a comparison with all of its cells and return its folder.
+    """Write a comparison with all of its trials and return its folder.
 
     methods: label of a network -> its level of DSC; a label that is no network stands for lightm-small. losses: name
-    -> what it adds to the level. cases: how many are tested. leave_out, fail: (network's label, seed) of cells that
+    -> what it adds to the level. cases: how many are tested. leave_out, fail: (network's label, seed) of trials that
     have not run, or failed. Without `images`, `score` (default: `default_score`) makes up every DSC; IoU follows from
     it, HD95 is 10 (1 - DSC) + 1 mm and NSD the DSC's square. With `images`, phantoms are made and predicted as
     labels moved by more voxels the lower the level, and the metrics are measured. `classes` only without images.
@@ -79,42 +79,42 @@ def make_comparison(
     split.save(folder / "split.json")
     (folder / "networks.json").write_text(json.dumps(_networks(experiment, plan)), encoding="utf-8")
 
-    def level(cell: Cell) -> float:
-        return methods[cell.network] + losses[cell.loss]
+    def level(trial: Trial) -> float:
+        return methods[trial.network] + losses[trial.loss]
 
     made = score or default_score(level)
-    for cell in experiment.cells():
-        if (cell.network, cell.seed) in leave_out:
+    for trial in experiment.trials():
+        if (trial.network, trial.seed) in leave_out:
             continue
-        path = folder / "cells" / cell.id
+        path = folder / "trials" / trial.id
         path.mkdir(parents=True)
-        failed = (cell.network, cell.seed) in fail
-        _write_record(path, experiment, cell, plan, epochs, failed)
+        failed = (trial.network, trial.seed) in fail
+        _write_record(path, experiment, trial, plan, epochs, failed)
         if failed:
             continue
-        _write_run(path, experiment, cell, plan, split, data)
-        _write_history(path, level(cell), cell.seed, epochs, list(plan.labels)[1:])
+        _write_run(path, experiment, trial, plan, split, data)
+        _write_history(path, level(trial), trial.seed, epochs, list(plan.labels)[1:])
         if images:
-            _predict(path / "predictions", data, split.test, level(cell), cell.seed)
+            _predict(path / "predictions", data, split.test, level(trial), trial.seed)
             evaluate_folder(
                 path / "predictions", data / "labelsTr", cases=split.test, out=path / "evaluation", bootstrap=50
             )
         else:
-            _write_evaluation(path / "evaluation", cell, plan, split.test, made)
+            _write_evaluation(path / "evaluation", trial, plan, split.test, made)
     return folder
 
 
-def default_score(level: Callable[[Cell], float]) -> Score:
+def default_score(level: Callable[[Trial], float]) -> Score:
     """Hard cases are hard for everyone; seed and method add a little; the tumour is missed or absent at times."""
 
-    def score(cell: Cell, case: int, name: str) -> float | str:
+    def score(trial: Trial, case: int, name: str) -> float | str:
         if name == "tumour" and case % 5 == 4:
             return "absent"
-        if name == "tumour" and case % 5 == 3 and level(cell) < 0.75:
+        if name == "tumour" and case % 5 == 3 and level(trial) < 0.75:
             return "missed"
         hard = 0.06 * math.sin(2.4 * case) - (0.25 if name == "tumour" else 0.0)
-        own = 0.02 * math.sin(7.7 * case + 31 * level(cell) + 3 * cell.seed)
-        return min(0.99, max(0.01, level(cell) + hard + own + 0.005 * cell.seed))
+        own = 0.02 * math.sin(7.7 * case + 31 * level(trial) + 3 * trial.seed)
+        return min(0.99, max(0.01, level(trial) + hard + own + 0.005 * trial.seed))
 
     return score
 
@@ -183,15 +183,15 @@ def _networks(experiment: Experiment, plan: Plan) -> list[dict[str, Any]]:
     return [record.model_dump() for record in records]
 
 
-def _write_record(path: Path, experiment: Experiment, cell: Cell, plan: Plan, epochs: int, failed: bool) -> None:
-    seconds = 60.0 + 7 * list(experiment.networks).index(cell.network) + cell.seed
-    record = CellRecord(
-        id=cell.id,
-        network=cell.network,
-        loss=cell.loss,
-        recipe=cell.recipe,
-        seed=cell.seed,
-        fingerprint=experiment.fingerprint(cell),
+def _write_record(path: Path, experiment: Experiment, trial: Trial, plan: Plan, epochs: int, failed: bool) -> None:
+    seconds = 60.0 + 7 * list(experiment.networks).index(trial.network) + trial.seed
+    record = TrialRecord(
+        id=trial.id,
+        network=trial.network,
+        loss=trial.loss,
+        recipe=trial.recipe,
+        seed=trial.seed,
+        fingerprint=experiment.fingerprint(trial),
         data_hash=plan.fingerprint.data_hash,
         status="failed" if failed else "finished",
         error="loss is not finite in step 17" if failed else None,
@@ -204,18 +204,18 @@ def _write_record(path: Path, experiment: Experiment, cell: Cell, plan: Plan, ep
         stopped_because=None if failed else f"all {epochs} epochs are done",
         versions={"lightm-unet": "0.1.0", "torch": "2.5.0"},
     )
-    (path / "cell.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
+    (path / "trial.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
 
 
-def _write_run(path: Path, experiment: Experiment, cell: Cell, plan: Plan, split: Split, data: Path) -> None:
-    network = experiment.networks[cell.network].network
+def _write_run(path: Path, experiment: Experiment, trial: Trial, plan: Plan, split: Split, data: Path) -> None:
+    network = experiment.networks[trial.network].network
     config = resolve_config(
-        str(data), plan.spatial_dims, network=network, settings={"loss": cell.loss}, seed=cell.seed, epochs_given=True
+        str(data), plan.spatial_dims, network=network, settings={"loss": trial.loss}, seed=trial.seed, epochs_given=True
     )
     config.save(path / "config.yaml")
     plan.save(path / "plan.yaml")
     split.save(path / "split.json")
-    record = {"network": network, "seed": cell.seed, "status": "finished", "versions": {"lightm-unet": "0.1.0"}}
+    record = {"network": network, "seed": trial.seed, "status": "finished", "versions": {"lightm-unet": "0.1.0"}}
     (path / "run.json").write_text(json.dumps(record), encoding="utf-8")
 
 
@@ -245,9 +245,9 @@ def _write_history(path: Path, level: float, seed: int, epochs: int, classes: li
         writer.writerows(rows)
 
 
-def _write_evaluation(folder: Path, cell: Cell, plan: Plan, cases: list[str], score: Score) -> None:
+def _write_evaluation(folder: Path, trial: Trial, plan: Plan, cases: list[str], score: Score) -> None:
     labels = {name: value for name, value in plan.labels.items() if value}
-    rows = [made_row(case, name, score(cell, i, name)) for i, case in enumerate(cases) for name in labels]
+    rows = [made_row(case, name, score(trial, i, name)) for i, case in enumerate(cases) for name in labels]
     evaluation = summarize(
         rows,
         labels,

@@ -170,8 +170,8 @@ def test_a_comparison_of_vessels_is_measured_by_radius(tmp_path: Path) -> None:
     for case in comparison.split.test:
         path = next((folder / "data" / "labelsTr").glob(f"{case}.*"))
         write_volume(path, Volume.from_spacing(both, (1.0, 1.0, 1.0)), kind="label")
-        for cell, drawn in zip(comparison.finished, (both, thick), strict=True):
-            target = cell.path / "predictions" / path.name
+        for trial, drawn in zip(comparison.finished, (both, thick), strict=True):
+            target = trial.path / "predictions" / path.name
             write_volume(target, Volume.from_spacing(drawn, (1.0, 1.0, 1.0)), kind="label")
     summary = summarize_comparison(comparison, bootstrap=50)
     detail = measure_detail(comparison, summary, TestImages(comparison))

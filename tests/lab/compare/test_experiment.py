@@ -29,15 +29,15 @@ def _load(tmp_path: Path, **changes: Any) -> Experiment:
     return load_experiment(path)
 
 
-def test_the_grid_has_every_cell_once_and_whole_seeds_first(tmp_path: Path) -> None:
-    cells = _load(tmp_path).cells()
-    assert [(c.network, c.loss, c.recipe, c.seed) for c in cells] == [
+def test_the_grid_has_every_trial_once_and_whole_seeds_first(tmp_path: Path) -> None:
+    trials = _load(tmp_path).trials()
+    assert [(c.network, c.loss, c.recipe, c.seed) for c in trials] == [
         (network, loss, "default", seed)
         for seed in (3, 5)
         for network in ("lightm-small", "segresnet")
         for loss in ("Dice", "ARSL")
     ]
-    assert len({cell.id for cell in cells}) == 8
+    assert len({trial.id for trial in trials}) == 8
 
 
 def test_the_baseline_comes_first_and_methods_are_named_by_what_differs(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_the_baseline_comes_first_and_methods_are_named_by_what_differs(tmp_path
 
 def test_settings_are_those_of_a_training_and_change_the_fingerprint(tmp_path: Path) -> None:
     experiment = _load(tmp_path, recipes={"slow": {"recipe": "default", "settings": {"lr": 1e-3}}})
-    dice, arsl = experiment.cells()[:2]
+    dice, arsl = experiment.trials()[:2]
     settings = experiment.settings_of(arsl)
     assert settings["loss"] == "ce+arsl"
     assert settings["settings"] == {"lr": 1e-3, "loss_options": {"skip_empty": True}}
@@ -114,7 +114,7 @@ def test_a_fault_is_one_error_that_names_the_file(tmp_path: Path, changes: dict[
 def test_every_shipped_experiment_is_valid(path: Path) -> None:
     experiment = load_experiment(path)
     assert experiment.name == path.stem
-    assert len(experiment.cells()) >= 2
+    assert len(experiment.trials()) >= 2
     assert f"lightm compare examples/{path.relative_to(ROOT / 'examples').as_posix()}" in path.read_text(
         encoding="utf-8"
     )

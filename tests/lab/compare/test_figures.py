@@ -141,9 +141,9 @@ def test_cost_figures_name_every_method(made: tuple[Comparison, Summary]) -> Non
 
 
 def test_chosen_cases_are_worst_median_best_and_the_largest_difference(tmp_path: Path) -> None:
-    def score(cell: object, case: int, name: str) -> float:
+    def score(trial: object, case: int, name: str) -> float:
         base = 0.5 + 0.05 * case
-        return base - (0.4 if case == 3 and getattr(cell, "network", "") == "segresnet" else 0.0)
+        return base - (0.4 if case == 3 and getattr(trial, "network", "") == "segresnet" else 0.0)
 
     folder = make_comparison(tmp_path, methods={"lightm-small": 0.8, "segresnet": 0.7}, cases=7, score=score)
     summary = summarize_comparison(read_comparison(folder), bootstrap=50)

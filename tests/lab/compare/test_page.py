@@ -131,7 +131,7 @@ def test_no_baseline_no_histories_and_undefined_distances(tmp_path: Path) -> Non
         score=lambda *_: "missed",
         classes=["<b>organ</b>"],
     )
-    for path in folder.glob("cells/*/history.csv"):
+    for path in folder.glob("trials/*/history.csv"):
         path.write_text("epoch,train_loss\n", encoding="utf-8")
     (folder / "networks.json").unlink()
     words, _ = page_of(folder)

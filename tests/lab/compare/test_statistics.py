@@ -13,7 +13,7 @@ from scipy.stats import wilcoxon
 
 from lightm.errors import InputError
 from lightm.lab.compare import read_comparison
-from lightm.lab.compare.experiment import Cell
+from lightm.lab.compare.experiment import Trial
 from lightm.lab.compare.results import Summary, load_summary
 from lightm.lab.compare.statistics import convergence_of, holm, level_of, signed_rank, summarize_comparison
 from tests.lab.compare.made import make_comparison
@@ -21,15 +21,15 @@ from tests.lab.compare.made import make_comparison
 BASE = (0.80, 0.75, 0.82, 0.70, 0.91, 0.66, 0.78, 0.85)
 
 
-def summary_of(folder: Path, score: Callable[[Cell, int, str], float | str] | None = None, **options) -> Summary:
+def summary_of(folder: Path, score: Callable[[Trial, int, str], float | str] | None = None, **options) -> Summary:
     options.setdefault("methods", {"base": 0.8, "other": 0.8})
     options.setdefault("seeds", [0])
     options.setdefault("classes", ["organ"] if score else None)
     return summarize_comparison(read_comparison(make_comparison(folder, score=score, **options)))
 
 
-def shifted(by: float) -> Callable[[Cell, int, str], float]:
-    return lambda cell, case, name: BASE[case] + (by if cell.network == "other" else 0.0)
+def shifted(by: float) -> Callable[[Trial, int, str], float]:
+    return lambda trial, case, name: BASE[case] + (by if trial.network == "other" else 0.0)
 
 
 @pytest.mark.parametrize("by", [0.03, -0.03])
@@ -57,7 +57,7 @@ def test_identical_methods_do_not_differ(tmp_path: Path):
 
 
 def test_a_case_is_its_mean_over_seeds_and_seeds_have_a_spread(tmp_path: Path):
-    summary = summary_of(tmp_path / "c", lambda cell, case, name: BASE[case] + 0.02 * cell.seed, seeds=[0, 1, 2])
+    summary = summary_of(tmp_path / "c", lambda trial, case, name: BASE[case] + 0.02 * trial.seed, seeds=[0, 1, 2])
     score = summary.methods[0].overall.dsc
     assert score.mean == pytest.approx(np.mean(BASE) + 0.02)
     assert score.seed_means == pytest.approx([np.mean(BASE) + shift for shift in (0, 0.02, 0.04)])
@@ -67,8 +67,8 @@ def test_a_case_is_its_mean_over_seeds_and_seeds_have_a_spread(tmp_path: Path):
 def test_one_seed_has_no_spread_and_agrees_with_evaluate(tmp_path: Path):
     comparison = read_comparison(make_comparison(tmp_path / "c", seeds=[3], cases=10))
     summary = summarize_comparison(comparison, bootstrap=50)
-    for method, (_, (cell,)) in zip(summary.methods, comparison.methods(), strict=True):
-        evaluation = cell.evaluation()
+    for method, (_, (trial,)) in zip(summary.methods, comparison.methods(), strict=True):
+        evaluation = trial.evaluation()
         assert method.seeds == [3]
         assert method.overall.dsc.seed_sd is None
         for metric in ("dsc", "iou", "hd95_mm", "nsd"):
@@ -85,7 +85,7 @@ def test_one_seed_has_no_spread_and_agrees_with_evaluate(tmp_path: Path):
 def test_the_order_of_cases_changes_nothing(tmp_path: Path):
     folder = make_comparison(tmp_path / "c", cases=9)
     before = summarize_comparison(read_comparison(folder))
-    for path in folder.glob("cells/*/evaluation/metrics.json"):
+    for path in folder.glob("trials/*/evaluation/metrics.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         order = np.random.default_rng(len(path.parts[-3])).permutation(len(content["rows"]))
         content["rows"] = [content["rows"][i] for i in order]
@@ -98,7 +98,7 @@ def test_the_order_of_cases_changes_nothing(tmp_path: Path):
 def test_undefined_values_are_left_out_and_counted(tmp_path: Path):
     given = {("base", 0): "missed", ("other", 1): "missed", ("base", 2): "absent", ("other", 2): "absent"}
     given |= {("base", 3): "absent", ("other", 3): "spurious"}
-    summary = summary_of(tmp_path / "c", lambda cell, case, name: given.get((cell.network, case), BASE[case]))
+    summary = summary_of(tmp_path / "c", lambda trial, case, name: given.get((trial.network, case), BASE[case]))
     base, other = summary.methods
     assert base.counts["organ"] == {"present": 5, "missed": 1, "spurious": 0, "absent": 2}
     assert base.overall.dsc.n == 6
@@ -111,8 +111,8 @@ def test_undefined_values_are_left_out_and_counted(tmp_path: Path):
 
 
 def test_a_seed_without_a_value_leaves_the_other_seeds_one(tmp_path: Path):
-    def score(cell: Cell, case: int, name: str) -> float | str:
-        return "missed" if (case, cell.seed) == (0, 1) else BASE[case]
+    def score(trial: Trial, case: int, name: str) -> float | str:
+        return "missed" if (case, trial.seed) == (0, 1) else BASE[case]
 
     method = summary_of(tmp_path / "c", score, seeds=[0, 1]).methods[0]
     assert method.overall.hd95_mm.n == 8
@@ -123,9 +123,9 @@ def test_a_seed_without_a_value_leaves_the_other_seeds_one(tmp_path: Path):
 def test_overall_differences_compare_the_same_classes(tmp_path: Path):
     """A method that misses the hard class must not gain HD95 by it."""
 
-    def score(cell: Cell, case: int, name: str) -> float | str:
+    def score(trial: Trial, case: int, name: str) -> float | str:
         if name == "small":
-            return "missed" if cell.network == "other" and case < 4 else 0.3
+            return "missed" if trial.network == "other" and case < 4 else 0.3
         return BASE[case]
 
     other = summary_of(tmp_path / "c", score, classes=["large", "small"]).methods[1]
@@ -142,8 +142,8 @@ def test_too_few_cases_are_not_tested(tmp_path: Path):
 
 
 def test_a_mean_against_the_ranks_shows_nothing(tmp_path: Path):
-    def score(cell: Cell, case: int, name: str) -> float:
-        if cell.network == "base":
+    def score(trial: Trial, case: int, name: str) -> float:
+        if trial.network == "base":
             return 0.7
         return 0.7 - 0.65 if case == 0 else 0.7 + 0.02 + case / 1000
 
@@ -156,7 +156,7 @@ def test_a_mean_against_the_ranks_shows_nothing(tmp_path: Path):
 def test_holm_is_over_all_methods(tmp_path: Path):
     shift = {"a": 0.0, "b": 0.01, "c": 0.02, "d": 0.03}
     summary = summary_of(
-        tmp_path / "c", lambda cell, case, name: BASE[case] + shift[cell.network], methods=dict.fromkeys(shift, 0.8)
+        tmp_path / "c", lambda trial, case, name: BASE[case] + shift[trial.network], methods=dict.fromkeys(shift, 0.8)
     )
     assert [m.overall.dsc.difference.p_holm for m in summary.methods[1:]] == pytest.approx([3 * 2 / 2**8] * 3)
 
@@ -227,9 +227,9 @@ def test_nothing_finished_is_refused(tmp_path: Path):
         summary_of(tmp_path / "c", shifted(0.0), leave_out=[("base", 0)], fail=[("other", 0)])
 
 
-def test_cells_scored_differently_are_refused(tmp_path: Path):
+def test_trials_scored_differently_are_refused(tmp_path: Path):
     folder = make_comparison(tmp_path / "c", methods={"base": 0.8, "other": 0.7}, seeds=[0], cases=6)
-    path = next(folder.glob("cells/other*/evaluation/metrics.json"))
+    path = next(folder.glob("trials/other*/evaluation/metrics.json"))
     content = json.loads(path.read_text(encoding="utf-8"))
     content["nsd_tolerance_mm"]["liver"] = 3.0
     path.write_text(json.dumps(content), encoding="utf-8")

@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Summary, Path]:
     paths = write_tables(summary, folder)
     assert sorted(path.name for path in paths) == sorted(
         [f"{name}.{kind}" for name in ("methods", "classes") for kind in ("csv", "md", "tex")]
-        + ["cases.csv", "cells.csv"]
+        + ["cases.csv", "trials.csv"]
     )
     assert all(path.parent == folder / "tables" and path.stat().st_size for path in paths)
     return summary, folder / "tables"
@@ -45,9 +45,9 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def markdown_rows(path: Path) -> list[dict[str, str]]:
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    assert len({len(row) for row in cells}) == 1
-    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+    trials = [[trial.strip() for trial in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert len({len(row) for row in trials}) == 1
+    return [dict(zip(trials[0], row, strict=True)) for row in trials[2:]]
 
 
 def test_methods_in_numbers(made: tuple[Summary, Path]):
@@ -101,7 +101,7 @@ def test_classes(made: tuple[Summary, Path]):
     assert texts[5]["missed"] == "2"
 
 
-def test_cases_and_cells(made: tuple[Summary, Path]):
+def test_cases_and_trials(made: tuple[Summary, Path]):
     summary, tables = made
     cases = read(tables / "cases.csv")
     assert len(cases) == 5 * 10 * 2  # trainings, cases, classes
@@ -109,10 +109,10 @@ def test_cases_and_cells(made: tuple[Summary, Path]):
     assert (row["method"], row["class"], row["dsc"], row["hd95_mm"]) == ("unet_plain", "tumour", "0.0", "")
     mean = sum(float(r["dsc"]) for r in cases if r["method"] == "segresnet" and r["class"] == "liver") / 20
     assert mean == pytest.approx(summary.methods[1].classes["liver"].dsc.mean)
-    cells = read(tables / "cells.csv")
-    assert [cell["status"] for cell in cells] == ["finished"] * 5 + ["not run"]
-    assert cells[-1]["id"] == summary.missing[0]
-    assert (cells[0]["steps"], cells[0]["threads"], cells[0]["version torch"]) == ("120", "2", "2.5.0")
+    trials = read(tables / "trials.csv")
+    assert [trial["status"] for trial in trials] == ["finished"] * 5 + ["not run"]
+    assert trials[-1]["id"] == summary.missing[0]
+    assert (trials[0]["steps"], trials[0]["threads"], trials[0]["version torch"]) == ("120", "2", "2.5.0")
 
 
 def test_pixels_are_no_millimetres(tmp_path: Path):
@@ -140,7 +140,7 @@ def test_equal_methods_have_no_best(tmp_path: Path):
 
 
 def check_latex(text: str) -> None:
-    """Braces and environments balanced, as many cells in a row as columns, no bare special character."""
+    """Braces and environments balanced, as many trials in a row as columns, no bare special character."""
     lines = [line for line in text.splitlines() if not line.startswith("%")]
     body = "\n".join(lines)
     bare = re.sub(r"\\[&%$#_{}\\]", "", body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 LEVELS = ("op", "layer", "network", "scaling")
 SCALING_SIZES = (32, 64, 96, 128, 160)
-Say = Callable[[str], None]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,6 @@ def run(
     out: Path | str | None = None,
     plot: Path | str | None = None,
     progress: Progress | None = None,
-    say: Say = lambda text: None,
 ) -> list[Row]:
     """Measure time and peak memory of operators, layers and networks beside what this machine can do at best.
 
@@ -82,7 +82,7 @@ def run(
         memory: measure peak memory too; a fresh process a case takes seconds to start.
         out: CSV file for the rows, replaced if it is there.
         plot: .svg, .png or .pdf of the scaling rows.
-        progress: called with (what, done, total); say: called with lines to show.
+        progress: called with (what, done, total).
 
     Returns:
         One row a case, in the order of the cases. A case that the system ended for lack of memory is left out and said.
@@ -105,9 +105,9 @@ def run(
             raise InputError("a plot needs scaling cases of two sizes or more: `lightm bench scaling --plot FILE`")
         _check_writable(Path(plot))
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    say("measuring the limits of this machine")
+    _log.info("measuring the limits of this machine")
     limits = machine.measure_limits()
-    say(limits.describe())
+    _log.info(limits.describe())
     # a tick for every measurement, and one for every peak
     total = sum(len(group.cases) * (repeats + memory) for group in groups)
     done = 0
@@ -120,8 +120,8 @@ def run(
 
     results: list[_Result] = []
     for group in groups:
-        say(f"{', '.join(case.label for case in group.cases)}")
-        results += _measure(group, repeats, memory, tick, say)
+        _log.info(f"{', '.join(case.label for case in group.cases)}")
+        results += _measure(group, repeats, memory, tick)
     limits = limits.best(machine.measure_limits())
     rows = _rows(results, limits, started)
     if out is not None:
@@ -188,7 +188,7 @@ def _operator_groups(name: str, variants: Iterable[str], size: int) -> list[Grou
     return groups
 
 
-def _measure(group: Group, repeats: int, with_memory: bool, tick: Callable[[], None], say: Say) -> list[_Result]:
+def _measure(group: Group, repeats: int, with_memory: bool, tick: Callable[[], None]) -> list[_Result]:
     import torch
 
     peaks: dict[Case, int | None] = {}
@@ -199,7 +199,7 @@ def _measure(group: Group, repeats: int, with_memory: bool, tick: Callable[[], N
             try:
                 peaks[case] = peak_in_child(request)
             except OutOfMemoryError as error:
-                say(f"{case.label}: left out: {error}")
+                _log.info(f"{case.label}: left out: {error}")
                 del peaks[case]
             tick()
     ready = {}

@@ -176,13 +176,13 @@ class Experiment(BaseModel):
         first = self.baseline_method
         return [first, *(method for method in grid if method != first)]
 
-    def cells(self) -> list[Cell]:
+    def trials(self) -> list[Trial]:
         """Every training of the grid; all methods with the first seed before the second, so that a part is balanced."""
-        return [Cell(*method, seed) for seed in self.seeds for method in self.methods()]
+        return [Trial(*method, seed) for seed in self.seeds for method in self.methods()]
 
-    def settings_of(self, cell: Cell) -> dict[str, Any]:
-        """The arguments of `lightm.train` for a cell, but data, folders, plan and split."""
-        network, loss, recipe = self.networks[cell.network], self.losses[cell.loss], self.recipes[cell.recipe]
+    def settings_of(self, trial: Trial) -> dict[str, Any]:
+        """The arguments of `lightm.train` for a trial, but data, folders, plan and split."""
+        network, loss, recipe = self.networks[trial.network], self.losses[trial.loss], self.recipes[trial.recipe]
         settings = {**recipe.settings, "loss_options": loss.options}
         return {
             "network": network.network,
@@ -190,16 +190,16 @@ class Experiment(BaseModel):
             "recipe": recipe.recipe,
             "settings": settings,
             "loss": loss.loss,
-            "seed": cell.seed,
+            "seed": trial.seed,
             "epochs": self.epochs,
             "max_time": self.max_time,
             "val_patches": self.val_patches,
             "device": self.device,
         }
 
-    def fingerprint(self, cell: Cell) -> str:
-        """Sixteen hex digits that change with anything which decides a cell's result, but for data, plan and split."""
-        text = json.dumps(self.settings_of(cell), sort_keys=True)
+    def fingerprint(self, trial: Trial) -> str:
+        """Sixteen hex digits that change with anything which decides a trial's result, but for data, plan and split."""
+        text = json.dumps(self.settings_of(trial), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
@@ -207,7 +207,7 @@ class Experiment(BaseModel):
         save_yaml(path, self, "A comparison; run it (again) with `lightm compare`.")
 
 
-class Cell:
+class Trial:
     """One training of the grid: labels of network, loss and recipe, and the seed."""
 
     def __init__(self, network: str, loss: str, recipe: str, seed: int) -> None:
@@ -219,7 +219,7 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """Name of the cell's run folder."""
+        """Name of the trial's run folder."""
         parts = (self.network, self.loss, self.recipe, f"seed{self.seed}")
         return "__".join(map(file_name, parts))
 
@@ -242,7 +242,7 @@ def load_experiment(path: Path | str) -> Experiment:
         for key in ("dataset", "labels", "plan", "split")
         if getattr(experiment, key) is not None
     }
-    ids = [cell.id for cell in experiment.cells()]
+    ids = [trial.id for trial in experiment.trials()]
     if len(set(ids)) != len(ids):
         raise InputError(f"{path}: two labels differ only in spaces, commas, brackets and dashes; rename one")
     return experiment.model_copy(update=update)

@@ -339,10 +339,10 @@ def read_histories(comparison: Comparison) -> tuple[Histories, list[str]]:
     """The histories of every method, one a seed, and what could not be read."""
     histories: Histories = {}
     problems = []
-    for name, cells in comparison.methods():
-        for cell in cells:
+    for name, trials in comparison.methods():
+        for trial in trials:
             try:
-                history = cell.history()
+                history = trial.history()
             except LightMError as error:
                 problems.append(str(error))
                 continue
@@ -357,7 +357,7 @@ def training_curves(comparison: Comparison, histories: Histories) -> Figure:
     The left column is over epochs, the right one over seconds of training. A method is the mean over its seeds, as far
     as all of them went, at the mean of their times; each seed is a thin line.
     """
-    loss_of = {name: cells[0].cell.loss for name, cells in comparison.methods()}
+    loss_of = {name: trials[0].trial.loss for name, trials in comparison.methods()}
     losses = [loss for loss in comparison.experiment.losses if any(loss_of[name] == loss for name in histories)]
     shown = looks(list(loss_of), comparison.baseline)
     rows = len(losses) + 2

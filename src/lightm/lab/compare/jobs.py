@@ -132,7 +132,7 @@ def main() -> None:
 
     torch.set_num_threads(int(request["threads"]))
     try:
-        {"train": train_cell, "measure": measure_network}[request["work"]](request)
+        {"train": train_trial, "measure": measure_network}[request["work"]](request)
     except LightMError as error:
         print(f"lightm: error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
@@ -143,13 +143,13 @@ def _watch_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train_cell(request: dict[str, Any]) -> None:
-    """Train (or go on with) a cell's run, score its test cases, and write its `cell.json`."""
+def train_trial(request: dict[str, Any]) -> None:
+    """Train (or go on with) a trial's run, score its test cases, and write its `trial.json`."""
     import torch
 
     from lightm import __version__
     from lightm.files import write_text
-    from lightm.lab.compare.results import CELL, CellRecord
+    from lightm.lab.compare.results import TRIAL, TrialRecord
     from lightm.pipeline import choose_postprocess, score_run
     from lightm.training import resume_training, train_model
 
@@ -164,8 +164,8 @@ def train_cell(request: dict[str, Any]) -> None:
     choose_postprocess(trained)
     score_run(path, nsd_tolerance_mm=request["nsd_tolerance_mm"])
     state = json.loads((path / "model" / "model.json").read_text(encoding="utf-8"))["training"]
-    record = CellRecord(
-        **request["cell"],
+    record = TrialRecord(
+        **request["trial"],
         data_hash=trained.plan.fingerprint.data_hash,
         status="finished",
         started=started.isoformat(timespec="seconds"),
@@ -177,7 +177,7 @@ def train_cell(request: dict[str, Any]) -> None:
         stopped_because=trained.reason,
         versions={"lightm": __version__, "torch": torch.__version__, "python": platform.python_version()},
     )
-    write_text(path / CELL, record.model_dump_json(indent=1) + "\n")
+    write_text(path / TRIAL, record.model_dump_json(indent=1) + "\n")
 
 
 def measure_network(request: dict[str, Any]) -> None:

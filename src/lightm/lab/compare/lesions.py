@@ -337,7 +337,7 @@ class Detail:
 def measure_detail(
     comparison: Comparison, summary: Summary, images: TestImages, *, progress: Progress | None = None
 ) -> Detail:
-    """Measure all test cases of all finished cells.
+    """Measure all test cases of all finished trials.
 
     A component's, or a case's, score of a method is its mean over the method's seeds. Bins are quantiles of the label
     alone: of components by size; of skeleton voxels, so of length, by radius. A class is tubular when `is_tubular`
@@ -345,7 +345,7 @@ def measure_detail(
     in `problems`. Cost: `part_scores` and `radius_counts` of every case and class; memory of one case and its
     predictions.
     """
-    method_of = {cell.record.id: name for name, cells in comparison.methods() for cell in cells}
+    method_of = {trial.record.id: name for name, trials in comparison.methods() for trial in trials}
     parts: dict[str, list[Entry]] = defaultdict(list)
     counts: dict[str, list[tuple[str, RadiusCounts, list[str]]]] = defaultdict(list)
     tubular = _tubular_classes(summary, images)
@@ -358,7 +358,7 @@ def measure_detail(
         except LightMError as error:
             problems.append(str(error))
             continue
-        methods = [method_of[cell] for cell in found.predictions]
+        methods = [method_of[trial] for trial in found.predictions]
         for name, value in summary.labels.items():
             label = found.label == value
             if not label.any():
@@ -377,7 +377,7 @@ def measure_detail(
         size += summarize_bins("size", name, unit, parts[name], edges, names, baseline)
         if name in tubular:
             edges = _radius_edges([found for _, found, _ in counts[name]])
-            entries = [e for case, found, cells in counts[name] for e in _radius_entries(case, found, cells, edges)]
+            entries = [e for case, found, trials in counts[name] for e in _radius_entries(case, found, trials, edges)]
             radius += summarize_bins("radius", name, summary.distance_unit, entries, edges, names, baseline)
     if progress is not None:
         progress("fine detail", len(summary.test_cases), len(summary.test_cases))

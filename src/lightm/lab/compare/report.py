@@ -27,7 +27,7 @@ from lightm.lab.compare.figures import (
     training_curves,
 )
 from lightm.lab.compare.lesions import BinRow, Detail, bins_csv, measure_detail
-from lightm.lab.compare.results import Comparison, FinishedCell, MethodSummary, Summary, TestImages
+from lightm.lab.compare.results import Comparison, FinishedTrial, MethodSummary, Summary, TestImages
 from lightm.lab.compare.tables import class_texts, legend, method_texts
 from lightm.progress import Progress
 
@@ -127,7 +127,7 @@ def _cards(comparison: Comparison, summary: Summary) -> list[dict[str, str]]:
                 "note": "in mean DSC, corrected p",
             }
         )
-    seconds = [cell.record.seconds for cell in comparison.finished]
+    seconds = [trial.record.seconds for trial in comparison.finished]
     cards.append(
         {"title": "Time of all trainings", "value": duration(sum(seconds)), "note": "with the scoring of test cases"}
     )
@@ -135,7 +135,7 @@ def _cards(comparison: Comparison, summary: Summary) -> list[dict[str, str]]:
 
 
 def _facts(comparison: Comparison) -> list[tuple[str, str]]:
-    experiment, records = comparison.experiment, [cell.record for cell in comparison.finished]
+    experiment, records = comparison.experiment, [trial.record for trial in comparison.finished]
     versions: dict[str, dict[str, None]] = {}
     for record in records:
         for package, version in record.versions.items():
@@ -240,22 +240,22 @@ def write_figures(comparison: Comparison, summary: Summary, *, progress: Progres
 def _draw_case(case: DrawnCase, comparison: Comparison, summary: Summary, images: TestImages, path: Path) -> None:
     """Draw a case by the first seed of every method that has a prediction of it."""
     name = case.chosen.case
-    cells: dict[str, FinishedCell] = {}
+    trials: dict[str, FinishedTrial] = {}
     for method, finished in comparison.methods():
-        having = [cell for cell in finished if name in images.predictions[cell.record.id]]
+        having = [trial for trial in finished if name in images.predictions[trial.record.id]]
         if having:
-            cells[method] = having[0]
-    case.seeds = {method: cell.cell.seed for method, cell in cells.items()}
+            trials[method] = having[0]
+    case.seeds = {method: trial.trial.seed for method, trial in trials.items()}
     try:
         image = images.image(name)
-        found = images.labels(name, list(cells.values()))
+        found = images.labels(name, list(trials.values()))
     except LightMError as error:
         case.problem = str(error)
         return
     if image.shape != found.label.shape:
         case.problem = f"case {name}: image and label have shapes {image.shape} and {found.label.shape}"
         return
-    predictions = {method: found.predictions[cell.record.id] for method, cell in cells.items()}
+    predictions = {method: found.predictions[trial.record.id] for method, trial in trials.items()}
     if not predictions:
         case.problem = f"case {name}: no training left a prediction of it"
         return

@@ -1,12 +1,12 @@
 """What a comparison's folder holds: the trials read back, and the statistics as models (results.json).
 
 experiment.yaml   the grid, all defaults filled in          plan.yaml, split.json   one plan and split for all trials
-cells/ID/         the run folder (`lightm train`) of a trial, with cell.json once it has ended
+trials/ID/         the run folder (`lightm train`) of a trial, with trial.json once it has ended
 networks.json     parameters, MACs, latency and peak memory of every network on one training patch
 results.json, tables/, figures/, comparison.html            what `write_results` makes of them
 
 A configuration (network, loss and recipe) is called a method in the files, and a trial, its training with one seed, a
-cell: the format's names since its first version.
+trial: the format's names since its first version.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from lightm.evaluation.metrics import Status
 from lightm.evaluation.run_folder import RunFolder, read_run
 from lightm.files import write_text
 from lightm.images.io import read_volume
-from lightm.lab.compare.experiment import Cell, Experiment
+from lightm.lab.compare.experiment import Experiment, Trial
 from lightm.preparation.plan import Plan, load_plan
 
 Model = TypeVar("Model", bound=BaseModel)
 
-CELL, NETWORKS = "cell.json", "networks.json"
+TRIAL, NETWORKS = "trial.json", "networks.json"
 
 
-class CellRecord(BaseModel):
-    """How a cell ended; written as `cell.json` when its scores are there, or when it failed.
+class TrialRecord(BaseModel):
+    """How a trial ended; written as `trial.json` when its scores are there, or when it failed.
 
-    `seconds` is the whole cell, `train_seconds` the training alone (validation and checkpoints included).
+    `seconds` is the whole trial, `train_seconds` the training alone (validation and checkpoints included).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -85,11 +85,11 @@ class NetworkRecord(BaseModel):
 
 
 @dataclass(frozen=True)
-class FinishedCell:
+class FinishedTrial:
     """One scored training: its place in the grid, its record and its run folder."""
 
-    cell: Cell
-    record: CellRecord
+    trial: Trial
+    record: TrialRecord
     path: Path
 
     def evaluation(self) -> Evaluation:
@@ -103,22 +103,22 @@ class FinishedCell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison as its folder tells it; cells that have not run or failed are not among `finished`."""
+    """A comparison as its folder tells it; trials that have not run or failed are not among `finished`."""
 
     folder: Path
     experiment: Experiment
     plan: Plan
     split: Split
-    finished: list[FinishedCell]
-    failed: list[CellRecord]
+    finished: list[FinishedTrial]
+    failed: list[TrialRecord]
     networks: dict[str, NetworkRecord]
 
-    def methods(self) -> Iterator[tuple[str, list[FinishedCell]]]:
-        """Name and finished cells (one a seed) of every method with at least one, the baseline first."""
+    def methods(self) -> Iterator[tuple[str, list[FinishedTrial]]]:
+        """Name and finished trials (one a seed) of every method with at least one, the baseline first."""
         for method in self.experiment.methods():
-            cells = [found for found in self.finished if found.cell.method == method]
-            if cells:
-                yield self.experiment.method_name(method), cells
+            trials = [found for found in self.finished if found.trial.method == method]
+            if trials:
+                yield self.experiment.method_name(method), trials
 
     @property
     def baseline(self) -> str:
@@ -131,16 +131,17 @@ def read_comparison(folder: Path | str) -> Comparison:
     folder = Path(folder)
     if not (folder / "experiment.yaml").is_file():
         raise InputError(f"{folder}: holds no comparison (experiment.yaml is missing); run `lightm compare` first")
+    refuse_earlier_layout(folder)
     experiment = load_yaml(folder / "experiment.yaml", Experiment)
     plan = load_plan(folder / "plan.yaml")
     finished, failed = [], []
-    for cell in experiment.cells():
-        path = folder / "cells" / cell.id
-        record = read_cell(path)
+    for trial in experiment.trials():
+        path = folder / "trials" / trial.id
+        record = read_trial(path)
         if record is not None and record.status == "failed":
             failed.append(record)
         elif record is not None:
-            finished.append(FinishedCell(cell, record, path))
+            finished.append(FinishedTrial(trial, record, path))
     return Comparison(
         folder=folder,
         experiment=experiment,
@@ -152,11 +153,20 @@ def read_comparison(folder: Path | str) -> Comparison:
     )
 
 
-def read_cell(path: Path) -> CellRecord | None:
-    """The record of a cell's folder, None where the cell has not ended."""
-    if not (path / CELL).is_file():
+def refuse_earlier_layout(folder: Path) -> None:
+    """Raise InputError for a comparison whose trials lie in `cells/`, where they lay before."""
+    if (folder / "cells").is_dir() and not (folder / "trials").exists():
+        raise InputError(
+            f"{folder}: written by an earlier version. Rename its folder cells to trials, and cell.json in each of the "
+            "folders in it to trial.json; then run `lightm compare` again"
+        )
+
+
+def read_trial(path: Path) -> TrialRecord | None:
+    """The record of a trial's folder, None where the trial has not ended."""
+    if not (path / TRIAL).is_file():
         return None
-    return _parsed(path / CELL, CellRecord)
+    return _parsed(path / TRIAL, TrialRecord)
 
 
 def read_networks(folder: Path) -> dict[str, NetworkRecord]:
@@ -181,7 +191,7 @@ def _parsed(path: Path, model: type[Model]) -> Model:
 
 @dataclass(frozen=True)
 class CaseLabels:
-    """Label of one case and its predictions by cell id; (Z, Y, X) nearest to right-anterior-superior, or (Y, X).
+    """Label of one case and its predictions by trial id; (Z, Y, X) nearest to right-anterior-superior, or (Y, X).
 
     Where the label has the value to ignore, label and predictions are 0.
     """
@@ -192,7 +202,7 @@ class CaseLabels:
 
 
 class TestImages:
-    """Opens the data set that the cells were trained on; InputError where it is gone, or no cell is left."""
+    """Opens the data set that the trials were trained on; InputError where it is gone, or no trial is left."""
 
     __test__ = False  # for pytest: no test in spite of its name
 
@@ -207,18 +217,18 @@ class TestImages:
         self.dataset: Dataset = open_dataset(Path(given), labels=Path(labels) if isinstance(labels, str) else None)
         self.ignore_label = comparison.plan.ignore_label
         self.predictions: Mapping[str, Mapping[str, Path]] = {
-            cell.record.id: case_files(cell.path / "predictions") if (cell.path / "predictions").is_dir() else {}
-            for cell in comparison.finished
+            trial.record.id: case_files(trial.path / "predictions") if (trial.path / "predictions").is_dir() else {}
+            for trial in comparison.finished
         }
         if not any(self.predictions.values()):
-            raise InputError(f"{comparison.folder / 'cells'}: the trainings hold no predictions")
+            raise InputError(f"{comparison.folder / 'trials'}: the trainings hold no predictions")
 
     def image(self, case_id: str) -> NDArray[Any]:
         """The first channel of a case, oriented as its label."""
         return np.ascontiguousarray(read_volume(self.dataset.case(case_id).images[0]).to_canonical().data)
 
-    def labels(self, case_id: str, cells: list[FinishedCell]) -> CaseLabels:
-        """Label and predictions of a case; a cell without a prediction of it is left out.
+    def labels(self, case_id: str, trials: list[FinishedTrial]) -> CaseLabels:
+        """Label and predictions of a case; a trial without a prediction of it is left out.
 
         Raises InputError for a case that is gone and for a prediction that is not of the label's shape.
         """
@@ -231,8 +241,8 @@ class TestImages:
         if ignored is not None:
             label[ignored] = 0
         predictions = {}
-        for cell in cells:
-            source = self.predictions[cell.record.id].get(case_id)
+        for trial in trials:
+            source = self.predictions[trial.record.id].get(case_id)
             if source is None:
                 continue
             pred = np.array(read_volume(source, kind="label").to_canonical().data)
@@ -243,7 +253,7 @@ class TestImages:
                 )
             if ignored is not None:
                 pred[ignored] = 0
-            predictions[cell.record.id] = pred
+            predictions[trial.record.id] = pred
         return CaseLabels(label, predictions, tuple(native.spacing_mm))
 
 
@@ -361,7 +371,7 @@ class CaseResult(CaseRow):
     seed: int
 
 
-class FailedCell(BaseModel):
+class FailedTrial(BaseModel):
     """A training that ended with an error."""
 
     model_config = ConfigDict(extra="forbid")
@@ -373,7 +383,7 @@ class FailedCell(BaseModel):
 class Summary(BaseModel):
     """Statistics of a whole comparison; `methods` has the baseline first.
 
-    `missing` names the cells that have not run, `notes` says in sentences what a reader must know of an incomplete or
+    `missing` names the trials that have not run, `notes` says in sentences what a reader must know of an incomplete or
     uneven comparison. `convergence_level` is 95% of the baseline's best pseudo Dice (median over its seeds).
     """
 
@@ -393,11 +403,11 @@ class Summary(BaseModel):
     alpha: float
     planned: int
     missing: list[str]
-    failed: list[FailedCell]
+    failed: list[FailedTrial]
     notes: list[str]
     convergence_level: float | None
     methods: list[MethodSummary]
-    cells: list[CellRecord]
+    trials: list[TrialRecord]
     cases: list[CaseResult]
 
     def to_json(self, path: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,9 +20,18 @@ from lightm.datasets.phantoms import make_phantoms
 from lightm.datasets.split import Split, load_split
 from lightm.errors import InputError
 from lightm.files import locked_folder, write_text
-from lightm.lab.compare.experiment import Cell, Experiment, file_name, load_experiment
+from lightm.lab.compare.experiment import Experiment, Trial, file_name, load_experiment
 from lightm.lab.compare.jobs import Job, pool, start, wait_for_one
-from lightm.lab.compare.results import CELL, NETWORKS, CellRecord, Comparison, NetworkRecord, read_cell, read_comparison
+from lightm.lab.compare.results import (
+    NETWORKS,
+    TRIAL,
+    Comparison,
+    NetworkRecord,
+    TrialRecord,
+    read_comparison,
+    read_trial,
+    refuse_earlier_layout,
+)
 from lightm.lab.complexity import build_network, count_operations
 from lightm.losses import create_loss
 from lightm.nets import count_parameters
@@ -32,7 +41,7 @@ from lightm.progress import Progress
 from lightm.training.config import TrainConfig, parse_duration, resolve_config
 from lightm.training.prepare import choose_plan, choose_split, with_sizes
 
-Say = Callable[[str], None]
+_log = logging.getLogger(__name__)
 
 _COMMON = (
     "dataset",
@@ -46,12 +55,12 @@ _COMMON = (
     "spacing_mm",
     "nsd_tolerance_mm",
 )
-_SCORING_S = 30.0  # a guess at what a cell takes beyond its training, before one has been seen
+_SCORING_S = 30.0  # a guess at what a trial takes beyond its training, before one has been seen
 
 
 @dataclass(frozen=True)
 class CompareResult:
-    """What a call of `compare_experiment` did: the comparison as it stands, cells left to run, and its page."""
+    """What a call of `compare_experiment` did: the comparison as it stands, trials left to run, and its page."""
 
     comparison: Comparison
     ran: list[str]
@@ -68,30 +77,29 @@ def compare_experiment(
     total_time: str | float | None = None,
     retry: bool = False,
     progress: Progress | None = None,
-    say: Say = print,
 ) -> CompareResult:
-    """Train and score every cell of an experiment that has not been yet, and write tables, figures and one page.
+    """Train and score every trial of an experiment that has not been yet, and write tables, figures and one page.
 
     Arguments:
         experiment: its YAML file, or the model itself.
         out: folder of the comparison, by default `runs/NAME`. One that an earlier call left is completed: finished
-            cells stay, a cell cut off goes on from its last checkpoint. Cells may be added to the experiment; what
-            cells that are there were made with must not change.
+            trials stay, a trial cut off goes on from its last checkpoint. Trials may be added to the experiment; what
+            trials that are there were made with must not change.
         dataset: folder to use instead of the experiment's data.
-        jobs, total_time: replace the experiment's. No cell is begun that, as far as can be told from those before
+        jobs, total_time: replace the experiment's. No trial is begun that, as far as can be told from those before
             it, would end after `total_time` (of this call); running ones are not cut short.
-        retry: train cells that failed once more, from the start.
+        retry: train trials that failed once more, from the start.
 
-    Each cell runs in a process with an equal share of the cores. A failed cell is recorded, and the others go on.
+    Each trial runs in a process with an equal share of the cores. A failed trial is recorded, and the others go on.
     Raises InputError for a faulty experiment before anything is written, for a folder in use or of another
-    experiment; KeyboardInterrupt passes through once running cells have written their checkpoints.
+    experiment; KeyboardInterrupt passes through once running trials have written their checkpoints.
     """
     given = experiment if isinstance(experiment, Experiment) else load_experiment(experiment)
     if dataset is not None:
         given = given.model_copy(update={"dataset": str(Path(dataset).resolve()), "phantom": None})
     jobs = given.jobs if jobs is None else jobs
     if jobs < 1:
-        raise InputError(f"jobs {jobs}: at least one cell must run at a time")
+        raise InputError(f"jobs {jobs}: at least one trial must run at a time")
     total_time = given.total_time if total_time is None else total_time
     deadline = None if total_time is None else time.monotonic() + parse_duration(total_time)
     out = Path(out) if out is not None else Path("runs") / given.name.replace(" ", "-")
@@ -102,19 +110,19 @@ def compare_experiment(
         given.save(out / "experiment.yaml")
         preprocess_dataset(
             data, plan, default_cache_dir(), case_ids=[*split.train, *split.val], progress=progress
-        )  # once, not by every cell
-        ran, left = _run_cells(out, given, data, jobs, deadline, retry, progress, say)
+        )  # once, not by every trial
+        ran, left = _run_trials(out, given, data, jobs, deadline, retry, progress)
         comparison = read_comparison(out)
         if not comparison.finished:
             return CompareResult(comparison, ran, left, None)
-        measure_networks(comparison, out, threads=_cores(), say=say)
+        measure_networks(comparison, out, threads=_cores())
         return CompareResult(read_comparison(out), ran, left, write_results(out, progress=progress))
 
 
 def write_results(out: Path | str, *, progress: Progress | None = None) -> Path:
     """Write results.json, tables/, figures/ and comparison.html of a comparison, and return the page's path.
 
-    Raises InputError for a folder without a comparison or without a finished cell.
+    Raises InputError for a folder without a comparison or without a finished trial.
     """
     from lightm.lab.compare.report import write_page
     from lightm.lab.compare.statistics import summarize_comparison
@@ -122,7 +130,7 @@ def write_results(out: Path | str, *, progress: Progress | None = None) -> Path:
 
     comparison = read_comparison(out)
     if not comparison.finished:
-        raise InputError(f"{out}: no cell has finished yet; run `lightm compare` again")
+        raise InputError(f"{out}: no trial has finished yet; run `lightm compare` again")
     summary = summarize_comparison(comparison)
     summary.to_json(comparison.folder / "results.json")
     write_tables(summary, comparison.folder)
@@ -130,7 +138,7 @@ def write_results(out: Path | str, *, progress: Progress | None = None) -> Path:
 
 
 def _check_folder(out: Path, given: Experiment) -> None:
-    """Raise InputError where `out` holds something else, or cells made with other settings."""
+    """Raise InputError where `out` holds something else, or trials made with other settings."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; give a folder for the comparison with -o")
     path = out / "experiment.yaml"
@@ -138,22 +146,23 @@ def _check_folder(out: Path, given: Experiment) -> None:
         if out.is_dir() and any(p.name not in ("data", "plan.yaml", "split.json") for p in _shown(out)):
             raise InputError(f"{out}: is not empty and holds no comparison; give another folder with -o")
         return
+    refuse_earlier_layout(out)
     earlier = load_yaml(path, Experiment)
     for key in _COMMON:
         if getattr(earlier, key) != getattr(given, key):
             raise InputError(
                 f"{path}: this comparison was begun with {key} = {getattr(earlier, key)!r}, now it is "
-                f"{getattr(given, key)!r}; its cells would not be comparable. Give another folder with -o"
+                f"{getattr(given, key)!r}; its trials would not be comparable. Give another folder with -o"
             )
-    before = {cell.id: earlier.settings_of(cell) for cell in earlier.cells()}
-    for cell in given.cells():
-        now, then = given.settings_of(cell), before.get(cell.id)
-        if then is None or then == now or not (out / "cells" / cell.id).exists():
+    before = {trial.id: earlier.settings_of(trial) for trial in earlier.trials()}
+    for trial in given.trials():
+        now, then = given.settings_of(trial), before.get(trial.id)
+        if then is None or then == now or not (out / "trials" / trial.id).exists():
             continue
         key = next(key for key in now if now[key] != then[key])
         raise InputError(
-            f"{out / 'cells' / cell.id}: was trained with {key} = {then[key]!r}, now it is {now[key]!r}; give another "
-            "folder with -o, or another label in the experiment"
+            f"{out / 'trials' / trial.id}: was trained with {key} = {then[key]!r}, now it is {now[key]!r}; give "
+            "another folder with -o, or another label in the experiment"
         )
 
 
@@ -181,14 +190,14 @@ def _plan_and_split(out: Path, given: Experiment, data: Dataset, progress: Progr
     config = _config(given, data, plan)
     if not (out / "plan.yaml").is_file():
         plan = with_sizes(_with_spacing(plan, given.spacing_mm), config, given.patch_size, given.batch_size)
-    cells = given.cells()
-    for label in {cell.network for cell in cells}:
+    trials = given.trials()
+    for label in {trial.network for trial in trials}:
         network = given.networks[label]
         build_network(network.network, len(plan.channels), len(plan.labels), plan.patch_size, network.options)
     for loss in given.losses.values():
         create_loss(loss.loss, spatial_dims=plan.spatial_dims, num_classes=len(plan.labels), **loss.options)
-    for cell in cells:
-        _cell_config(given, cell, data, plan)
+    for trial in trials:
+        _trial_config(given, trial, data, plan)
     path = out / "split.json"
     labelled = [case.id for case in data.cases if case.label is not None]
     split = load_split(path, labelled) if path.is_file() else choose_split(data, config)
@@ -213,14 +222,14 @@ def _config(given: Experiment, data: Dataset, plan: Plan) -> TrainConfig:
     )
 
 
-def _cell_config(given: Experiment, cell: Cell, data: Dataset, plan: Plan) -> TrainConfig:
-    """The cell's configuration as `train_model` will resolve it, so that a wrong setting is found at once."""
-    options = given.settings_of(cell)
+def _trial_config(given: Experiment, trial: Trial, data: Dataset, plan: Plan) -> TrainConfig:
+    """The trial's configuration as `train_model` will resolve it, so that a wrong setting is found at once."""
+    options = given.settings_of(trial)
     settings = {**options["settings"], "loss": options["loss"]}
     return resolve_config(str(data.root), plan.spatial_dims, recipe=options["recipe"], settings=settings)
 
 
-def _run_cells(
+def _run_trials(
     out: Path,
     given: Experiment,
     data: Dataset,
@@ -228,95 +237,96 @@ def _run_cells(
     deadline: float | None,
     retry: bool,
     progress: Progress | None,
-    say: Say,
 ) -> tuple[list[str], list[str]]:
-    """Run what is to be run; return the ids of the cells that ended in this call, and of those left for the next."""
-    cells = given.cells()
+    """Run what is to be run; return the ids of the trials that ended in this call, and of those left for the next."""
+    trials = given.trials()
     waiting = []
-    for cell in cells:
-        record = read_cell(out / "cells" / cell.id)
+    for trial in trials:
+        record = read_trial(out / "trials" / trial.id)
         if record is not None and record.status == "failed" and retry:
-            shutil.rmtree(out / "cells" / cell.id)
+            shutil.rmtree(out / "trials" / trial.id)
             record = None
         if record is None:
-            waiting.append(cell)
-    done, threads = len(cells) - len(waiting), max(1, _cores() // jobs)
-    say(f"{len(cells)} cells, {done} of them there already; {jobs} at a time on {threads} thread(s) each: {out}")
+            waiting.append(trial)
+    done, threads = len(trials) - len(waiting), max(1, _cores() // jobs)
+    _log.info(f"{len(trials)} trials, {done} of them done; {jobs} at a time on {threads} thread(s) each: {out}")
     longest = _guess(given)
     ran: list[str] = []
-    begun: dict[str, Cell] = {}
+    begun: dict[str, Trial] = {}
     with pool() as running:
         while waiting or running:
             while waiting and len(running) < jobs:
                 if deadline is not None and time.monotonic() + longest > deadline:
                     break
-                cell = waiting.pop(0)
-                begun[cell.id] = cell
-                running.append(_start_cell(out, given, cell, data, threads))
+                trial = waiting.pop(0)
+                begun[trial.id] = trial
+                running.append(_start_trial(out, given, trial, data, threads))
             if not running:
                 break
             job = wait_for_one(running)
             spent = time.monotonic() - job.since
-            cell = begun.pop(job.name)
-            path = out / "cells" / cell.id
-            if job.process.returncode == 0 and (record := read_cell(path)) is not None:
+            trial = begun.pop(job.name)
+            path = out / "trials" / trial.id
+            if job.process.returncode == 0 and (record := read_trial(path)) is not None:
                 longest = max(longest if ran else 0.0, spent)
-                say(f"[{done + len(ran) + 1}/{len(cells)}] {cell.id}: finished in {spent:.0f} s")
+                _log.info(f"[{done + len(ran) + 1}/{len(trials)}] {trial.id}: finished in {spent:.0f} s")
             elif job.interrupted:
-                say(f"{cell.id}: interrupted; the next call goes on with it")
+                _log.info(f"{trial.id}: interrupted; the next call goes on with it")
                 continue
             else:
-                record = _failure(given, cell, job, threads, spent)
+                record = _failure(given, trial, job, threads, spent)
                 path.mkdir(parents=True, exist_ok=True)
-                write_text(path / CELL, record.model_dump_json(indent=1) + "\n")
-                say(f"[{done + len(ran) + 1}/{len(cells)}] {cell.id}: failed: {record.error} (log: {job.log})")
-            ran.append(cell.id)
+                write_text(path / TRIAL, record.model_dump_json(indent=1) + "\n")
+                _log.info(f"[{done + len(ran) + 1}/{len(trials)}] {trial.id}: failed: {record.error} (log: {job.log})")
+            ran.append(trial.id)
             if progress is not None:
-                progress("cells", done + len(ran), len(cells))
-    left = [cell.id for cell in cells if read_cell(out / "cells" / cell.id) is None]
+                progress("trials", done + len(ran), len(trials))
+    left = [trial.id for trial in trials if read_trial(out / "trials" / trial.id) is None]
     if left:
-        say(f"{len(left)} cells are left for the next call: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}")
+        _log.info(
+            f"{len(left)} trials are left for the next call: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}"
+        )
     return ran, left
 
 
 def _guess(given: Experiment) -> float:
-    """Seconds that the first cell may take: its budget and the scoring; unknown lengths count as none."""
+    """Seconds that the first trial may take: its budget and the scoring; unknown lengths count as none."""
     return 0.0 if given.max_time is None else parse_duration(given.max_time) + _SCORING_S
 
 
-def _start_cell(out: Path, given: Experiment, cell: Cell, data: Dataset, threads: int) -> Job:
+def _start_trial(out: Path, given: Experiment, trial: Trial, data: Dataset, threads: int) -> Job:
     request: dict[str, Any] = {
         "work": "train",
-        "path": str(out / "cells" / cell.id),
+        "path": str(out / "trials" / trial.id),
         "dataset": str(data.root),
         "threads": threads,
         "nsd_tolerance_mm": given.nsd_tolerance_mm,
-        "cell": _place(given, cell),
+        "trial": _place(given, trial),
         "options": {
-            **given.settings_of(cell),
+            **given.settings_of(trial),
             "labels": given.labels,
             "plan": str(out / "plan.yaml"),
             "split": str(out / "split.json"),
         },
     }
-    return start(cell.id, request, out / "logs" / f"{cell.id}.log")
+    return start(trial.id, request, out / "logs" / f"{trial.id}.log")
 
 
-def _place(given: Experiment, cell: Cell) -> dict[str, Any]:
+def _place(given: Experiment, trial: Trial) -> dict[str, Any]:
     return {
-        "id": cell.id,
-        "network": cell.network,
-        "loss": cell.loss,
-        "recipe": cell.recipe,
-        "seed": cell.seed,
-        "fingerprint": given.fingerprint(cell),
+        "id": trial.id,
+        "network": trial.network,
+        "loss": trial.loss,
+        "recipe": trial.recipe,
+        "seed": trial.seed,
+        "fingerprint": given.fingerprint(trial),
     }
 
 
-def _failure(given: Experiment, cell: Cell, job: Job, threads: int, spent: float) -> CellRecord:
+def _failure(given: Experiment, trial: Trial, job: Job, threads: int, spent: float) -> TrialRecord:
     started = datetime.now(timezone.utc).timestamp() - spent
-    return CellRecord(
-        **_place(given, cell),
+    return TrialRecord(
+        **_place(given, trial),
         data_hash="",
         status="failed",
         error=job.last_words(),
@@ -337,10 +347,8 @@ def _cores() -> int:
 # What the networks cost -----------------------------------------------------------------------------------------------
 
 
-def measure_networks(
-    comparison: Comparison, out: Path, *, threads: int, say: Callable[[str], None] = print
-) -> list[NetworkRecord]:
-    """Count and measure every network of finished cells that has no entry yet, and write `networks.json`.
+def measure_networks(comparison: Comparison, out: Path, *, threads: int) -> list[NetworkRecord]:
+    """Count and measure every network of finished trials that has no entry yet, and write `networks.json`.
 
     Parameters are summed over tensors and multiply-adds include the scan. Latency is the median of five forward
     passes of one patch on `threads` threads, peak memory that of one pass, each network in a fresh process, on the
@@ -348,7 +356,7 @@ def measure_networks(
     """
     plan = comparison.plan
     records = dict(comparison.networks)
-    for label in dict.fromkeys(found.cell.network for found in comparison.finished):
+    for label in dict.fromkeys(found.trial.network for found in comparison.finished):
         if label in records:
             continue
         choice = comparison.experiment.networks[label]
@@ -359,7 +367,7 @@ def measure_networks(
             "out_channels": len(plan.labels),
             "image_size": plan.patch_size,
         }
-        say(f"measuring {label} on one patch of {' x '.join(map(str, plan.patch_size))}")
+        _log.info(f"measuring {label} on one patch of {' x '.join(map(str, plan.patch_size))}")
         request = {"work": "measure", "network": described, "options": choice.options, "threads": threads}
         measured = _measured(label, request, out / "logs" / f"network-{file_name(label)}.log")
         meta = build_network(choice.network, len(plan.channels), len(plan.labels), plan.patch_size, choice.options)

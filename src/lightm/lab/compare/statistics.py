@@ -29,8 +29,8 @@ from lightm.lab.compare.results import (
     Comparison,
     Convergence,
     Difference,
-    FailedCell,
-    FinishedCell,
+    FailedTrial,
+    FinishedTrial,
     MethodSummary,
     Score,
     Scores,
@@ -45,7 +45,7 @@ _SMALLER_IS_BETTER = ("hd95_mm",)
 
 
 def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed: int = 0) -> Summary:
-    """Return means, intervals and tests of every method with a finished cell, per class and over classes.
+    """Return means, intervals and tests of every method with a finished trial, per class and over classes.
 
     A case's value is its mean over the method's seeds; the mean over cases has a percentile bootstrap interval
     (95%, `bootstrap` resamples of the cases from `seed`, the same for all methods; 0 leaves them out). Overall values
@@ -61,13 +61,13 @@ def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed:
     the counts. A class found where there is none has DSC 0, and rightly left empty no DSC.
 
     Intervals and tests are over cases and hold for the networks as they were trained; what another seed would do is
-    told by `seed_sd` alone. Raises InputError where no cell has finished, or cells were scored with different classes,
-    tolerances or units. Cost: reads one metrics.json and one history.csv a cell; methods x bootstrap x cases x classes
-    multiply-adds.
+    told by `seed_sd` alone. Raises InputError where no trial has finished, or trials were scored with different
+    classes, tolerances or units. Cost: reads one metrics.json and one history.csv per trial; methods x bootstrap x
+    cases x classes multiply-adds.
     """
     if bootstrap < 0:
         raise InputError(f"bootstrap is {bootstrap}: expected a number of resamples, or 0 for no intervals")
-    scored = [_Scored(name, cells, _evaluations(cells)) for name, cells in comparison.methods()]
+    scored = [_Scored(name, trials, _evaluations(trials)) for name, trials in comparison.methods()]
     if not scored:
         failed = f" ({len(comparison.failed)} failed)" if comparison.failed else ""
         raise InputError(
@@ -80,12 +80,12 @@ def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed:
     weights = bootstrap_weights(len(cases), bootstrap, seed)
     baseline = next((i for i, method in enumerate(scored) if method.name == comparison.baseline), None)
     scores = {metric: _metric_scores(scored, metric, cases, labels, weights, baseline) for metric in METRICS}
-    level = None if baseline is None else level_of([cell.history() for cell in scored[baseline].cells])
-    planned = comparison.experiment.cells()
-    records = {cell.record.id: cell.record for cell in comparison.finished} | {r.id: r for r in comparison.failed}
+    level = None if baseline is None else level_of([trial.history() for trial in scored[baseline].trials])
+    planned = comparison.experiment.trials()
+    records = {trial.record.id: trial.record for trial in comparison.finished} | {r.id: r for r in comparison.failed}
     methods = []
     for i, method in enumerate(scored):
-        network, loss, recipe = method.cells[0].cell.method
+        network, loss, recipe = method.trials[0].trial.method
         by_column = [Scores(**{metric: scores[metric][i][column] for metric in METRICS}) for column in [None, *labels]]
         methods.append(
             MethodSummary(
@@ -94,18 +94,18 @@ def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed:
                 loss=loss,
                 recipe=recipe,
                 is_baseline=i == baseline,
-                seeds=[cell.cell.seed for cell in method.cells],
+                seeds=[trial.trial.seed for trial in method.trials],
                 cases=len({case for found in method.evaluations for case in found.cases}),
                 counts=method.counts(labels),
                 overall=by_column[0],
                 classes=dict(zip(labels, by_column[1:], strict=True)),
-                training=_training(method.cells),
-                convergence=convergence_of([cell.history() for cell in method.cells], level),
+                training=_training(method.trials),
+                convergence=convergence_of([trial.history() for trial in method.trials], level),
                 cost=comparison.networks.get(network),
             )
         )
-    missing = [cell.id for cell in planned if cell.id not in records]
-    failed_cells = [FailedCell(id=record.id, error=record.error) for record in comparison.failed]
+    missing = [trial.id for trial in planned if trial.id not in records]
+    failed_trials = [FailedTrial(id=record.id, error=record.error) for record in comparison.failed]
     return Summary(
         name=comparison.experiment.name,
         baseline=comparison.baseline,
@@ -120,15 +120,15 @@ def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed:
         alpha=ALPHA,
         planned=len(planned),
         missing=missing,
-        failed=failed_cells,
+        failed=failed_trials,
         notes=notes_on(comparison, missing, {c.record.id: e.cases for m in scored for c, e in m.pairs()}),
         convergence_level=level,
         methods=methods,
-        cells=[records[cell.id] for cell in planned if cell.id in records],
+        trials=[records[trial.id] for trial in planned if trial.id in records],
         cases=[
-            CaseResult(method=method.name, seed=cell.cell.seed, **row.model_dump())
+            CaseResult(method=method.name, seed=trial.trial.seed, **row.model_dump())
             for method in scored
-            for cell, found in method.pairs()
+            for trial, found in method.pairs()
             for row in found.rows
         ],
     )
@@ -136,18 +136,18 @@ def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed:
 
 @dataclass(frozen=True)
 class _Scored:
-    """A method with its cells and their evaluations, one a seed."""
+    """A method with its trials and their evaluations, one a seed."""
 
     name: str
-    cells: list[FinishedCell]
+    trials: list[FinishedTrial]
     evaluations: list[Evaluation]
 
-    def pairs(self) -> list[tuple[FinishedCell, Evaluation]]:
-        return list(zip(self.cells, self.evaluations, strict=True))
+    def pairs(self) -> list[tuple[FinishedTrial, Evaluation]]:
+        return list(zip(self.trials, self.evaluations, strict=True))
 
     def table(self, metric: str, cases: Sequence[str], labels: Sequence[str]) -> Floats:
         """(seeds, cases, classes), NaN where undefined or not scored."""
-        table = np.full((len(self.cells), len(cases), len(labels)), np.nan)
+        table = np.full((len(self.trials), len(cases), len(labels)), np.nan)
         row_of, column_of = ({name: i for i, name in enumerate(names)} for names in (cases, labels))
         for s, found in enumerate(self.evaluations):
             for row in found.rows:
@@ -239,8 +239,8 @@ def _verdict(found: Difference, sign: int, metric: str) -> Verdict:
     return "better" if (found.mean < 0) == (metric in _SMALLER_IS_BETTER) else "worse"
 
 
-def _training(cells: Sequence[FinishedCell]) -> Training:
-    records = [cell.record for cell in cells]
+def _training(trials: Sequence[FinishedTrial]) -> Training:
+    records = [trial.record for trial in trials]
     epochs, steps = [record.epochs for record in records], [record.steps for record in records]
     seconds = [record.train_seconds for record in records]
     return Training(
@@ -254,21 +254,21 @@ def _training(cells: Sequence[FinishedCell]) -> Training:
     )
 
 
-def _evaluations(cells: Sequence[FinishedCell]) -> list[Evaluation]:
-    return [cell.evaluation() for cell in cells]
+def _evaluations(trials: Sequence[FinishedTrial]) -> list[Evaluation]:
+    return [trial.evaluation() for trial in trials]
 
 
 def _same_scoring(scored: Sequence[_Scored]) -> Evaluation:
     """The first evaluation; InputError where another one was measured differently."""
     first = scored[0].evaluations[0]
     for method in scored:
-        for cell, found in method.pairs():
+        for trial, found in method.pairs():
             for key in ("labels", "distance_unit", "nsd_tolerance_mm", "spatial_dims"):
                 got, expected = getattr(found, key), getattr(first, key)
                 if got != expected:
                     raise InputError(
-                        f"{cell.path / 'evaluation' / 'metrics.json'}: {key} is {got}, but {expected} in "
-                        f"{scored[0].cells[0].path.name}; delete the folder of one of them and run it again"
+                        f"{trial.path / 'evaluation' / 'metrics.json'}: {key} is {got}, but {expected} in "
+                        f"{scored[0].trials[0].path.name}; delete the folder of one of them and run it again"
                     )
     return first
 
@@ -396,16 +396,16 @@ def _late_median(values: Sequence[float | None]) -> float | None:
 def notes_on(comparison: Comparison, missing: Sequence[str], scored: Mapping[str, Sequence[str]]) -> list[str]:
     """Sentences about missing and failed trainings, seeds, test cases and what makes times incomparable.
 
-    `missing`: ids of cells that have not run; `scored`: the cases scored in each finished cell, by its id.
+    `missing`: ids of trials that have not run; `scored`: the cases scored in each finished trial, by its id.
     """
     notes = []
-    planned = len(comparison.experiment.cells())
+    planned = len(comparison.experiment.trials())
     if missing:
         notes.append(f"{len(missing)} of {planned} trainings have not run: {_some(missing)}.")
     if comparison.failed:
         failed = [record.id for record in comparison.failed]
         notes.append(f"{len(failed)} of {planned} trainings failed: {_some(failed)}.")
-    methods = {name: [cell.cell.seed for cell in cells] for name, cells in comparison.methods()}
+    methods = {name: [trial.trial.seed for trial in trials] for name, trials in comparison.methods()}
     if comparison.baseline not in methods:
         notes.append(f"The baseline, {comparison.baseline}, has no finished training: nothing is tested against it.")
     if len(set(map(tuple, methods.values()))) > 1:
@@ -414,21 +414,21 @@ def notes_on(comparison: Comparison, missing: Sequence[str], scored: Mapping[str
     elif max(map(len, methods.values())) == 1:
         notes.append("One seed a method: how much results vary from training to training is not known.")
     tested = comparison.split.test
-    short = [cell for cell, cases in scored.items() if set(cases) != set(tested)]
+    short = [trial for trial, cases in scored.items() if set(cases) != set(tested)]
     if short:
         notes.append(f"Not exactly the {len(tested)} test cases of the split were scored in {_some(short)}.")
     if len(tested) < FEWEST_PAIRS:
         notes.append(f"{len(tested)} test cases: fewer than {FEWEST_PAIRS} cannot show a difference in any test.")
-    records = [cell.record for cell in comparison.finished]
+    records = [trial.record for trial in comparison.finished]
     threads = sorted({record.threads for record in records})
     if len(threads) > 1:
         notes.append(f"Trainings ran on {' and '.join(map(str, threads))} threads: their times cannot be compared.")
     if len({record.data_hash for record in records}) > 1:
-        notes.append("Trainings saw different data (data_hash in cells.csv): run the older ones again.")
+        notes.append("Trainings saw different data (data_hash in trials.csv): run the older ones again.")
     differing = sorted({name for record in records for name, v in record.versions.items()
                         if any(other.versions.get(name) != v for other in records)})  # fmt: skip
     if differing:
-        notes.append(f"Trainings ran with different versions of {', '.join(differing)} (cells.csv).")
+        notes.append(f"Trainings ran with different versions of {', '.join(differing)} (trials.csv).")
     return notes
 
 

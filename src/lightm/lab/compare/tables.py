@@ -92,10 +92,10 @@ NONE = "–"
 
 
 def write_tables(summary: Summary, folder: Path) -> list[Path]:
-    """Write methods and classes (.csv, .md, .tex), cases.csv and cells.csv to `folder`/tables; return their paths.
+    """Write methods and classes (.csv, .md, .tex), cases.csv and trials.csv to `folder`/tables; return their paths.
 
     methods: a row a method, scores over classes; classes: a row a method and class; cases: a row for every method,
-    seed, case and class; cells: a row for every planned training. CSV has plain numbers, an empty field where there is
+    seed, case and class; trials: a row for every planned training. CSV has plain numbers, an empty field where there is
     none, and units in its headings; Markdown and LaTeX round for readers and set the best of several methods in bold.
     Raises LightMError, naming the file, when the disk refuses.
     """
@@ -104,7 +104,7 @@ def write_tables(summary: Summary, folder: Path) -> list[Path]:
         "methods.csv": as_csv(*_method_numbers(summary)),
         "classes.csv": as_csv(*_class_numbers(summary)),
         "cases.csv": as_csv(*_case_numbers(summary)),
-        "cells.csv": as_csv(*_cell_facts(summary)),
+        "trials.csv": as_csv(*_trial_facts(summary)),
     }
     for name, left, (headings, rows) in (
         ("methods", 1, method_texts(summary)),
@@ -243,13 +243,13 @@ def _case_numbers(summary: Summary) -> tuple[list[str], list[list[object]]]:
     return headings, rows
 
 
-def _cell_facts(summary: Summary) -> tuple[list[str], list[list[object]]]:
+def _trial_facts(summary: Summary) -> tuple[list[str], list[list[object]]]:
     fields = ["id", "network", "loss", "recipe", "seed", "status", "error", "started", "seconds", "train_seconds"]
     fields += ["epochs", "steps", "stopped_because", "threads", "data_hash", "fingerprint"]
-    packages = sorted({name for record in summary.cells for name in record.versions})
+    packages = sorted({name for record in summary.trials for name in record.versions})
     rows: list[list[object]] = [
         [*(getattr(record, field) for field in fields), *(record.versions.get(name) for name in packages)]
-        for record in summary.cells
+        for record in summary.trials
     ]
     status = fields.index("status")
     for name in summary.missing:
