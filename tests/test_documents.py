@@ -77,9 +77,10 @@ def test_the_scores_of_the_readme_are_those_of_the_runs() -> None:
 
 
 def test_the_comparison_of_the_readme_is_that_of_its_tables() -> None:
-    with (ROOT / "docs/results/peers-time-hippocampus/tables/methods.csv").open(encoding="utf-8", newline="") as file:
+    results = ROOT / "docs/results/baselines-time-hippocampus"
+    with (results / "tables/methods.csv").open(encoding="utf-8", newline="") as file:
         methods = {row["method"].split(" (")[0]: row for row in csv.DictReader(file)}
-    networks = json.loads((ROOT / "docs/results/peers-time-hippocampus/networks.json").read_text(encoding="utf-8"))
+    networks = json.loads((results / "networks.json").read_text(encoding="utf-8"))
     counts = json.dumps(networks)
     found = 0
     for network, parameters, score, deviation in (row for row in MEASURED if len(row) == 4 and "[" in row[2]):

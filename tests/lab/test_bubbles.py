@@ -20,8 +20,8 @@ ROWS = [
     Row("lightm-unet", "paper", parameters=2_471_422, multiply_adds=int(77.4e9)),
     Row("spm-lightm-unet", "report", parameters=847_230, multiply_adds=int(46.5e9)),
     Row("spm-lightm-unet-shared", "report", parameters=466_350, multiply_adds=int(46.5e9)),
-    Row("unetr", "peer", parameters=93_030_000, multiply_adds=int(176e9)),
-    Row("transunet", "peer", refused="2D only"),
+    Row("unetr", "baseline", parameters=93_030_000, multiply_adds=int(176e9)),
+    Row("transunet", "baseline", refused="2D only"),
 ]
 
 
@@ -142,7 +142,7 @@ def test_files_are_written_and_nothing_to_draw_is_said(tmp_path: Path) -> None:
     paths = write_comparison(ROWS, tmp_path / "out")
     assert [path.name for path in paths] == ["comparison.csv", "comparison.md", "comparison.png"]
     assert paths[2].read_bytes().startswith(b"\x89PNG")
-    assert "| unetr | peer | 93.03 |" in paths[1].read_text(encoding="utf-8")
+    assert "| unetr | baseline | 93.03 |" in paths[1].read_text(encoding="utf-8")
     assert math.isclose(len(paths[0].read_text(encoding="utf-8").splitlines()), len(ROWS) + 1)
     with pytest.raises(InputError, match="all refuse this size"):
         comparison_figure([ROWS[-1]])

@@ -1,4 +1,4 @@
-"""Parts of the peer networks: nnU-Net's rules, attention in windows."""
+"""Parts of the baselines: nnU-Net's rules, attention in windows."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_a_count_that_is_not_the_formulas_is_an_error_that_names_the_part() -> N
         count_parts(network, "lightm-unet", 2, 1, 2)
 
 
-def test_peers_are_held_against_the_forms_of_their_layers() -> None:
+def test_baselines_are_held_against_the_forms_of_their_layers() -> None:
     network = build_network("segresnet", 1, 3, (32, 32, 32))
     table = count_parts(network, "segresnet", 3, 1, 3)
     assert table.total == count_parameters(network)
@@ -307,7 +307,7 @@ def test_the_scan_of_mamba2_is_counted_by_its_sizes(states: int, extras: bool) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["segresnet", "unet", "unetr", "swinunetr"])
-def test_peers_have_the_multiply_adds_that_pytorchs_counter_finds(name: str) -> None:
+def test_baselines_have_the_multiply_adds_that_pytorchs_counter_finds(name: str) -> None:
     network = build_network(name, 1, 3, (64, 64, 64))
     found = count_operations(network, 1, (64, 64, 64)).total
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:

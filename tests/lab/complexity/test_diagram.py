@@ -117,7 +117,7 @@ def test_skips_are_read_off_the_tensors() -> None:
     assert joined == {"decoder 1": "encoder 3", "decoder 2": "encoder 2", "decoder 3": "encoder 1"}
 
 
-def test_peers_and_impossible_sizes_are_refused() -> None:
+def test_baselines_and_impossible_sizes_are_refused() -> None:
     with pytest.raises(InputError, match="not of baselines"):
         draw_network("unet", spatial=(32, 32))
     with pytest.raises(InputError, match="Y=20 is not divisible by 8"):
