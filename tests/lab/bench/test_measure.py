@@ -1,4 +1,4 @@
-"""Times, percentiles and memory."""
+"""Times and memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,25 +14,12 @@ from lightm import memory
 from lightm.errors import LightMError
 from lightm.lab.bench import measure
 from lightm.lab.bench.kernels import STATES, BareScan
-from lightm.lab.bench.machine import Limits, commit, cpu_model, measure_limits, versions
-from lightm.lab.bench.peak import OutOfMemoryError, peak_in_child
+from lightm.lab.bench.measure import OutOfMemoryError, peak_in_child
+from lightm.lab.bench.records import commit, cpu_model, versions
+from lightm.lab.bench.roofline import Limits, measure_limits
 from lightm.ops import selective_scan
 
 MEASURABLE = memory.resident() is not None
-
-
-@pytest.mark.parametrize("percent", [0, 20, 50, 80, 100])
-def test_percentiles_are_numpys(percent: float) -> None:
-    for count in (1, 2, 5, 8):
-        values = np.random.default_rng(count).random(count).tolist()
-        assert measure.percentile(values, percent) == pytest.approx(np.percentile(values, percent), rel=1e-12)
-
-
-def test_percentile_refuses_what_has_none() -> None:
-    with pytest.raises(ValueError, match="no values"):
-        measure.percentile([], 50)
-    with pytest.raises(ValueError, match=r"outside 0\.\.100"):
-        measure.percentile([1.0], 101)
 
 
 def test_cases_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

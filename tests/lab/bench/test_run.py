@@ -13,19 +13,8 @@ from typer.testing import CliRunner
 
 from lightm.cli import app
 from lightm.errors import InputError
-from lightm.lab.bench import (
-    baselines,
-    cases,
-    draw_scaling,
-    format_markdown,
-    machine,
-    measure,
-    read_csv,
-    run,
-    suite,
-    write_csv,
-)
-from lightm.lab.bench.peak import OutOfMemoryError, peak_in_child
+from lightm.lab.bench import cases, draw_scaling, format_markdown, measure, read_csv, roofline, run, suite, write_csv
+from lightm.lab.bench.measure import OutOfMemoryError, peak_in_child
 from lightm.lab.bench.records import Row
 from lightm.memory import resident
 
@@ -41,9 +30,9 @@ ROW = Row(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits from small data, and calls repeated less often."""
+    """Throughputs from small data, and calls repeated less often."""
     monkeypatch.setattr(measure, "SHORTEST", 0.001)
-    monkeypatch.setattr(machine, "measure_limits", functools.partial(machine.measure_limits, 1, small=True))
+    monkeypatch.setattr(roofline, "measure_limits", functools.partial(roofline.measure_limits, 1, small=True))
 
 
 @pytest.fixture
@@ -53,7 +42,7 @@ def never(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(*args: Any, **options: Any) -> None:
         raise AssertionError("measured before the input was checked")
 
-    monkeypatch.setattr(machine, "measure_limits", measured)
+    monkeypatch.setattr(roofline, "measure_limits", measured)
 
 
 def test_csv_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -115,7 +104,7 @@ def test_the_verb_end_to_end(tmp_path: Path) -> None:
     words = ["bench", "max_pool2", "--size", "32", "--repeats", "2", "--no-memory", "--out", str(out)]
     done = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False)
     assert done.exit_code == 0
-    assert "measuring the limits" in done.stderr
+    assert "measuring the peak throughput" in done.stderr
     printed, rows = json.loads(done.stdout), read_csv(out)
     assert printed == [dataclasses.asdict(row) for row in rows]
     assert [(row.impl, row.mode) for row in rows] == [
@@ -240,7 +229,7 @@ def test_a_file_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("never")
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cases.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"'unetr' needs einops.*pip install einops"):
         run("network", networks=["lightm-unet", "unetr"], size=32)
 

@@ -7,8 +7,7 @@ import torch
 
 from lightm import ops
 from lightm.lab.bench.cases import chunked_scan, operator_work
-from lightm.lab.bench.machine import Limits
-from lightm.lab.bench.roofline import Work, count_steps, layer_work, roofline_seconds, state_space_work
+from lightm.lab.bench.roofline import Limits, Work, count_steps, layer_work, roofline_seconds, state_space_work
 from lightm.nets import create
 from lightm.nets.blocks import RVM
 from lightm.nets.mamba2 import VSS2

@@ -1,8 +1,7 @@
 """How fast is LightM on this machine, against what else there is: operators, layers, networks, growth with size.
 
-`run` measures and returns rows; `write_csv`, `read_csv`, `format_markdown` and `draw_scaling` are what can be done
-with them. What the columns mean and how a roofline is counted: docs of `lightm.lab.bench.roofline` and
-`lightm.lab.bench.records`.
+`run` measures and returns rows for `write_csv`, `read_csv`, `format_markdown` and `draw_scaling`. Columns:
+`lightm.lab.bench.records`; rooflines: `lightm.lab.bench.roofline`.
 """
 
 from __future__ import annotations

@@ -1,21 +1,25 @@
-"""The cases: what is run, in which sizes, and what it needs at least.
+"""The cases: what is run, in which sizes, and its minimum of work.
 
 A case is data (`Case`), so that another process can build the same one; `prepare` makes the tensors and the call.
 Operators take tensors as the networks have them: channels last, E = 64 channels and N = 16 states in a scan, 32
 channels in an image. Variants of an operator: `cpu`, the kernel of this project; `reference`, plain PyTorch, for the
 scan a Python loop over tokens; `chunked`, the scan as PyTorch does it best, see `chunked_scan`; `conv3d`, PyTorch's own
 depthwise convolution in its channels-last layout; `bare`, a scan loop without softplus, bias and skip that writes into
-memory it already has: about as fast as a scan could be.
+memory it already has: about as fast as a scan could be. Networks are LightM's presets and the baselines by name.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from lightm.errors import InputError
+from lightm.errors import InputError, did_you_mean
 from lightm.lab.bench.roofline import FLOAT, Work, count_steps
 
 if TYPE_CHECKING:
@@ -37,6 +41,12 @@ OPERATORS = {
 LAYERS = tuple(f"{kind}-{width}" for width in LAYER_WIDTHS for kind in ("rvm", "spm"))
 FORWARD, BOTH, INFERENCE, TRAINING = "forward", "forward+backward", "inference", "training step"
 
+CLASSES = 3
+DEFAULT = ("lightm-unet", "spm-lightm-unet", "dynunet", "unetr")
+SIX_STAGES = "dynunet-6"
+_SIX_STAGES_MIN = 64  # at 32 the lowest stage keeps a single voxel, which instance norm refuses
+_NEEDS = {"unetr": ("einops",), "swinunetr": ("einops",)}  # what MONAI imports only when it builds them
+
 
 @dataclass(frozen=True)
 class Case:
@@ -55,7 +65,7 @@ class Case:
 
 @dataclass
 class Prepared:
-    """A case with its tensors: `call` is what is timed, `steps` what it needs at least."""
+    """A case with its tensors: `call` is what is timed, `count` gives its minimum of work."""
 
     call: Callable[[], object]
     shape: str
@@ -89,6 +99,19 @@ def warm_up(case: Case) -> None:
         prepare(replace(case, size=min(case.size, 16))).call()
 
 
+def child() -> None:
+    """A process of `measure.peak_in_child`: warm the kernels of the case on standard input up, and measure one call."""
+    import torch
+
+    from lightm.memory import peak_of
+
+    request = json.load(sys.stdin)
+    torch.set_num_threads(int(request["threads"]))
+    case = Case(**request["case"])
+    warm_up(case)
+    print(json.dumps({"peak": peak_of(prepare(case).call)}))
+
+
 # Operators ----------------------------------------------------------------------------------------------------
 
 
@@ -96,8 +119,7 @@ def operator_work(name: str, size: int) -> tuple[Work, Work]:
     """(forward, backward) of an operator on its case of edge `size`, from the formulas in lightm/ops/README.md.
 
     Per token or voxel: bytes read and written once (group_norm_relu reads its input twice: the sums come first; the
-    backward passes read what was kept and write the gradients), multiply-adds, exponentials. The adds of
-    normalisations are not counted.
+    backward passes read what was kept and write the gradients), multiply-adds, exponentials; no adds of normalisations.
     """
     voxels = size**3
     tokens = scan_tokens(name, size)
@@ -107,7 +129,7 @@ def operator_work(name: str, size: int) -> tuple[Work, Work]:
         backward = Work(s * (3 * e + 2 * n), s * (2 * e + 2 * n), 24 * e * n, e * n + 2 * e)
         if name == "selective_scan_long":  # also what the bare loop does: no softplus
             forward = Work(forward.read, forward.written, forward.flops, e * n)
-        return _times(forward, tokens), _times(backward, tokens)
+        return forward * tokens, backward * tokens
     c, e, s = CHANNELS, INNER, FLOAT
     each = {
         "causal_conv1d": (Work(s * e, s * e, 2 * KERNEL_SIZE * e, e), Work(s * 2 * e, s * e, 6 * KERNEL_SIZE * e, e)),
@@ -118,16 +140,12 @@ def operator_work(name: str, size: int) -> tuple[Work, Work]:
         "upsample_linear2": (Work(s * c, s * c * 8, 48 * c), Work(s * c * 8, s * c, 48 * c)),
     }
     forward, backward = each[name]
-    return _times(forward, voxels), _times(backward, voxels)
+    return forward * voxels, backward * voxels
 
 
 def scan_tokens(name: str, size: int) -> int:
     """Tokens of an operator's case: those of the cube, fewer for the scan that the reference runs too."""
     return min(size**3, REFERENCE_TOKENS) if name == "selective_scan" else size**3
-
-
-def _times(work: Work, count: int) -> Work:
-    return Work(work.read * count, work.written * count, work.flops * count, work.exps * count)
 
 
 def _operator(case: Case) -> Prepared:
@@ -141,7 +159,7 @@ def _operator(case: Case) -> Prepared:
 
         scan = BareScan(scan_tokens(name, size), INNER)
         return Prepared(scan.run, f"1x{scan.tokens}x{INNER}, N={STATES}", lambda: steps)
-    make, leaves, shape = _OPERATOR_CALLS[name](name, size, impl)
+    make, leaves, shape = _make(name, size, impl)
     if case.mode == FORWARD:
 
         def call() -> object:
@@ -193,63 +211,36 @@ def chunked_scan(
     return (y + d_skip * x).view(batch, tokens, inner)
 
 
-_Made = tuple[Callable[[], "Tensor"], list["Tensor"], str]
-
-
-def _scan_call(name: str, size: int, impl: str) -> _Made:
+def _make(name: str, size: int, impl: str) -> tuple[Callable[[], Tensor], list[Tensor], str]:
+    """The forward call of an operator's variant, the tensors that gradients are taken of, and its shape as text."""
     import torch
 
     from lightm import ops
 
     tokens = scan_tokens(name, size)
-    u, delta = torch.randn(1, tokens, INNER), torch.randn(1, tokens, INNER) - 3
-    B, C = torch.randn(1, tokens, STATES), torch.randn(1, tokens, STATES)
-    A = -torch.arange(1, STATES + 1, dtype=torch.float32).repeat(INNER, 1)
-    skip, bias = torch.ones(INNER), torch.zeros(INNER)
-    shape = f"1x{tokens}x{INNER}, N={STATES}"
-    if impl == "chunked":
-        return lambda: chunked_scan(u, delta, A, B, C, skip, bias), [u, delta, A, B, C, skip, bias], shape
-    if name == "selective_scan_long":  # the same task as the bare loop's: steps already positive
-        step = torch.rand(1, tokens, INNER) * 0.1
-        return lambda: ops.selective_scan(u, step, A, B, C, impl=impl), [u, step, A, B, C], shape
-    return (
-        lambda: ops.selective_scan(
-            u, delta, A, B, C, d_skip=skip, delta_bias=bias, delta_softplus=True, impl=impl
-        ),
-        [u, delta, A, B, C, skip, bias],
-        shape,
-    )  # fmt: skip
-
-
-def _conv1d_call(name: str, size: int, impl: str) -> _Made:
-    import torch
-
-    from lightm import ops
-
-    x, weight, bias = torch.randn(1, size**3, INNER), torch.randn(INNER, KERNEL_SIZE), torch.randn(INNER)
-    leaves = [x, weight, bias]
-    return (
-        lambda: ops.causal_conv1d(x, weight, bias, "silu", impl=impl),
-        leaves,
-        f"1x{size**3}x{INNER}, K={KERNEL_SIZE}",
-    )
-
-
-def _gated_call(name: str, size: int, impl: str) -> _Made:
-    import torch
-
-    from lightm import ops
-
-    y, z = torch.randn(1, size**3, INNER), torch.randn(1, size**3, INNER)
-    weight, bias = torch.ones(INNER), torch.zeros(INNER)
-    return lambda: ops.gated_norm(y, z, weight, bias, impl=impl), [y, z, weight, bias], f"1x{size**3}x{INNER}"
-
-
-def _image_call(name: str, size: int, impl: str) -> _Made:
-    import torch
-
-    from lightm import ops
-
+    shape = f"1x{tokens}x{INNER}"
+    if name.startswith("selective_scan"):
+        u, delta = torch.randn(1, tokens, INNER), torch.randn(1, tokens, INNER) - 3
+        B, C = torch.randn(1, tokens, STATES), torch.randn(1, tokens, STATES)
+        A = -torch.arange(1, STATES + 1, dtype=torch.float32).repeat(INNER, 1)
+        skip, bias = torch.ones(INNER), torch.zeros(INNER)
+        shape += f", N={STATES}"
+        if name == "selective_scan_long":  # the same task as the bare loop's: steps already positive
+            step = torch.rand(1, tokens, INNER) * 0.1
+            return lambda: ops.selective_scan(u, step, A, B, C, impl=impl), [u, step, A, B, C], shape
+        leaves = [u, delta, A, B, C, skip, bias]
+        if impl == "chunked":
+            return lambda: chunked_scan(u, delta, A, B, C, skip, bias), leaves, shape
+        scan = partial(ops.selective_scan, d_skip=skip, delta_bias=bias, delta_softplus=True, impl=impl)
+        return lambda: scan(u, delta, A, B, C), leaves, shape
+    if name == "causal_conv1d":
+        x, weight, bias = torch.randn(1, tokens, INNER), torch.randn(INNER, KERNEL_SIZE), torch.randn(INNER)
+        shape += f", K={KERNEL_SIZE}"
+        return lambda: ops.causal_conv1d(x, weight, bias, "silu", impl=impl), [x, weight, bias], shape
+    if name == "gated_norm":
+        y, z = torch.randn(1, tokens, INNER), torch.randn(1, tokens, INNER)
+        scale, shift = torch.ones(INNER), torch.zeros(INNER)
+        return lambda: ops.gated_norm(y, z, scale, shift, impl=impl), [y, z, scale, shift], shape
     x = torch.randn(1, size, size, size, CHANNELS)
     shape = f"1x{size}x{size}x{size}x{CHANNELS}"
     scale, shift = torch.ones(CHANNELS), torch.zeros(CHANNELS)
@@ -264,18 +255,6 @@ def _image_call(name: str, size: int, impl: str) -> _Made:
         return lambda: ops.group_norm_relu(x, 8, scale, shift, impl=impl), [x, scale, shift], shape
     function = ops.max_pool2 if name == "max_pool2" else ops.upsample_linear2
     return lambda: function(x, impl=impl), [x], shape
-
-
-_OPERATOR_CALLS: dict[str, Callable[[str, int, str], _Made]] = {
-    "selective_scan": _scan_call,
-    "selective_scan_long": _scan_call,
-    "causal_conv1d": _conv1d_call,
-    "gated_norm": _gated_call,
-    "depthwise_conv": _image_call,
-    "group_norm_relu": _image_call,
-    "max_pool2": _image_call,
-    "upsample_linear2": _image_call,
-}
 
 
 # Layers and networks ------------------------------------------------------------------------------------------
@@ -294,21 +273,12 @@ def _layer(case: Case) -> Prepared:
     x = torch.randn(1, size, size, size, channels)
     shape = f"1x{size}x{size}x{size}x{channels}"
     if case.mode == FORWARD:
-        layer.eval()
-
-        def forward() -> object:
-            with torch.inference_mode():
-                return layer(x)
-
-        return Prepared(forward, shape, lambda: count_steps(layer, lambda: layer(x)), count_parameters(layer))
+        return Prepared(*_forward(layer, x, shape), count_parameters(layer))
     x.requires_grad_()
     weight = torch.ones_like(x)
     leaves = [x, *layer.parameters()]
     return Prepared(
-        lambda: torch.autograd.grad(layer(x), leaves, weight),
-        shape,
-        lambda: [step.with_backward() for step in count_steps(layer, lambda: layer(x))],
-        count_parameters(layer),
+        lambda: torch.autograd.grad(layer(x), leaves, weight), shape, _both(layer, x), count_parameters(layer)
     )
 
 
@@ -316,26 +286,18 @@ def _network(case: Case) -> Prepared:
     import torch
     from torch.nn import functional
 
-    from lightm.lab.bench import baselines
     from lightm.nets import count_parameters
 
     size = case.size
-    network: nn.Module = baselines.create(case.name, size)
+    network = create_network(case.name, size)
     image = torch.randn(1, 1, size, size, size)
     shape = f"1x1x{size}x{size}x{size}"
     if case.mode == INFERENCE:
-        network.eval()
-
-        def infer() -> object:
-            with torch.inference_mode():
-                return network(image)
-
-        steps = lambda: count_steps(network, lambda: network(image))  # noqa: E731
-        return Prepared(infer, shape, steps, count_parameters(network))
+        return Prepared(*_forward(network, image, shape), count_parameters(network))
     if case.mode != TRAINING:
         raise InputError(f"mode '{case.mode}': a network is measured in {INFERENCE} or {TRAINING}")
     network.train()
-    labels = torch.randint(0, baselines.CLASSES, (1, size, size, size))
+    labels = torch.randint(0, CLASSES, (1, size, size, size))
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4)
 
     def step() -> float:
@@ -345,9 +307,92 @@ def _network(case: Case) -> Prepared:
         optimizer.step()
         return float(loss.detach())
 
-    return Prepared(
-        step,
-        shape,
-        lambda: [work.with_backward() for work in count_steps(network, lambda: network(image))],
-        count_parameters(network),
-    )
+    return Prepared(step, shape, _both(network, image), count_parameters(network))
+
+
+def _forward(module: nn.Module, x: Tensor, shape: str) -> tuple[Callable[[], object], str, Callable[[], list[Work]]]:
+    import torch
+
+    module.eval()
+
+    def forward() -> object:
+        with torch.inference_mode():
+            return module(x)
+
+    return forward, shape, lambda: count_steps(module, lambda: module(x))
+
+
+def _both(module: nn.Module, x: Tensor) -> Callable[[], list[Work]]:
+    return lambda: [work.with_backward() for work in count_steps(module, lambda: module(x))]
+
+
+def known_networks() -> list[str]:
+    """Every name that `create_network` takes."""
+    from lightm.nets.baselines import BASELINES
+    from lightm.nets.presets import PRESETS
+
+    of_3d = [name for name, (_, _, dimensionalities) in BASELINES.items() if 3 in dimensionalities]
+    return sorted([*PRESETS, *of_3d, SIX_STAGES])
+
+
+def create_network(name: str, size: int) -> nn.Module:
+    """A 3D network of one image channel and three classes for a cube of `size` voxels per edge, weights fresh.
+
+    Names are those of `lightm.nets.create`; there `dynunet` has as many stages as nnU-Net's rules give a patch of that
+    size. `dynunet-6` is MONAI's DynUNet with the six stages of a 128^3 patch at any size: kernels of 3, strides
+    1, 2, 2, 2, 2, 2, 32 to 320 channels, instance norm, no deep supervision, no residual blocks.
+    Raises InputError for an unknown name and for a size that a network cannot be built for.
+    """
+    if name == SIX_STAGES:
+        from monai.networks.nets import DynUNet
+
+        channels, strides = [32, 64, 128, 256, 320, 320], [1, 2, 2, 2, 2, 2]
+        return DynUNet(3, 1, CLASSES, [3] * 6, strides, strides[1:], channels, norm_name="instance")
+    from lightm.nets import create
+
+    return create(name, 3, 1, CLASSES, image_size=(size,) * 3)
+
+
+def check_networks(names: Sequence[str], sizes: Sequence[int]) -> None:
+    """Raise InputError for an unknown name, a size that a network cannot take, or a module that it lacks.
+
+    For all networks at once, before anything is measured. Builds every network once for every size.
+    """
+    if not names:
+        raise InputError(f"no network given; known: {', '.join(known_networks())}")
+    for name in names:
+        if name not in known_networks():
+            raise InputError(
+                f"unknown network '{name}'{did_you_mean(name, known_networks())} Known: {', '.join(known_networks())}."
+            )
+        missing = [module for module in _NEEDS.get(name, ()) if importlib.util.find_spec(module) is None]
+        if missing:
+            raise InputError(
+                f"network '{name}' needs {', '.join(missing)}, which is not installed; `pip install "
+                f"{' '.join(missing)}`, or name other networks with --networks"
+            )
+    if len(set(names)) < len(names):
+        raise InputError(f"networks {', '.join(names)}: a name is given twice; give each once")
+    for size in sizes:
+        wrong = [text for name in names if (text := _complaint(name, size))]
+        if wrong:
+            low = size // 32 * 32
+            near = [edge for edge in (low, low + 32, low + 64) if edge and not any(_complaint(n, edge) for n in names)]
+            hint = f". Use {' or '.join(map(str, near[:2]))} for the networks named" if near else ""
+            raise InputError(f"size {size}: {'; '.join(wrong)}{hint}")
+
+
+def _complaint(name: str, size: int) -> str:
+    """What is wrong with a cube of this size for a network, or nothing."""
+    divisor, least = 32, _SIX_STAGES_MIN
+    if name != SIX_STAGES:
+        try:
+            network = create_network(name, size)
+        except InputError as error:
+            return str(error)
+        given = getattr(network, "divisor", 1)
+        divisor = max(given) if isinstance(given, tuple) else int(given)
+        least = divisor
+    if size % divisor == 0 and size >= least:
+        return ""
+    return f"network '{name}' takes multiples of {divisor}{f' from {least} on' if least > divisor else ''}"

@@ -18,8 +18,6 @@ from lightm.ops.vector_math import LOG2E, exp2
 
 STATES = 16
 _ROW = 4 * LANES
-
-
 CHAINS = 12  # enough of them to hide the latency of a multiply-add, few enough to stay in registers
 
 
@@ -65,7 +63,7 @@ def _scan_extents(
 def bare_scan(u, dt, step, a, b, c, y, state, tokens):  # type: ignore[no-untyped-def]
     """One tile of channels: h = exp2(dt * a) * h + dt * u * b; y = sum of h * c. No softplus, skip or gate.
 
-    u, dt, y: rows of LANES channels, `step` bytes apart; a, state: STATES rows; b, c: STATES numbers a token.
+    u, dt, y: rows of LANES channels, `step` bytes apart; a, state: STATES rows; b, c: STATES numbers per token.
     """
     h = load_rows(state, STATES, LANES)
     for t in range(tokens):

@@ -1,29 +1,22 @@
-"""Time: percentiles, and cases that alternate."""
+"""Time of calls that alternate, and peak memory of one call in a process of its own."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightm.errors import LightMError
 
 SHORTEST = 0.02
 """Seconds below which a measurement repeats its call and takes the mean: a clock and a scheduler disturb less."""
 
 Call = Callable[[], object]
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The `percent`-th percentile with linear interpolation between the sorted values (NumPy's default)."""
-    if not values:
-        raise ValueError("percentile: no values")
-    if not 0 <= percent <= 100:
-        raise ValueError(f"percentile: {percent} lies outside 0..100")
-    ordered = sorted(values)
-    place = percent / 100 * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def seconds(call: Call, repeats: int = 1) -> float:
@@ -49,10 +42,10 @@ def calls_needed(one: float) -> int:
 def alternate(
     calls: Mapping[str, Call], rounds: int, tick: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Time every call once a round, in turn: A, B, C, A, B, C, ...; the same number of measurements for each.
+    """Time every call once per round, in turn: A, B, C, A, B, C, ...
 
-    Whatever slows the machine for a while then slows all of them, and ratios within a round stay right. Each call is
-    made once before (caches, compiled kernels), which is not counted. `tick` is called after every measurement.
+    Whatever slows the machine for a while slows all of them, and ratios within a round stay right. Each call is made
+    once before (caches, compiled kernels), uncounted. `tick` is called after every measurement.
     """
     repeats = {}
     for name, call in calls.items():
@@ -69,3 +62,33 @@ def alternate(
 def median_ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
     """The median over rounds of this case's time to the baseline's of the same round."""
     return statistics.median(one / other for one, other in zip(times, baseline, strict=True))
+
+
+# Peak memory ----------------------------------------------------------------------------------------------------------
+
+
+class OutOfMemoryError(LightMError):
+    """The system ended the process that was to be measured."""
+
+
+def peak_in_child(request: dict[str, Any], timeout: float = 3600.0) -> int | None:
+    """Peak bytes of the case that `request` describes, measured in a fresh process.
+
+    Raises OutOfMemoryError when the system ended the process, LightMError with its last line when it failed.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", "from lightm.lab.bench.cases import child; child()"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    name = request["case"]["name"]
+    if done.returncode < 0 or done.returncode == 137:
+        raise OutOfMemoryError(
+            f"{name}: the process was ended by the system (exit code {done.returncode}), probably out of memory"
+        )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        raise LightMError(f"{name}: {lines[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])["peak"]

@@ -2,21 +2,27 @@
 
 Columns of the CSV: `date` (UTC), `commit`, versions, `cpu`, `threads`; the case (`level`, `case`, `impl`, `shape`,
 `mode`, `parameters`); seconds `p20_s`, `p50_s`, `p80_s` of `runs` measurements; `peak_mb` (10^6 bytes; empty: not
-measured); what the case needs at least (`bytes`, `flops`, `exps`), the time for that on this machine (`roofline_s`) and
-p50 as a multiple of it; `baseline` and the median ratio of the times to the baseline's, round by round (below 1 is
-faster); the machine's limits in the same run.
+measured); the case's minimum of work (`bytes`, `flops`, `exps`), its roofline on this machine (`roofline_s`) and p50 as
+a multiple of it; `baseline` and the median ratio of the times to the baseline's, round by round (below 1 is faster);
+the machine's peak throughputs in the same run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
+import platform
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
+from lightm import __version__
 from lightm.errors import InputError
 from lightm.files import replacing, write_text
 
@@ -73,20 +79,13 @@ _OLD_COLUMNS = {  # names in files of earlier versions
 _KINDS = {field.name: str(field.type) for field in dataclasses.fields(Row)}
 
 
-def format_csv(rows: Sequence[Row]) -> str:
-    """The rows as CSV text with a header."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for row in rows:
-        values = dataclasses.asdict(row)
-        writer.writerow(["" if values[name] is None else values[name] for name in _COLUMNS])
-    return stream.getvalue()
-
-
 def write_csv(rows: Sequence[Row], path: Path | str) -> None:
-    """Write rows as CSV in one step. Raises LightMError when the file cannot be written."""
-    write_text(path, format_csv(rows))
+    """Write rows as CSV with a header, atomically. Raises LightMError when the file cannot be written."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")  # writes None as an empty field
+    writer.writerow(_COLUMNS)
+    writer.writerows(dataclasses.astuple(row) for row in rows)
+    write_text(path, stream.getvalue())
 
 
 def read_csv(path: Path | str) -> list[Row]:
@@ -121,9 +120,7 @@ def _value(kind: str, text: str) -> str | int | float | None:
         return text
     if kind == "int":
         return int(text)
-    if "None" in kind and text == "":
-        return None
-    return float(text)
+    return None if "None" in kind and not text else float(text)
 
 
 def format_json(rows: Sequence[Row]) -> str:
@@ -131,43 +128,75 @@ def format_json(rows: Sequence[Row]) -> str:
     return json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
 
 
+# What a number depends on ---------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a number depends on: lightm, torch, numba, monai, python."""
+    found = {"lightm": __version__}
+    for name in ("torch", "numba", "monai"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = ""
+    found["python"] = platform.python_version()
+    return found
+
+
+def commit() -> str:
+    """The commit of the checkout that holds this package, "-dirty" added when its files differ; else "v" + version."""
+    folder = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "--no-optional-locks", "-C", str(folder), *words], capture_output=True, text=True, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # a package installed into someone else's repository is not tracked there
+    if not git("ls-files", "--error-unmatch", "__init__.py"):
+        return f"v{__version__}"
+    dirty = git("status", "--porcelain", "--", str(folder))
+    return f"{git('rev-parse', '--short=12', 'HEAD') or 'v' + __version__}{'-dirty' if dirty else ''}"
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    with contextlib.suppress(OSError):
+        if sys.platform == "linux":
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+                if line.lower().startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+        elif sys.platform == "darwin":
+            done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+            if done.returncode == 0:
+                return done.stdout.strip()
+    return platform.processor() or platform.machine()
+
+
 # Tables -------------------------------------------------------------------------------------------------------
 
-HEADINGS = (
-    "case",
-    "parameters",
-    "shape",
-    "mode",
-    "seconds (p20–p80)",
-    "peak MB",
-    "roofline s",
-    "x roofline",
-    "x baseline",
-)
+_MEASURED = ("seconds (p20–p80)", "peak MB", "roofline s", "x roofline", "x baseline")
+HEADINGS = ("case", "parameters", "shape", "mode", *_MEASURED)
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """One line of the table that is printed."""
-    name = f"{row.case} ({row.impl})" if row.impl else row.case
-    spread = f"{_number(row.p50_s)} ({_number(row.p20_s)}–{_number(row.p80_s)})"
-    peak = (
-        "not measured" if row.peak_mb is None else f"{row.peak_mb:.0f}" if row.peak_mb >= 10 else f"{row.peak_mb:.1f}"
-    )
-    if row.ratio_to_baseline is None:
-        against = ""
-    elif row.baseline == (row.impl or row.case):
+    peak = "not measured" if row.peak_mb is None else f"{row.peak_mb:.{0 if row.peak_mb >= 10 else 1}f}"
+    against = "" if row.ratio_to_baseline is None else _number(row.ratio_to_baseline)
+    if against and row.baseline == (row.impl or row.case):
         against = "1 (baseline)"
-    else:
-        against = _number(row.ratio_to_baseline)
-    roofline = (_number(row.roofline_s), _number(row.ratio_to_roofline)) if row.roofline_s else ("", "")
     return (
-        name,
+        f"{row.case} ({row.impl})" if row.impl else row.case,
         f"{row.parameters:,}" if row.parameters else "",
         row.shape,
         row.mode,
-        spread,
+        f"{_number(row.p50_s)} ({_number(row.p20_s)}–{_number(row.p80_s)})",
         peak,
-        *roofline,
+        *((_number(row.roofline_s), _number(row.ratio_to_roofline)) if row.roofline_s else ("", "")),
         against,
     )
 
@@ -209,15 +238,15 @@ FORMATS = (".svg", ".png", ".pdf")
 def check_plot(path: Path | str) -> None:
     """Raise InputError unless the name ends in .svg, .png or .pdf."""
     if Path(path).suffix.lower() not in FORMATS:
-        raise InputError(f"{path}: a plot is written as {', '.join(FORMATS)}; name the file so")
+        raise InputError(f"{path}: a plot is written as {', '.join(FORMATS)}; give the file one of these endings")
 
 
 def draw_scaling(rows: Sequence[Row], path: Path | str) -> None:
     """Draw time and peak memory of the `scaling` rows over the number of voxels; the file's ending is its format.
 
-    Both axes are logarithmic; the dashed line through each network's largest size grows linearly with the voxels, so
-    a curve above it at the left is fixed cost, one that is steeper is worse than linear. Raises InputError without
-    scaling rows of two sizes or for an unknown ending, LightMError when the file cannot be written.
+    Both axes are logarithmic. The dashed line through each network's largest size is linear in the voxels: a curve
+    above it at the left is fixed cost, a steeper one is worse than linear. Raises InputError without scaling rows of
+    two sizes or for an unknown ending, LightMError when the file cannot be written.
     """
     check_plot(path)
     chosen = [row for row in rows if row.level == "scaling"]
@@ -231,18 +260,14 @@ def draw_scaling(rows: Sequence[Row], path: Path | str) -> None:
     for axes, column, label in zip(figure.subplots(1, 2), ("p50_s", "peak_mb"), ("seconds", "peak MB"), strict=True):
         ticks: dict[int, str] = {}
         for index, (name, mode) in enumerate(names):
-            points = sorted(
-                (row.edge**3, value)
-                for row in chosen
-                if (row.case, row.mode) == (name, mode) and (value := getattr(row, column)) is not None
-            )
-            if not points:
+            found = [(row.edge**3, getattr(row, column)) for row in chosen if (row.case, row.mode) == (name, mode)]
+            if not (points := sorted((v, value) for v, value in found if value is not None)):
                 continue
             voxels, values = zip(*points, strict=True)
-            color = f"C{index}"
-            shown = name if len(modes) == 1 else f"{name}, {mode}"
-            axes.plot(voxels, values, "o-", color=color, label=shown)
-            axes.plot(voxels, [values[-1] * v / voxels[-1] for v in voxels], "--", color=color, alpha=0.5, linewidth=1)
+            label_of = name if len(modes) == 1 else f"{name}, {mode}"
+            axes.plot(voxels, values, "o-", color=f"C{index}", label=label_of)
+            linear = [values[-1] * v / voxels[-1] for v in voxels]
+            axes.plot(voxels, linear, "--", color=f"C{index}", alpha=0.5, linewidth=1)
             ticks.update({v: f"{round(v ** (1 / 3))}³" for v in voxels})
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -253,10 +278,7 @@ def draw_scaling(rows: Sequence[Row], path: Path | str) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(title="dashed: linear in the voxels", title_fontsize="small", fontsize="small")
-    first = chosen[0]
-    figure.suptitle(
-        f"{first.cpu}, {first.threads} threads, LightM {first.lightm}, torch {first.torch}", fontsize="small"
-    )
-    kind = Path(path).suffix.lower().lstrip(".")
+    row = chosen[0]
+    figure.suptitle(f"{row.cpu}, {row.threads} threads, LightM {row.lightm}, torch {row.torch}", fontsize="small")
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=kind, dpi=150)
+        figure.savefig(temporary, format=Path(path).suffix.lower().lstrip("."), dpi=150)

@@ -1,35 +1,32 @@
-"""What a computation needs at least, and the time that this machine needs for it at least: its roofline.
+"""The roofline: the shortest time that this machine's peak throughputs allow for a computation.
 
 The roofline of one step is max(bytes / copy rate, FLOPs / multiply-add rate + exponentials / exponential rate): memory
-traffic can run beside arithmetic, but products and exponentials share the vector units. The multiply-add rate is that
-of a large matmul or of a loop in registers, whichever is faster. The roofline of a
-network is the sum over its steps, which run one after the other. Nothing a roofline counts can be left out, and much
-that it does not count (norms, additions, copies, page faults) may be needed: it is a bound from below.
+traffic can run beside arithmetic, but multiply-adds and exponentials share the vector units. The multiply-add rate is
+that of a large matmul or of a loop in registers, whichever is faster. The roofline of a network is the sum over its
+steps, which run one after the other. It is a lower bound: nothing that it counts can be left out, and norms, additions,
+copies and page faults, which it does not count, may be needed.
 
 Steps of a network:
 
-- a state-space layer (RVM, SPM): reads its input and writes its output once; 2 FLOPs for every weight of its linear
-  maps, 2 K for each tap of its causal convolution, 6 for every state update; exponentials: one a state update, and
-  one for each softplus, activation and gate;
-- every other operator of this project, every convolution and matmul, own or of a baseline: reads its inputs and
-  writes its outputs once, and its multiply-adds at 2 FLOPs. Normalisation, activation and additions count as fused
-  into a neighbour.
+- a state-space layer (RVM, SPM) reads its input and writes its output once; 2 FLOPs per weight of its linear maps and
+  of its causal convolution, 6 per state update; exponentials: one per state update, softplus, activation and gate;
+- every other operator of this project, every convolution and matmul, own or of a baseline, reads its inputs and writes
+  its outputs once, a multiply-add being 2 FLOPs. Normalisation, activation and additions count as fused into a
+  neighbour.
 
-With the backward pass: bytes of a step's input three times (read, read again, gradient written) and of its output
-twice (written, gradient read); FLOPs three times (values, gradient of the input, gradient of the weights); exponentials
-twice (they are recomputed rather than kept).
+With the backward pass: a step's input three times (read, read again, gradient written), its output twice (written,
+gradient read); FLOPs three times (values, gradients of input and weights); exponentials twice (recomputed).
 
-A roofline of memory holds for data larger than the caches: a small case may be faster than it.
+The copy rate is that of data larger than the caches: a small case may be faster than its roofline.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from lightm.lab.bench.machine import Limits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +35,70 @@ if TYPE_CHECKING:
     from lightm.nets.spm import SPM
 
 FLOAT = 4  # bytes of float32
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Peak throughputs per second: FLOPs of a large float32 matmul and of multiply-adds in registers (a multiply-add is
+    2), bytes of a large copy (reads and writes counted), exponentials from and to the first-level cache, and state
+    updates (tokens x channels x states) of a bare scan loop."""
+
+    matmul: float
+    registers: float
+    bytes: float
+    exps: float
+    updates: float
+
+    @property
+    def flops(self) -> float:
+        """The rate that rooflines are counted with: libraries do not reach the registers' on every processor."""
+        return max(self.matmul, self.registers)
+
+    def best(self, other: Limits) -> Limits:
+        """The larger of each rate."""
+        return Limits(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
+
+    def describe(self) -> str:
+        return (
+            f"matmul {self.matmul / 1e9:.0f} GFLOP/s, multiply-adds in registers {self.registers / 1e9:.0f} "
+            f"GFLOP/s, copy {self.bytes / 1e9:.1f} GB/s, {self.exps / 1e9:.2f} G exponentials/s, "
+            f"bare scan {self.updates / 1e9:.2f} G state updates/s"
+        )
+
+
+def measure_limits(runs: int = 5, *, small: bool = False) -> Limits:
+    """Measure each throughput as the fastest of `runs` after a warm-up: about 2 seconds and 0.6 GB.
+
+    `small` measures on less data (for tests): rates are then of the caches.
+    """
+    import torch
+
+    from lightm.lab.bench.kernels import STATES, BareScan, exponential_batch, multiply_add_batch
+    from lightm.lab.bench.measure import best_seconds
+
+    def matmul_rate(edge: int) -> float:
+        a, b, out = torch.randn(edge, edge), torch.randn(edge, edge), torch.empty(edge, edge)
+        return 2 * edge**3 / best_seconds(lambda: torch.mm(a, b, out=out), runs)
+
+    def copy_rate(floats: int) -> float:
+        source = torch.ones(floats)
+        target = torch.empty_like(source)
+        return 2 * 4 * floats / best_seconds(lambda: target.copy_(source), runs)
+
+    with torch.no_grad():
+        threads = torch.get_num_threads()
+        matmul = matmul_rate(256 if small else 2048)
+        moved = copy_rate(1 << (20 if small else 26))
+        chains, flops = multiply_add_batch(threads, rounds=20_000 if small else 2_000_000)
+        call, count = exponential_batch(threads, rounds=100 if small else 4000)
+        scan = BareScan(1024 if small else 65536, 64)
+        return Limits(
+            matmul,
+            flops / best_seconds(chains, runs),
+            moved,
+            count / best_seconds(call, runs),
+            scan.tokens * scan.channels * STATES / best_seconds(scan.run, runs),
+        )
 
 
 @dataclass(frozen=True)
@@ -53,13 +114,16 @@ class Work:
     def bytes(self) -> float:
         return self.read + self.written
 
+    def __mul__(self, count: int) -> Work:
+        return Work(self.read * count, self.written * count, self.flops * count, self.exps * count)
+
     def with_backward(self) -> Work:
         """The same step with its backward pass."""
         return Work(2 * self.read + self.written, self.read + self.written, 3 * self.flops, 2 * self.exps)
 
 
 def roofline_seconds(steps: Sequence[Work], limits: Limits) -> float:
-    """The least time for `steps`, one after the other, on a machine of these limits."""
+    """The roofline of `steps`, one after the other, on a machine of these limits."""
     return sum(max(step.bytes / limits.bytes, step.flops / limits.flops + step.exps / limits.exps) for step in steps)
 
 
@@ -88,10 +152,10 @@ def layer_work(layer: RVM | SPM, inputs: Tensor, output: Tensor) -> Work:
 
 
 def state_space_work(core: nn.Module) -> Work:
-    """FLOPs and exponentials a token of the module that holds `A_log`: its scan, causal convolution and gate.
+    """FLOPs and exponentials per token of the module that holds `A_log`: its scan, causal convolution and gate.
 
-    With `parts`, the parameters are of one part for each set, and several parts may share a set. With `head_dim`, one
-    decay and one step serve a head (Mamba-2), else every channel has a step and every state of it a decay.
+    With `parts`, several of them may share one set of parameters. With `head_dim`, a head has one decay and one step
+    (Mamba-2), else every channel has a step and each of its states a decay.
     """
     parameters: dict[str, Any] = dict(core.named_parameters(recurse=False))
     decay, weight = parameters["A_log"], parameters["conv_weight"]
@@ -170,10 +234,9 @@ def _layers_counted(module: nn.Module, steps: list[Work], inside: list[object]) 
         inside.pop()
         steps.append(layer_work(layer, args[0], output))
 
-    handles = []
-    for layer in module.modules():
-        if isinstance(layer, (RVM, SPM)):
-            handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    layers = [layer for layer in module.modules() if isinstance(layer, (RVM, SPM))]
+    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
+    handles += [layer.register_forward_hook(leave) for layer in layers]
     try:
         yield
     finally:

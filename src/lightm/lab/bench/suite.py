@@ -9,20 +9,15 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from lightm.errors import InputError, did_you_mean
-from lightm.lab.bench import baselines, machine
-from lightm.lab.bench import cases as made
-from lightm.lab.bench.cases import BOTH, FORWARD, INFERENCE, LAYERS, OPERATORS, TRAINING, Case
-from lightm.lab.bench.measure import alternate, median_ratio, percentile
-from lightm.lab.bench.peak import OutOfMemoryError, peak_in_child
+from lightm.lab.bench import cases, records, roofline
+from lightm.lab.bench.cases import BOTH, FORWARD, INFERENCE, LAYERS, OPERATORS, TRAINING, Case, Prepared
+from lightm.lab.bench.measure import OutOfMemoryError, alternate, median_ratio, peak_in_child
 from lightm.lab.bench.records import Row, check_plot, draw_scaling, write_csv
-from lightm.lab.bench.roofline import Work, roofline_seconds
 from lightm.progress import Progress
-
-if TYPE_CHECKING:
-    from lightm.lab.bench.machine import Limits
 
 LEVELS = ("op", "layer", "network", "scaling")
 SCALING_SIZES = (32, 64, 96, 128, 160)
@@ -40,9 +35,8 @@ class Group:
 @dataclass
 class _Result:
     case: Case
-    shape: str
-    parameters: int
-    steps: list[Work]
+    prepared: Prepared
+    steps: list[roofline.Work]
     times: list[float]
     baseline_times: list[float] | None
     baseline: str
@@ -63,29 +57,30 @@ def run(
     plot: Path | str | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Measure time and peak memory of operators, layers and networks beside what this machine can do at best.
+    """Measure time and peak memory of operators, layers and networks beside this machine's roofline.
 
     Cases that are compared alternate in one process (A, B, A, B, ...), each called once before; times are of whole
     calls on float32 CPU tensors, a call shorter than 20 ms repeated and averaged. Peak memory is that of one call in
-    a fresh process. The machine's limits are measured before and after, the faster counts; a roofline is what
-    `lightm.lab.bench.roofline` says.
+    a fresh process. Peak throughputs are measured before and after, the faster counts; `lightm.lab.bench.roofline`
+    defines the roofline.
 
     Args:
         what: "op", "layer", "network", "scaling" (networks over `sizes`), "all", or one operator or layer by name.
         size: edge of the cube in voxels; 64 for operators and layers, 96 for networks when None.
         repeats: rounds, each with one measurement of every case.
-        networks: names of presets and baselines; `lightm.lab.bench.baselines.DEFAULT` when None, and `lightm-unet`
+        networks: names of presets and baselines; `lightm.lab.bench.cases.DEFAULT` when None, and `lightm-unet`
             alone for scaling.
         baseline: the network that the others are compared with; dynunet when it is among them, else the first.
         train: networks in training steps (forward, cross-entropy, backward, SGD) instead of inference.
         sizes: edges for "scaling".
-        memory: measure peak memory too; a fresh process a case takes seconds to start.
+        memory: measure peak memory too; a fresh process per case takes seconds to start.
         out: CSV file for the rows, replaced if it is there.
         plot: .svg, .png or .pdf of the scaling rows.
         progress: called with (what, done, total).
 
     Returns:
-        One row a case, in the order of the cases. A case that the system ended for lack of memory is left out and said.
+        One row per case, in the order of the cases. A case that the system ended for lack of memory is left out and
+        logged.
 
     Raises:
         InputError: an unknown name, a size that a network cannot take, a missing module, a file that cannot be
@@ -105,8 +100,8 @@ def run(
             raise InputError("a plot needs scaling cases of two sizes or more: `lightm bench scaling --plot FILE`")
         _check_writable(Path(plot))
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    _log.info("measuring the limits of this machine")
-    limits = machine.measure_limits()
+    _log.info("measuring the peak throughput of this machine")
+    limits = roofline.measure_limits()
     _log.info(limits.describe())
     # a tick for every measurement, and one for every peak
     total = sum(len(group.cases) * (repeats + memory) for group in groups)
@@ -122,7 +117,7 @@ def run(
     for group in groups:
         _log.info(f"{', '.join(case.label for case in group.cases)}")
         results += _measure(group, repeats, memory, tick)
-    limits = limits.best(machine.measure_limits())
+    limits = limits.best(roofline.measure_limits())
     rows = _rows(results, limits, started)
     if out is not None:
         write_csv(rows, out)
@@ -147,7 +142,7 @@ def plan(
     for edge in [*([] if size is None else [size]), *sizes]:
         if edge < 4:
             raise InputError(f"size {edge}: an edge of 4 voxels or more is needed")
-    names = tuple(networks) if networks is not None else baselines.DEFAULT
+    names = tuple(networks) if networks is not None else cases.DEFAULT
     if baseline is not None and baseline not in names:
         raise InputError(f"baseline '{baseline}' is not among the networks {', '.join(names)}; add it with --networks")
     small, large = size or 64, size or 96
@@ -160,20 +155,20 @@ def plan(
         if what in ("op", "all", name):
             groups += _operator_groups(name, variants, small)
     for mode in (FORWARD, BOTH):
-        for width in made.LAYER_WIDTHS:
+        for width in cases.LAYER_WIDTHS:
             pair = [name for name in LAYERS if name.endswith(f"-{width}") and what in ("layer", "all", name)]
             if pair:
                 groups.append(Group(tuple(Case("layer", name, small, mode) for name in pair), pair[0]))
     mode = TRAINING if train else INFERENCE
     if what in ("network", "all"):
-        baselines.check(names, [large])
+        cases.check_networks(names, [large])
         chosen = baseline or ("dynunet" if "dynunet" in names else names[0])
         groups.append(Group(tuple(Case("network", name, large, mode) for name in names), chosen))
     if what in ("scaling", "all"):
         over = names if networks is not None else ("lightm-unet",)
         if not sizes:
             raise InputError("no sizes for scaling; give some, e.g. 32,64,96")
-        baselines.check(over, sizes)
+        cases.check_networks(over, sizes)
         groups += [Group(tuple(Case("scaling", name, edge, mode) for name in over)) for edge in sorted(set(sizes))]
     return groups
 
@@ -195,64 +190,56 @@ def _measure(group: Group, repeats: int, with_memory: bool, tick: Callable[[], N
     for case in group.cases:
         peaks[case] = None
         if with_memory:
-            request = {"case": dataclasses.asdict(case), "threads": torch.get_num_threads()}
             try:
-                peaks[case] = peak_in_child(request)
+                peaks[case] = peak_in_child({"case": dataclasses.asdict(case), "threads": torch.get_num_threads()})
             except OutOfMemoryError as error:
                 _log.info(f"{case.label}: left out: {error}")
                 del peaks[case]
             tick()
-    ready = {}
-    for case in peaks:
-        prepared = made.prepare(case)
-        ready[case] = (prepared, prepared.count())
-    labels = {case.label: case for case in ready}
-    times = alternate({label: ready[case][0].call for label, case in labels.items()}, repeats, tick)
-    against = next((times[label] for label, case in labels.items() if group.baseline in (case.impl, case.name)), None)
-    if not group.baseline:
-        against = None
-    results = []
-    for label, case in labels.items():
-        prepared, steps = ready[case]
-        name = group.baseline if against is not None else ""
-        results.append(
-            _Result(case, prepared.shape, prepared.parameters, steps, times[label], against, name, peaks[case])
-        )
-    return results
+    ready = {case: cases.prepare(case) for case in peaks}
+    steps = {case: prepared.count() for case, prepared in ready.items()}
+    times = alternate({case.label: prepared.call for case, prepared in ready.items()}, repeats, tick)
+    against = None
+    if group.baseline:
+        against = next((times[case.label] for case in ready if group.baseline in (case.impl, case.name)), None)
+    name = group.baseline if against is not None else ""
+    return [
+        _Result(case, prepared, steps[case], times[case.label], against, name, peaks[case])
+        for case, prepared in ready.items()
+    ]
 
 
-def _rows(results: Sequence[_Result], limits: Limits, started: str) -> list[Row]:
+def _rows(results: Sequence[_Result], limits: roofline.Limits, started: str) -> list[Row]:
     import torch
 
-    version = machine.versions()
-    commit, cpu, threads = machine.commit(), machine.cpu_model(), torch.get_num_threads()
+    version, commit, cpu = records.versions(), records.commit(), records.cpu_model()
     rows = []
     for result in results:
-        middle = percentile(result.times, 50)
-        roofline = roofline_seconds(result.steps, limits)
+        low, middle, high = np.percentile(result.times, (20, 50, 80)).tolist()
+        shortest = roofline.roofline_seconds(result.steps, limits)
         rows.append(
             Row(
                 date=started,
                 commit=commit,
                 **version,
                 cpu=cpu,
-                threads=threads,
+                threads=torch.get_num_threads(),
                 level=result.case.level,
                 case=result.case.name,
                 impl=result.case.impl,
-                shape=result.shape,
+                shape=result.prepared.shape,
                 mode=result.case.mode,
-                parameters=result.parameters,
-                p20_s=percentile(result.times, 20),
+                parameters=result.prepared.parameters,
+                p20_s=low,
                 p50_s=middle,
-                p80_s=percentile(result.times, 80),
+                p80_s=high,
                 runs=len(result.times),
                 peak_mb=None if result.peak is None else result.peak / 1e6,
                 bytes=sum(step.bytes for step in result.steps),
                 flops=sum(step.flops for step in result.steps),
                 exps=sum(step.exps for step in result.steps),
-                roofline_s=roofline,
-                ratio_to_roofline=middle / roofline if roofline else 0.0,
+                roofline_s=shortest,
+                ratio_to_roofline=middle / shortest if shortest else 0.0,
                 baseline=result.baseline,
                 ratio_to_baseline=median_ratio(result.times, result.baseline_times) if result.baseline_times else None,
                 limit_matmul_gflops=limits.matmul / 1e9,
@@ -266,7 +253,7 @@ def _rows(results: Sequence[_Result], limits: Limits, started: str) -> list[Row]
 
 
 def _check_writable(path: Path) -> None:
-    """Raise InputError unless a file can be put there: nobody measures for minutes to learn that it cannot."""
+    """Raise InputError unless a file can be put there, before minutes of measuring."""
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file")
     folder = path.parent

@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -184,7 +185,7 @@ def measure_network(request: dict[str, Any]) -> None:
     """Print what one network costs on one patch as JSON: latency (median of 5 runs) and peak memory of one."""
     import torch
 
-    from lightm.lab.bench.measure import percentile, seconds
+    from lightm.lab.bench.measure import seconds
     from lightm.memory import peak_of
     from lightm.nets import create
 
@@ -199,4 +200,4 @@ def measure_network(request: dict[str, Any]) -> None:
     call()  # compiles kernels
     peak = peak_of(call)
     times = [seconds(call) for _ in range(5)]
-    print(json.dumps({"latency_s": percentile(times, 50), "peak_memory_bytes": peak}))
+    print(json.dumps({"latency_s": statistics.median(times), "peak_memory_bytes": peak}))
