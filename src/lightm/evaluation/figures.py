@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -141,8 +142,7 @@ def case_strip(evaluation: Evaluation) -> Figure:
     low = min((row.dsc for row in evaluation.rows if row.dsc is not None), default=0.0)
     axes.set_xlim(max(-0.02, min(0.5, math.floor(low * 10) / 10) - 0.02), 1.01)
     axes.set_xlabel("DSC")
-    _style(axes)
-    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    tidy(axes, grid="x")
     return figure
 
 
@@ -188,16 +188,17 @@ def _finish(axes: Axes, title: str, ylabel: str, *, legend: bool = False) -> Non
     axes.set_xlabel("epoch")
     axes.set_ylabel(ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _style(axes)
-    axes.grid(color=GRID, linewidth=0.8)
+    tidy(axes)
     if not axes.lines:
         axes.text(0.5, 0.5, "not recorded", ha="center", va="center", color=MUTED, transform=axes.transAxes)
     elif legend:
         axes.legend(frameon=False, fontsize=8)
 
 
-def _style(axes: Axes) -> None:
+def tidy(axes: Axes, *, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Give axes the look of all figures: no frame, muted labels, a pale grid."""
     axes.set_axisbelow(True)
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.tick_params(colors=INK, labelsize=8.5)

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from lightm.errors import InputError
-from lightm.evaluation.figures import BLUE, GRID, INK, MUTED, VERMILION, new_figure, plain, to_png
+from lightm.evaluation.figures import BLUE, INK, MUTED, VERMILION, new_figure, plain, tidy, to_png
 from lightm.evaluation.run_folder import read_run
 from lightm.files import atomic_file, write_text
 from lightm.lab.complexity.report import Dice, Row, as_csv, as_markdown
@@ -27,9 +27,9 @@ _LARGEST = 56.0  # points: the diameter of the network with most parameters
 def read_dice(folders: Sequence[Path]) -> dict[str, list[Dice]]:
     """Return the test scores of run folders by the name of their network: the mean Dice over classes.
 
-    A folder without an evaluation of its own stands for all runs with one directly in it. Of several runs of one
-    network on one data set the last counts. Raises InputError for a folder without a scored run, and for a run that
-    names no network.
+    A folder without an evaluation of its own stands for the scored runs directly in it. Of several runs of one network
+    on one data set the last counts. Raises InputError for a folder without a scored run, and for a run that names no
+    network.
     """
     found: dict[str, dict[str, Dice]] = {}
     for run_dir in _scored_runs(folders):
@@ -77,7 +77,7 @@ def comparison_figure(
     """Draw networks: with scores Dice over operations, a panel for each data set; without them operations alone.
 
     `colours` by name replace those that tell presets from baselines; `counted` is what the operations are of. Raises
-    InputError when no network has operations to draw.
+    InputError when all networks refuse the size.
     """
     drawn = [row for row in rows if not row.refused]
     if not drawn:
@@ -111,16 +111,8 @@ def _points(rows: Sequence[Row]) -> Figure:
         adds = row.multiply_adds / 1e9
         axes.plot([adds], [place], "o", ms=size, mfc=colour, mec=colour, alpha=0.35, mew=0)
         axes.plot([adds], [place], "o", ms=2.5, color=colour)
-        text = f"{_millions(row.parameters)}, {_short(adds)} G"
-        axes.annotate(
-            text,
-            (adds, place),
-            xytext=(size / 2 + 5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=INK,
-        )
+        text, beside = f"{_millions(row.parameters)}, {_short(adds)} G", (size / 2 + 5, 0)
+        axes.annotate(text, (adds, place), beside, textcoords="offset points", va="center", fontsize=8, color=INK)
     axes.set_ylim(0, height)
     axes.set_yticks(places, [plain(row.name) for row in rows])
     _operations_axis(axes, [row.multiply_adds / 1e9 for row in rows], room_right=5.0)
@@ -166,13 +158,7 @@ def _operations_axis(axes: Axes, values: Sequence[float], *, room_right: float, 
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"multiply-adds of {counted}, 1e9, the scan included (logarithmic)")
-    axes.set_axisbelow(True)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
-    axes.tick_params(colors=INK, labelsize=8.5)
-    axes.xaxis.label.set(color=MUTED, fontsize=9)
-    axes.yaxis.label.set(color=MUTED, fontsize=9)
+    tidy(axes)
 
 
 def _legend(figure: Figure, rows: Sequence[Row], most: int, *, origins: bool = True) -> None:
@@ -185,17 +171,8 @@ def _legend(figure: Figure, rows: Sequence[Row], most: int, *, origins: bool = T
         if origins and any((row.name in PRESETS) == own for row in rows):
             colour = BLUE if own else VERMILION
             handles.append(Line2D([], [], marker="o", linestyle="", color=colour, alpha=0.6, label=text))
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=len(handles),
-        fontsize=8,
-        borderpad=1.5,
-        columnspacing=1.2,
-        handlelength=2.5,
-        handletextpad=0.6,
-        frameon=False,
-    )
+    gaps = {"borderpad": 1.5, "columnspacing": 1.2, "handlelength": 2.5, "handletextpad": 0.6}
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False, **gaps)
 
 
 def _round_numbers(most: int) -> list[int]:
@@ -269,6 +246,5 @@ def _place_labels(axes: Axes, scored: Sequence[tuple[Row, Dice]], most: int) -> 
 
 def _overlap(one: Bbox, other: Bbox) -> float:
     """Area that two boxes share, in pixels."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return max(0.0, width) * max(0.0, height)
+    shared = Bbox.intersection(one, other)
+    return 0.0 if shared is None else shared.width * shared.height

@@ -18,8 +18,7 @@ from lightm import ops
 from lightm.cli import app
 from lightm.errors import InputError, LightMError
 from lightm.lab.complexity import account, build_network, compare, count_operations, count_parts, known_names
-from lightm.lab.complexity.meta import activation_memory
-from lightm.lab.complexity.operations import OperationCount
+from lightm.lab.complexity.operations import OperationCount, activation_memory
 from lightm.lab.complexity.report import Dice, as_csv, as_markdown, as_text
 from lightm.nets import PRESETS, count_parameters, create
 from tests.helpers import docs_script

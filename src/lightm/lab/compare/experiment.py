@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
-from lightm.config_io import load_yaml, save_yaml
+from lightm.config_io import load_yaml
 from lightm.errors import InputError, did_you_mean
 from lightm.lab.complexity import known_names
 from lightm.losses import create_loss
@@ -22,10 +24,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+(), -]{0,63}")
 _PARTS = ("network", "loss", "recipe")
 
 
-class PhantomData(BaseModel):
-    """Phantoms to make as the data set; the arguments of `lightm.phantoms`."""
+class Strict(BaseModel):
+    """A model that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class PhantomData(Strict):
+    """Phantoms to make as the data set; the arguments of `lightm.phantoms`."""
 
     kind: Literal["liver", "vessels", "xray"]
     cases: int = Field(24, ge=4)
@@ -33,54 +39,44 @@ class PhantomData(BaseModel):
     seed: int = Field(0, ge=0)
 
 
-class NetworkChoice(BaseModel):
+class NetworkChoice(Strict):
     """A network of the grid: a preset or baseline with its options."""
-
-    model_config = ConfigDict(extra="forbid")
 
     network: str
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class LossChoice(BaseModel):
+class LossChoice(Strict):
     """A loss of the grid, such as `ce+arsl`, with its options."""
-
-    model_config = ConfigDict(extra="forbid")
 
     loss: str
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class RecipeChoice(BaseModel):
+class RecipeChoice(Strict):
     """A recipe of the grid with the settings that differ from it."""
-
-    model_config = ConfigDict(extra="forbid")
 
     recipe: str
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
-class Baseline(BaseModel):
-    """The method that all others are tested against; what is left out is the first of its list."""
-
-    model_config = ConfigDict(extra="forbid")
+class Baseline(Strict):
+    """The configuration that all others are tested against; what is left out is the first of its list."""
 
     network: str | None = None
     loss: str | None = None
     recipe: str | None = None
 
 
-class Experiment(BaseModel):
-    """A comparison of methods (network, loss and recipe) on one data set, one plan and one split.
+class Experiment(Strict):
+    """A comparison of configurations (network, loss and recipe) on one data set, one plan and one split.
 
     Data are either `dataset` (with `labels` where images and labels are two folders), a path relative to the
     experiment's file, or `phantom`. `networks`, `losses` and `recipes` are lists of names, or mappings from a label of
-    one's own to a choice with options. Every method is trained once with every seed: `epochs` and `max_time` are those
-    of one training, one of them at least. `total_time` limits a call of the whole comparison, `jobs` is how many
+    one's own to a choice with options. Every configuration is trained once with every seed; `epochs` and `max_time`,
+    at least one of them, are per training. `total_time` limits a call of the whole comparison, `jobs` is how many
     trainings run side by side, each on an equal share of the cores.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     dataset: str | None = None
@@ -110,9 +106,7 @@ class Experiment(BaseModel):
     def _fill(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        filled = dict(values)
-        filled.setdefault("losses", ["ce+dice"])
-        filled.setdefault("recipes", ["default"])
+        filled = {"losses": ["ce+dice"], "recipes": ["default"], **values}
         for key, part in zip(("networks", "losses", "recipes"), _PARTS, strict=True):
             filled[key] = _labelled(filled.get(key), part)
         return filled
@@ -137,16 +131,15 @@ class Experiment(BaseModel):
             raise ValueError("give `epochs`, `max_time` or both: they end each training")
         for key in ("max_time", "total_time"):
             if (given := getattr(self, key)) is not None:
-                _as_value_error(lambda given=given: parse_duration(given))
+                with _as_value_error():
+                    parse_duration(given)
         for label, network in self.networks.items():
             _known("network", label, network.network, known_names())
         for label, recipe in self.recipes.items():
             _known("recipe", label, recipe.recipe, [*RECIPES, *RENAMED])
         for label, loss in self.losses.items():
-            _as_value_error(
-                lambda loss=loss: create_loss(loss.loss, spatial_dims=3, num_classes=2, **loss.options),
-                f"loss '{label}': ",
-            )
+            with _as_value_error(f"loss '{label}': "):
+                create_loss(loss.loss, spatial_dims=3, num_classes=2, **loss.options)
         for part, labels in self._labels().items():
             given = getattr(self.baseline, part)
             if given is not None and given not in labels:
@@ -183,12 +176,11 @@ class Experiment(BaseModel):
     def settings_of(self, trial: Trial) -> dict[str, Any]:
         """The arguments of `lightm.train` for a trial, but data, folders, plan and split."""
         network, loss, recipe = self.networks[trial.network], self.losses[trial.loss], self.recipes[trial.recipe]
-        settings = {**recipe.settings, "loss_options": loss.options}
         return {
             "network": network.network,
             "network_options": network.options,
             "recipe": recipe.recipe,
-            "settings": settings,
+            "settings": {**recipe.settings, "loss_options": loss.options},
             "loss": loss.loss,
             "seed": trial.seed,
             "epochs": self.epochs,
@@ -202,16 +194,15 @@ class Experiment(BaseModel):
         text = json.dumps(self.settings_of(trial), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def save(self, path: Path) -> None:
-        """Write the experiment, all defaults filled in, as YAML."""
-        save_yaml(path, self, "A comparison; run it (again) with `lightm compare`.")
 
-
+@dataclass(frozen=True)
 class Trial:
     """One training of the grid: labels of network, loss and recipe, and the seed."""
 
-    def __init__(self, network: str, loss: str, recipe: str, seed: int) -> None:
-        self.network, self.loss, self.recipe, self.seed = network, loss, recipe, seed
+    network: str
+    loss: str
+    recipe: str
+    seed: int
 
     @property
     def method(self) -> tuple[str, str, str]:
@@ -225,7 +216,7 @@ class Trial:
 
 
 def file_name(label: str) -> str:
-    """A label as a part of a file name: spaces, commas and brackets become dashes."""
+    """A label as a part of a file name: spaces, commas and parentheses become dashes."""
     return re.sub(r"[ ,()]+", "-", label).strip("-")
 
 
@@ -237,15 +228,11 @@ def load_experiment(path: Path | str) -> Experiment:
     path = Path(path)
     experiment = load_yaml(path, Experiment)
     base = path.resolve().parent
-    update = {
-        key: str(base / getattr(experiment, key))
-        for key in ("dataset", "labels", "plan", "split")
-        if getattr(experiment, key) is not None
-    }
+    paths = {key: getattr(experiment, key) for key in ("dataset", "labels", "plan", "split")}
     ids = [trial.id for trial in experiment.trials()]
     if len(set(ids)) != len(ids):
         raise InputError(f"{path}: two labels differ only in spaces, commas, brackets and dashes; rename one")
-    return experiment.model_copy(update=update)
+    return experiment.model_copy(update={key: str(base / path) for key, path in paths.items() if path is not None})
 
 
 def _labelled(given: Any, part: str) -> Any:
@@ -274,9 +261,10 @@ def _known(what: str, label: str, name: str, names: list[str]) -> None:
         raise ValueError(f"{what} '{label}': '{name}' is not known{did_you_mean(name, names)}")
 
 
-def _as_value_error(call: Any, prefix: str = "") -> None:
-    """pydantic names the key of a ValueError; an InputError would pass it by."""
+@contextmanager
+def _as_value_error(prefix: str = "") -> Iterator[None]:
+    """pydantic adds the key to a plain ValueError."""
     try:
-        call()
+        yield
     except (InputError, TypeError) as error:
         raise ValueError(f"{prefix}{error}") from error

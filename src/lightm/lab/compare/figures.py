@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,21 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from lightm.errors import LightMError
-from lightm.evaluation.figures import (
-    BLUE,
-    GREEN,
-    GRID,
-    INK,
-    MUTED,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    History,
-    new_figure,
-    plain,
-    to_png,
-)
+from lightm.evaluation.figures import BLUE, INK, MUTED, VERMILION, History, new_figure, plain, tidy, to_png
 from lightm.files import atomic_file
 from lightm.lab.bubbles import comparison_figure
 from lightm.lab.compare.lesions import BinRow
@@ -37,7 +24,7 @@ from lightm.lab.compare.results import Comparison, Score, Summary
 from lightm.lab.complexity.report import Dice, Row
 
 # Okabe and Ito's, then four of Paul Tol's muted ones; the marker tells apart what a reader cannot.
-_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#882255", "#332288", "#999933", "#661100", "#44AA99")
+_COLOURS = f"{BLUE} {VERMILION} #009E73 #CC79A7 #E69F00 #56B4E9 #882255 #332288 #999933 #661100 #44AA99".split()
 _MARKERS = "osD^vP*X<>hp"
 _FULL, _SHORT = 60, 22
 
@@ -53,10 +40,12 @@ class Look:
 def looks(methods: Sequence[str], baseline: str | None) -> dict[str, Look]:
     """The look of every method: the baseline in black, the others in the order given."""
     others = [name for name in methods if name != baseline]
-    found = {
-        name: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[(i + 1) % len(_MARKERS)]) for i, name in enumerate(others)
-    }
+    found = {name: Look(_COLOURS[i % 11], _MARKERS[(i + 1) % 11]) for i, name in enumerate(others)}
     return {name: found.get(name, Look(INK, "o")) for name in methods}
+
+
+def looks_of(summary: Summary) -> dict[str, Look]:
+    return looks([method.name for method in summary.methods], summary.baseline)
 
 
 def short(name: str, most: int = _SHORT) -> str:
@@ -80,17 +69,9 @@ def method_legend(figure: Figure, found: dict[str, Look], extra: Sequence[Line2D
     )
 
 
-def tidy(axes: Axes, title: str = "", *, grid: str = "both") -> None:
-    """The report's look: no frame, a pale grid, a bold title on the left."""
-    if title:
-        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
-    axes.tick_params(colors=INK, labelsize=8.5)
-    axes.xaxis.label.set(color=MUTED, fontsize=9)
-    axes.yaxis.label.set(color=MUTED, fontsize=9)
-    axes.grid(axis=grid, color=GRID, linewidth=0.8)  # type: ignore[arg-type]
+def titled(axes: Axes, title: str) -> None:
+    """A bold title on the left."""
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
 
 
 def save(figure: Figure, path: Path, *, vector: bool = True) -> bytes:
@@ -117,7 +98,7 @@ _BETTER = {"better": BLUE, "worse": VERMILION}
 def forest(summary: Summary) -> Figure | None:
     """Differences to the baseline with 95% intervals and Holm's p: DSC, NSD and HD95, all classes and each.
 
-    None where nothing is compared: one method, or no result of the baseline.
+    None for one method alone, and without a result of the baseline.
     """
     others = [method for method in summary.methods if method.overall.dsc.difference is not None]
     if not others:
@@ -146,7 +127,7 @@ def forest(summary: Summary) -> Figure | None:
             # a filled marker is a difference that is shown
             fill = colour if found.verdict in _BETTER else "white"
             axes.plot([found.mean], [place], "o", color=colour, markerfacecolor=fill, markersize=5.5)
-            text = "" if found.p_holm is None else "p<0.001" if found.p_holm < 0.001 else f"p={found.p_holm:.3f}"
+            text = p_text(found.p_holm)
             axes.text(1.01, place, text, transform=axes.get_yaxis_transform(), fontsize=7.5, va="center", color=INK)
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_xlabel(f"difference in {title}\n{'better →' if right else '← better'}")
@@ -156,27 +137,18 @@ def forest(summary: Summary) -> Figure | None:
         axes.tick_params(axis="y", length=0)
     panels[0].set_yticks(places, [short(method.name, 44) for _, method in lines])
     panels[0].set_ylim(places[-1] + 0.7, -1.3)
+    heading = {"transform": panels[0].get_yaxis_transform(), "fontsize": 8.5, "fontweight": "bold", "va": "center"}
     for number, group in enumerate(groups):
-        only = f"{next(iter(summary.labels))}" if len(summary.labels) == 1 else "mean over classes"
         place = number * (len(others) + gap) - 0.75
-        panels[0].text(
-            0.0,
-            place,
-            short(group if group is not None else only, 40),
-            transform=panels[0].get_yaxis_transform(),
-            fontsize=8.5,
-            fontweight="bold",
-            color=INK,
-            va="center",
-        )
+        panels[0].text(0.0, place, short(_over(summary) if group is None else group, 40), color=INK, **heading)
     return figure
 
 
 def case_slopes(summary: Summary) -> Figure:
-    """DSC of every case by every method, a thin line a case: whether methods fail on the same cases."""
-    names = [method.name for method in summary.methods]
-    shown = looks(names, summary.baseline)
-    groups: list[str] = list(summary.labels)[:_COLUMNS]
+    """DSC of every case by every method, a thin line per case: whether methods fail on the same cases."""
+    shown = looks_of(summary)
+    names = list(shown)
+    groups = list(summary.labels)[:_COLUMNS]
     table = case_table(summary)
     figure = new_figure(9.6, 1.2 + 0.42 * max(3, len(names)))
     panels = figure.subplots(1, len(groups), sharey=True, sharex=True, squeeze=False)[0]
@@ -195,7 +167,8 @@ def case_slopes(summary: Summary) -> Figure:
             axes.plot([dsc.mean()], [place], "|", color=look.colour, markersize=17, markeredgewidth=3, zorder=3)
         axes.set_xlabel("DSC")
         axes.set_xlim(-0.02, 1.02)
-        tidy(axes, short(group), grid="x")
+        tidy(axes, grid="x")
+        titled(axes, short(group))
         axes.tick_params(axis="y", length=0)
     panels[0].set_yticks(range(len(names)), [short(name, 40) for name in names])
     panels[0].set_ylim(len(names) - 0.5, -0.5)
@@ -206,22 +179,19 @@ def case_table(summary: Summary) -> dict[str, np.ndarray]:
     """DSC by class as (methods, cases), each the mean over seeds; NaN where there is none."""
     rows = {method.name: i for i, method in enumerate(summary.methods)}
     columns = {case: i for i, case in enumerate(summary.test_cases)}
-    shape = (len(rows), len(columns))
-    total = {name: np.zeros(shape) for name in summary.labels}
-    count = {name: np.zeros(shape) for name in summary.labels}
+    classes = {name: i for i, name in enumerate(summary.labels)}
+    total, count = np.zeros((2, len(classes), len(rows), len(columns)))
     for row in summary.cases:
         if row.dsc is not None:
-            at = rows[row.method], columns[row.case]
-            total[row.class_name][at] += row.dsc
-            count[row.class_name][at] += 1
-    return {
-        name: np.where(count[name] > 0, total[name] / np.maximum(count[name], 1), np.nan) for name in summary.labels
-    }
+            at = classes[row.class_name], rows[row.method], columns[row.case]
+            total[at] += row.dsc
+            count[at] += 1
+    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return dict(zip(classes, means, strict=True))
 
 
 def bubbles(summary: Summary) -> Figure | None:
     """DSC over multiply-adds, the area of a bubble the parameters; None where no network was measured."""
-    shown = looks([method.name for method in summary.methods], summary.baseline)
     rows = []
     for method in summary.methods:
         dsc, cost = method.overall.dsc, method.cost
@@ -234,14 +204,14 @@ def bubbles(summary: Summary) -> Figure | None:
     patch = next(m.cost.patch_size for m in summary.methods if m.cost is not None)
     return comparison_figure(
         rows,
-        colours={name: look.colour for name, look in shown.items()},
+        colours={name: look.colour for name, look in looks_of(summary).items()},
         counted=f"a patch of {' x '.join(map(str, patch))}",
     )
 
 
 def dice_over_time(summary: Summary) -> Figure | None:
-    """DSC over training time: a large marker a method with its interval over cases, a small one a seed."""
-    shown = looks([method.name for method in summary.methods], summary.baseline)
+    """DSC over training time: a large marker per method with its interval over cases, a small one per seed."""
+    shown = looks_of(summary)
     figure = new_figure(9.6, 4.6)
     axes = figure.subplots()
     drawn = {}
@@ -267,14 +237,13 @@ def dice_over_time(summary: Summary) -> Figure | None:
 
 
 def detail_figure(rows: Sequence[BinRow], summary: Summary) -> Figure | None:
-    """DSC, its difference to the baseline, and the share of found components by bins; a row of panels a class."""
+    """DSC, its difference to the baseline, and the share of found components by bins; a row of panels per class."""
     classes = list(dict.fromkeys(row.class_name for row in rows))
     if not classes:
         return None
-    shown = looks([method.name for method in summary.methods], summary.baseline)
+    shown = looks_of(summary)
     size = rows[0].what == "size"
-    panels = ("DSC", "difference in DSC to the baseline", "share found") if size else ("DSC", "difference in DSC to "
-              "the baseline")  # fmt: skip
+    panels = ["DSC", "difference in DSC to the baseline", *(["share found"] if size else [])]
     figure = new_figure(9.6, 1.0 + 2.6 * len(classes))
     grid = figure.subplots(len(classes), len(panels), squeeze=False)
     for line, name in enumerate(classes):
@@ -284,10 +253,9 @@ def detail_figure(rows: Sequence[BinRow], summary: Summary) -> Figure | None:
             axes = grid[line, column]
             for i, (method, look) in enumerate(shown.items()):
                 shift = 0.6 * ((i + 0.5) / len(shown) - 0.5)  # methods side by side, so that intervals do not cover
-                own = [
-                    (edges.index((row.low_edge, row.high_edge)) + shift, row) for row in here if row.method == method
-                ]
-                _points(axes, own, column, look.colour, look.marker)
+                for row in here:
+                    if row.method == method:
+                        _point(axes, edges.index((row.low_edge, row.high_edge)) + shift, row, column, look)
             if column == 1:
                 axes.axhline(0, color=INK, linewidth=0.9)
             else:
@@ -299,27 +267,30 @@ def detail_figure(rows: Sequence[BinRow], summary: Summary) -> Figure | None:
             )
             axes.set_xlim(-0.5, len(edges) - 0.5)
             axes.set_xlabel(f"{'size' if size else 'radius'}, {unit} (n {what})")
-            tidy(axes, f"{short(name)}: {panel}" if column == 0 else panel, grid="y")
+            tidy(axes, grid="y")
+            titled(axes, f"{short(name)}: {panel}" if column == 0 else panel)
     method_legend(figure, shown)
     return figure
 
 
-def _points(axes: Axes, own: Sequence[tuple[float, BinRow]], column: int, colour: str, marker: str) -> None:
-    for x, row in own:
-        value, low, high = (
-            (row.dsc, row.dsc_low, row.dsc_high),
-            (row.difference, row.difference_low, row.difference_high),
-            (row.found, None, None),
-        )[column]
-        if value is None:
-            continue
-        if low is not None and high is not None:
-            axes.plot([x, x], [low, high], color=colour, linewidth=1.3, alpha=0.7)
-        axes.plot([x], [value], marker, color=colour, markersize=4.5)
+def _point(axes: Axes, x: float, row: BinRow, column: int, look: Look) -> None:
+    value, low, high = (
+        (row.dsc, row.dsc_low, row.dsc_high),
+        (row.difference, row.difference_low, row.difference_high),
+        (row.found, None, None),
+    )[column]
+    if low is not None and high is not None:
+        axes.plot([x, x], [low, high], color=look.colour, linewidth=1.3, alpha=0.7)
+    if value is not None:
+        axes.plot([x], [value], look.marker, color=look.colour, markersize=4.5)
 
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def p_text(p: float | None) -> str:
+    return "" if p is None else "p<0.001" if p < 0.001 else f"p={p:.3f}"
 
 
 def _over(summary: Summary) -> str:
@@ -330,13 +301,14 @@ def _over(summary: Summary) -> str:
 
 
 Histories = dict[str, list[History]]
-Style = str | tuple[int, tuple[float, float]]
+Style = str | tuple[int, tuple[float, ...]]
 
+_DASHED: Style = (0, (3, 1.5))
 _CLASSES = 4  # of alpha and beta: more do not fit a page
 
 
 def read_histories(comparison: Comparison) -> tuple[Histories, list[str]]:
-    """The histories of every method, one a seed, and what could not be read."""
+    """The histories of every method, one per seed, and what could not be read."""
     histories: Histories = {}
     problems = []
     for name, trials in comparison.methods():
@@ -352,7 +324,7 @@ def read_histories(comparison: Comparison) -> tuple[Histories, list[str]]:
 
 
 def training_curves(comparison: Comparison, histories: Histories) -> Figure:
-    """Loss (a row for each loss, as heights of different losses cannot be compared), pseudo Dice and its average.
+    """Loss (a row per loss, as their heights cannot be compared), pseudo Dice and its average.
 
     The left column is over epochs, the right one over seconds of training. A method is the mean over its seeds, as far
     as all of them went, at the mean of their times; each seed is a thin line.
@@ -369,8 +341,9 @@ def training_curves(comparison: Comparison, histories: Histories) -> Figure:
             chosen = {name: found for name, found in histories.items() if loss_of[name] == loss}
             for name, found in chosen.items():
                 _draw(axes, found, "train_loss", shown[name], seconds, "-")
-                _draw(axes, found, "val_loss", shown[name], seconds, (0, (3, 1.5)))
-            tidy(axes, f"Loss {short(loss, 40)}" if not column else "")
+                _draw(axes, found, "val_loss", shown[name], seconds, _DASHED)
+            tidy(axes)
+            titled(axes, f"Loss {short(loss, 40)}" if not column else "")
         for row, key, title in (
             (rows - 2, "pseudo_dice", "Pseudo Dice on validation patches"),
             (rows - 1, "pseudo_dice_ema", "Its moving average"),
@@ -379,29 +352,28 @@ def training_curves(comparison: Comparison, histories: Histories) -> Figure:
             for name, found in histories.items():
                 _draw(axes, found, key, shown[name], seconds, "-")
             axes.set_ylim(0, 1)
-            tidy(axes, title if not column else "")
+            tidy(axes)
+            titled(axes, title if not column else "")
         grid[-1, column].set_xlabel("seconds of training" if seconds else "epoch")
     grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    styles = [("-", "training loss"), ((0, (3, 1.5)), "validation loss")]
-    method_legend(
-        figure,
-        {name: look for name, look in shown.items() if name in histories},
-        [Line2D([], [], color=MUTED, linestyle=style, label=text) for style, text in styles],
-    )
+    styles: list[tuple[Style, str]] = [("-", "training loss"), (_DASHED, "validation loss")]
+    extra = [Line2D([], [], color=MUTED, linestyle=style, label=text) for style, text in styles]
+    method_legend(figure, {name: look for name, look in shown.items() if name in histories}, extra)
     return figure
 
 
 def coefficient_curves(comparison: Comparison, histories: Histories) -> Figure | None:
     """Alpha and beta of the adaptive region-specific loss by class over epochs; None where no run has them."""
-    having = {
-        name: [history for history in found if any(key.startswith("arsl_alpha/") for key in history)]
-        for name, found in histories.items()
-    }
-    having = {name: found for name, found in having.items() if found}
+    prefix = "arsl_alpha/"
+    having: Histories = {}
+    columns: dict[str, None] = {}
+    for method, found in histories.items():
+        for history in found:
+            if own := [key.removeprefix(prefix) for key in history if key.startswith(prefix)]:
+                having.setdefault(method, []).append(history)
+                columns |= dict.fromkeys(own)
     if not having:
         return None
-    columns = dict.fromkeys(key.split("/", 1)[1] for found in having.values() for h in found for key in h if
-                            key.startswith("arsl_alpha/"))  # fmt: skip
     classes = list(columns)[:_CLASSES]
     shown = looks([name for name, _ in comparison.methods()], comparison.baseline)
     figure = new_figure(9.6, 1.0 + 2.0 * len(classes))
@@ -411,8 +383,8 @@ def coefficient_curves(comparison: Comparison, histories: Histories) -> Figure |
             axes = grid[row, column]
             for method, found in having.items():
                 _draw(axes, found, f"arsl_{which}/{name}", shown[method], False, "-")
-            weighs = "false voxels" if which == "alpha" else "missed voxels"
-            tidy(axes, f"{short(name)}: {which} ({weighs})")
+            tidy(axes)
+            titled(axes, f"{short(name)}: {which} ({'false' if which == 'alpha' else 'missed'} voxels)")
             axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
     for axes in grid[-1]:
         axes.set_xlabel("epoch")
@@ -421,16 +393,8 @@ def coefficient_curves(comparison: Comparison, histories: Histories) -> Figure |
     return figure
 
 
-def _draw(
-    axes: Axes,
-    found: Sequence[History],
-    key: str,
-    look: Look,
-    seconds: bool,
-    style: str | tuple[int, tuple[float, ...]],
-) -> None:
-    lines = [_line(history, key, seconds) for history in found]
-    lines = [(x, y) for x, y in lines if np.isfinite(y).any()]
+def _draw(axes: Axes, found: Sequence[History], key: str, look: Look, seconds: bool, style: Style) -> None:
+    lines = [(x, y) for x, y in (_line(history, key, seconds) for history in found) if np.isfinite(y).any()]
     if not lines:
         return
     if len(lines) > 1:
@@ -441,17 +405,9 @@ def _draw(
     x = np.mean([x[:common] for x, _ in lines], axis=0)
     y = np.mean([y[:common] for _, y in lines], axis=0)  # an epoch that one seed lacks has no mean
     known = np.isfinite(x) & np.isfinite(y)
-    axes.plot(
-        x[known],
-        y[known],
-        linestyle=style,
-        color=look.colour,
-        linewidth=1.6,
-        marker=look.marker,
-        markersize=4,
-        markevery=max(1, int(known.sum()) // 6),
-        label=plain(key),
-    )
+    every = max(1, int(known.sum()) // 6)
+    marks: dict[str, Any] = {"marker": look.marker, "markersize": 4, "markevery": every, "label": plain(key)}
+    axes.plot(x[known], y[known], linestyle=style, color=look.colour, linewidth=1.6, **marks)
 
 
 def _line(history: History, key: str, seconds: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,8 +1,8 @@
 """The processes of a comparison: how they are started and ended, and what one does.
 
-A process trains one trial or measures one network; its request is one line of JSON on standard input. The parent keeps
-that open while it lives. When it closes, by the parent's will or by its death, the process asks itself to end, and a
-training then writes its checkpoint first.
+A process trains one trial or measures one network; its request is one line of JSON on standard input, which the parent
+keeps open. When that closes, also by the parent's death, the process ends itself; a training writes its checkpoint
+first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -27,6 +27,7 @@ from typing import IO, Any
 
 from lightm.errors import LightMError
 
+_ERROR = "lightm: error: "
 _INTERRUPTED = (-15, -2, 130, 143)  # signals, as a return code of POSIX and as lightm's own exit codes
 
 
@@ -41,19 +42,15 @@ class Job:
     since: float
 
     @property
-    def ended(self) -> bool:
-        return self.process.poll() is not None
-
-    @property
     def interrupted(self) -> bool:
         return self.process.returncode in _INTERRUPTED
 
     def last_words(self) -> str:
-        """The error that the child told, else the last line of its log."""
+        """The error that the child reported, else the last line of its log."""
         lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        told = [index for index, line in enumerate(lines) if line.startswith("lightm: error: ")]
-        if told:
-            return "\n".join(lines[told[-1] :]).removeprefix("lightm: error: ")
+        reported = [index for index, line in enumerate(lines) if line.startswith(_ERROR)]
+        if reported:
+            return "\n".join(lines[reported[-1] :]).removeprefix(_ERROR)
         if self.process.returncode and self.process.returncode < 0:
             return f"the process was ended by signal {-self.process.returncode} (out of memory?)"
         return lines[-1] if lines else f"exit code {self.process.returncode}"
@@ -73,18 +70,16 @@ def start(name: str, request: dict[str, Any], log: Path) -> Job:
         env={**os.environ, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads},
         start_new_session=True,  # Ctrl-C is for the parent, which then closes the child's input
     )
-    if process.stdin is not None:  # it was opened above
-        with contextlib.suppress(OSError):  # a child that died at once is found when its end is waited for
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
+    with contextlib.suppress(OSError):  # a child that died at once is found when its end is waited for
+        print(json.dumps(request), file=process.stdin, flush=True)
     return Job(name, process, log, stream, time.monotonic())
 
 
-def close(job: Job, patience_s: float = 120.0) -> None:
-    """Ask a child to end, wait until it has (a training writes a checkpoint), and close its log."""
+def close(job: Job) -> None:
+    """Ask a child to end, wait until it has (a training writes a checkpoint) or two minutes, and close its log."""
     _close_input(job)
     try:
-        job.process.wait(patience_s)
+        job.process.wait(120)
     except subprocess.TimeoutExpired:
         job.process.kill()
         job.process.wait()
@@ -110,16 +105,15 @@ def pool() -> Iterator[list[Job]]:
             close(job)
 
 
-def wait_for_one(jobs: list[Job], tick: Callable[[], None] = lambda: None, every_s: float = 0.5) -> Job:
+def wait_for_one(jobs: list[Job]) -> Job:
     """Wait until a job has ended, take it off the list, and return it."""
     while True:
         for job in jobs:
-            if job.ended:
+            if job.process.poll() is not None:
                 jobs.remove(job)
                 close(job)
                 return job
-        tick()
-        time.sleep(every_s)
+        time.sleep(0.5)
 
 
 # The process itself ---------------------------------------------------------------------------------------------------
@@ -135,7 +129,7 @@ def main() -> None:
     try:
         {"train": train_trial, "measure": measure_network}[request["work"]](request)
     except LightMError as error:
-        print(f"lightm: error: {error}", file=sys.stderr, flush=True)
+        print(f"{_ERROR}{error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
 
 
@@ -145,7 +139,7 @@ def _watch_parent() -> None:
 
 
 def train_trial(request: dict[str, Any]) -> None:
-    """Train (or go on with) a trial's run, score its test cases, and write its `trial.json`."""
+    """Train (or resume) a trial's run, score its test cases, and write its `trial.json`."""
     import torch
 
     from lightm import __version__
@@ -186,12 +180,12 @@ def measure_network(request: dict[str, Any]) -> None:
     import torch
 
     from lightm.lab.bench.measure import seconds
+    from lightm.lab.complexity import build_network
     from lightm.memory import peak_of
-    from lightm.nets import create
 
     torch.manual_seed(0)
-    network = create(**request["network"], **request["options"]).eval()
-    x = torch.randn(1, request["network"]["in_channels"], *request["network"]["image_size"])
+    network = build_network(**request["network"], device="cpu").eval()
+    x = torch.randn(1, request["network"]["in_channels"], *request["network"]["spatial"])
 
     def call() -> object:
         with torch.inference_mode():

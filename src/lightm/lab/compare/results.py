@@ -5,21 +5,20 @@ trials/ID/         the run folder (`lightm train`) of a trial, with trial.json o
 networks.json     parameters, MACs, latency and peak memory of every network on one training patch
 results.json, tables/, figures/, comparison.html            what `write_results` makes of them
 
-A configuration (network, loss and recipe) is called a method in the files, and a trial, its training with one seed, a
-trial: the format's names since its first version.
+A configuration (network, loss and recipe) is called a method in the files: their format's name since its first version.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from lightm.config_io import load_json, load_yaml
 from lightm.datasets.cases import Dataset
@@ -33,7 +32,7 @@ from lightm.evaluation.metrics import Status
 from lightm.evaluation.run_folder import RunFolder, read_run
 from lightm.files import write_text
 from lightm.images.io import read_volume
-from lightm.lab.compare.experiment import Experiment, Trial
+from lightm.lab.compare.experiment import Experiment, Strict, Trial
 from lightm.preparation.plan import Plan, load_plan
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -41,13 +40,11 @@ Model = TypeVar("Model", bound=BaseModel)
 TRIAL, NETWORKS = "trial.json", "networks.json"
 
 
-class TrialRecord(BaseModel):
+class TrialRecord(Strict):
     """How a trial ended; written as `trial.json` when its scores are there, or when it failed.
 
     `seconds` is the whole trial, `train_seconds` the training alone (validation and checkpoints included).
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     schema_version: Literal[1] = 1
     id: str
@@ -69,10 +66,8 @@ class TrialRecord(BaseModel):
     versions: dict[str, str]
 
 
-class NetworkRecord(BaseModel):
-    """What one network costs on one patch; times and memory were measured, None where that was not possible."""
-
-    model_config = ConfigDict(extra="forbid")
+class NetworkRecord(Strict):
+    """What one network costs on one patch; latency and memory are None where they could not be measured."""
 
     label: str
     network: str
@@ -97,7 +92,7 @@ class FinishedTrial:
         return load_evaluation(self.path / "evaluation" / "metrics.json")
 
     def history(self) -> History:
-        """The columns of history.csv, one value an epoch."""
+        """The columns of history.csv, one value per epoch."""
         return read_history(self.path / "history.csv")
 
 
@@ -114,7 +109,7 @@ class Comparison:
     networks: dict[str, NetworkRecord]
 
     def methods(self) -> Iterator[tuple[str, list[FinishedTrial]]]:
-        """Name and finished trials (one a seed) of every method with at least one, the baseline first."""
+        """Name and finished trials (one per seed) of every method with at least one, the baseline first."""
         for method in self.experiment.methods():
             trials = [found for found in self.finished if found.trial.method == method]
             if trials:
@@ -134,21 +129,15 @@ def read_comparison(folder: Path | str) -> Comparison:
     refuse_earlier_layout(folder)
     experiment = load_yaml(folder / "experiment.yaml", Experiment)
     plan = load_plan(folder / "plan.yaml")
-    finished, failed = [], []
-    for trial in experiment.trials():
-        path = folder / "trials" / trial.id
-        record = read_trial(path)
-        if record is not None and record.status == "failed":
-            failed.append(record)
-        elif record is not None:
-            finished.append(FinishedTrial(trial, record, path))
+    paths = {trial: folder / "trials" / trial.id for trial in experiment.trials()}
+    ended = [(trial, record) for trial, path in paths.items() if (record := read_trial(path)) is not None]
     return Comparison(
         folder=folder,
         experiment=experiment,
         plan=plan,
         split=_parsed(folder / "split.json", Split),
-        finished=finished,
-        failed=failed,
+        finished=[FinishedTrial(t, record, paths[t]) for t, record in ended if record.status == "finished"],
+        failed=[record for _, record in ended if record.status == "failed"],
         networks=read_networks(folder),
     )
 
@@ -164,9 +153,7 @@ def refuse_earlier_layout(folder: Path) -> None:
 
 def read_trial(path: Path) -> TrialRecord | None:
     """The record of a trial's folder, None where the trial has not ended."""
-    if not (path / TRIAL).is_file():
-        return None
-    return _parsed(path / TRIAL, TrialRecord)
+    return _parsed(path / TRIAL, TrialRecord) if (path / TRIAL).is_file() else None
 
 
 def read_networks(folder: Path) -> dict[str, NetworkRecord]:
@@ -175,8 +162,7 @@ def read_networks(folder: Path) -> dict[str, NetworkRecord]:
     if not path.is_file():
         return {}
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        records = [NetworkRecord.model_validate(entry) for entry in entries]
+        records = [NetworkRecord.model_validate(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); delete it and run again") from error
     return {record.label: record for record in records}
@@ -193,7 +179,7 @@ def _parsed(path: Path, model: type[Model]) -> Model:
 class CaseLabels:
     """Label of one case and its predictions by trial id; (Z, Y, X) nearest to right-anterior-superior, or (Y, X).
 
-    Where the label has the value to ignore, label and predictions are 0.
+    Where the label has the ignored value, label and predictions are 0.
     """
 
     label: NDArray[Any]
@@ -216,10 +202,8 @@ class TestImages:
         labels = self.run.config.get("labels")
         self.dataset: Dataset = open_dataset(Path(given), labels=Path(labels) if isinstance(labels, str) else None)
         self.ignore_label = comparison.plan.ignore_label
-        self.predictions: Mapping[str, Mapping[str, Path]] = {
-            trial.record.id: case_files(trial.path / "predictions") if (trial.path / "predictions").is_dir() else {}
-            for trial in comparison.finished
-        }
+        folders = {trial.record.id: trial.path / "predictions" for trial in comparison.finished}
+        self.predictions = {trial: case_files(path) if path.is_dir() else {} for trial, path in folders.items()}
         if not any(self.predictions.values()):
             raise InputError(f"{comparison.folder / 'trials'}: the trainings hold no predictions")
 
@@ -237,9 +221,8 @@ class TestImages:
             raise InputError(f"case {case_id}: has no label")
         native = read_volume(path, kind="label").to_canonical()
         label = np.array(native.data)
-        ignored = label == self.ignore_label if self.ignore_label is not None else None
-        if ignored is not None:
-            label[ignored] = 0
+        ignored = label == self.ignore_label if self.ignore_label is not None else np.zeros(label.shape, dtype=bool)
+        label[ignored] = 0
         predictions = {}
         for trial in trials:
             source = self.predictions[trial.record.id].get(case_id)
@@ -251,8 +234,7 @@ class TestImages:
                     f"case {case_id}: its label has shape {label.shape}, the prediction {source} {pred.shape}; the "
                     "data set has changed since, or that prediction is of something else"
                 )
-            if ignored is not None:
-                pred[ignored] = 0
+            pred[ignored] = 0
             predictions[trial.record.id] = pred
         return CaseLabels(label, predictions, tuple(native.spacing_mm))
 
@@ -263,16 +245,14 @@ class TestImages:
 Verdict = Literal["better", "worse", "no difference shown", "not tested"]
 
 
-class Difference(BaseModel):
+class Difference(Strict):
     """A method against the baseline in one metric: method minus baseline, over the cases that both have.
 
     `n` pairs of cases; `left_out`: those in which the metric is undefined for one of the two (or for both, though the
-    class was there), over all classes in an overall value. `low` and `high` bound the 95% bootstrap interval. `p` is
-    that of one signed-rank test, `p_holm` corrected for the number of methods tested; both None with the reason in
-    `note` where there was no test.
+    class was there), over all classes in an overall value. `low` and `high` bound the 95% bootstrap interval. `p` is of
+    one signed-rank test, `p_holm` corrected for the number of methods tested; both are None, with the reason in `note`,
+    where there was no test.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     n: int
     left_out: int
@@ -285,15 +265,13 @@ class Difference(BaseModel):
     note: str | None = None
 
 
-class Score(BaseModel):
+class Score(Strict):
     """One metric of one method: its mean over `n` cases (each the mean over seeds) with the 95% interval over cases.
 
     `seed_means` has a value for every seed of the method, None where undefined in all cases; `seed_sd` is their
     standard deviation (n - 1 in the denominator), None for fewer than two. `difference` is None for the baseline, and
     where the baseline has no result.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     n: int
     mean: float | None
@@ -304,10 +282,8 @@ class Score(BaseModel):
     difference: Difference | None = None
 
 
-class Scores(BaseModel):
+class Scores(Strict):
     """The four metrics; overlaps and NSD between 0 and 1, HD95 in the summary's `distance_unit`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     dsc: Score
     iou: Score
@@ -315,10 +291,8 @@ class Scores(BaseModel):
     nsd: Score
 
 
-class Training(BaseModel):
-    """Length of the trainings, one entry a seed in the order of `seeds`, and the means of those known."""
-
-    model_config = ConfigDict(extra="forbid")
+class Training(Strict):
+    """Length of the trainings, one entry per seed in the order of `seeds`, and the means of those known."""
 
     epochs: list[int | None]
     steps: list[int | None]
@@ -329,14 +303,12 @@ class Training(BaseModel):
     mean_seconds: float | None
 
 
-class Convergence(BaseModel):
-    """When the pseudo Dice first reached the summary's `convergence_level`, one entry a seed.
+class Convergence(Strict):
+    """When the pseudo Dice first reached the summary's `convergence_level`, one entry per seed.
 
     `epochs` counts finished epochs (1: at the end of the first), `seconds` is their summed time in history.csv; None:
     not reached. The medians count "not reached" as later than all, so they are None unless half of the seeds did.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     epochs: list[int | None]
     seconds: list[float | None]
@@ -344,10 +316,8 @@ class Convergence(BaseModel):
     median_seconds: float | None
 
 
-class MethodSummary(BaseModel):
+class MethodSummary(Strict):
     """Everything about one method. `counts` are cases times seeds, by class and status."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     network: str
@@ -371,23 +341,19 @@ class CaseResult(CaseRow):
     seed: int
 
 
-class FailedTrial(BaseModel):
+class FailedTrial(Strict):
     """A training that ended with an error."""
-
-    model_config = ConfigDict(extra="forbid")
 
     id: str
     error: str | None
 
 
-class Summary(BaseModel):
+class Summary(Strict):
     """Statistics of a whole comparison; `methods` has the baseline first.
 
     `missing` names the trials that have not run, `notes` says in sentences what a reader must know of an incomplete or
     uneven comparison. `convergence_level` is 95% of the baseline's best pseudo Dice (median over its seeds).
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     schema_version: Literal[1] = 1
     name: str
@@ -411,7 +377,7 @@ class Summary(BaseModel):
     cases: list[CaseResult]
 
     def to_json(self, path: Path) -> None:
-        """Write everything as JSON, whole or not at all."""
+        """Write everything as JSON, atomically."""
         write_text(path, self.model_dump_json(indent=1) + "\n")
 
 

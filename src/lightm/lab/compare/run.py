@@ -7,13 +7,13 @@ import logging
 import os
 import shutil
 import time
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 from lightm import __version__
-from lightm.config_io import load_yaml
+from lightm.config_io import load_yaml, save_yaml
 from lightm.datasets.cases import Dataset
 from lightm.datasets.dataset import open_dataset
 from lightm.datasets.phantoms import make_phantoms
@@ -38,29 +38,19 @@ from lightm.nets import count_parameters
 from lightm.preparation.plan import Plan, load_plan
 from lightm.preparation.preprocess import default_cache_dir, preprocess_dataset
 from lightm.progress import Progress
-from lightm.training.config import TrainConfig, parse_duration, resolve_config
+from lightm.training.config import parse_duration, resolve_config
 from lightm.training.prepare import choose_plan, choose_split, with_sizes
 
 _log = logging.getLogger(__name__)
 
-_COMMON = (
-    "dataset",
-    "labels",
-    "phantom",
-    "plan",
-    "split",
-    "split_seed",
-    "patch_size",
-    "batch_size",
-    "spacing_mm",
-    "nsd_tolerance_mm",
-)
+_COMMON = ("dataset", "labels", "phantom", "plan", "split", "split_seed", "patch_size", "batch_size", "spacing_mm")
+_BEFORE = ("data", "plan.yaml", "split.json")  # what a call writes before experiment.yaml
 _SCORING_S = 30.0  # a guess at what a trial takes beyond its training, before one has been seen
 
 
 @dataclass(frozen=True)
 class CompareResult:
-    """What a call of `compare_experiment` did: the comparison as it stands, trials left to run, and its page."""
+    """What a call of `compare_experiment` did: the comparison as it stands, trials run and left, and its page."""
 
     comparison: Comparison
     ran: list[str]
@@ -83,15 +73,15 @@ def compare_experiment(
     Arguments:
         experiment: its YAML file, or the model itself.
         out: folder of the comparison, by default `runs/NAME`. One that an earlier call left is completed: finished
-            trials stay, a trial cut off goes on from its last checkpoint. Trials may be added to the experiment; what
-            trials that are there were made with must not change.
+            trials stay, an interrupted trial is resumed from its last checkpoint. Trials may be added to the
+            experiment; the settings of those that are there must not change.
         dataset: folder to use instead of the experiment's data.
-        jobs, total_time: replace the experiment's. No trial is begun that, as far as can be told from those before
-            it, would end after `total_time` (of this call); running ones are not cut short.
-        retry: train trials that failed once more, from the start.
+        jobs, total_time: replace the experiment's. No trial is begun that, judging by those before it, would end after
+            `total_time` (of this call); running ones are not cut short.
+        retry: train failed trials again, from the start.
 
-    Each trial runs in a process with an equal share of the cores. A failed trial is recorded, and the others go on.
-    Raises InputError for a faulty experiment before anything is written, for a folder in use or of another
+    Each trial runs in a process with an equal share of the cores. A failed trial is recorded, and the others run on.
+    Raises InputError for an invalid experiment before anything is written, for a folder in use or of another
     experiment; KeyboardInterrupt passes through once running trials have written their checkpoints.
     """
     given = experiment if isinstance(experiment, Experiment) else load_experiment(experiment)
@@ -107,7 +97,7 @@ def compare_experiment(
     with locked_folder(out, "comparison"):
         data = _data(out, given, progress)
         plan, split = _plan_and_split(out, given, data, progress)
-        given.save(out / "experiment.yaml")
+        save_yaml(out / "experiment.yaml", given, "A comparison; run it (again) with `lightm compare`.")
         preprocess_dataset(
             data, plan, default_cache_dir(), case_ids=[*split.train, *split.val], progress=progress
         )  # once, not by every trial
@@ -143,12 +133,12 @@ def _check_folder(out: Path, given: Experiment) -> None:
         raise InputError(f"{out}: is a file; give a folder for the comparison with -o")
     path = out / "experiment.yaml"
     if not path.is_file():
-        if out.is_dir() and any(p.name not in ("data", "plan.yaml", "split.json") for p in _shown(out)):
+        if out.is_dir() and any(p.name not in _BEFORE and not p.name.startswith(".") for p in out.iterdir()):
             raise InputError(f"{out}: is not empty and holds no comparison; give another folder with -o")
         return
     refuse_earlier_layout(out)
     earlier = load_yaml(path, Experiment)
-    for key in _COMMON:
+    for key in (*_COMMON, "nsd_tolerance_mm"):
         if getattr(earlier, key) != getattr(given, key):
             raise InputError(
                 f"{path}: this comparison was begun with {key} = {getattr(earlier, key)!r}, now it is "
@@ -166,38 +156,35 @@ def _check_folder(out: Path, given: Experiment) -> None:
         )
 
 
-def _shown(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
-
-
 def _data(out: Path, given: Experiment, progress: Progress | None) -> Dataset:
     if given.phantom is None:
-        root = Path(given.dataset or "")
-        return open_dataset(root, labels=None if given.labels is None else Path(given.labels))
-    root = out / "data"
-    if not (root / "dataset.json").is_file():
-        made = given.phantom
-        make_phantoms(made.kind, root, cases=made.cases, size=made.size, seed=made.seed, progress=progress)
-    return open_dataset(root)
+        labels = None if given.labels is None else Path(given.labels)
+        return open_dataset(Path(given.dataset or ""), labels=labels)
+    if not (out / "data" / "dataset.json").is_file():
+        make_phantoms(out=out / "data", **given.phantom.model_dump(), progress=progress)
+    return open_dataset(out / "data")
 
 
 def _plan_and_split(out: Path, given: Experiment, data: Dataset, progress: Progress | None) -> tuple[Plan, Split]:
     """Those of the folder, or new ones; and every network and loss tried on them before anything is trained."""
-    if (out / "plan.yaml").is_file():
-        plan = load_plan(out / "plan.yaml")
-    else:
-        plan = choose_plan(data, None if given.plan is None else Path(given.plan), progress)
-    config = _config(given, data, plan)
-    if not (out / "plan.yaml").is_file():
-        plan = with_sizes(_with_spacing(plan, given.spacing_mm), config, given.patch_size, given.batch_size)
-    trials = given.trials()
-    for label in {trial.network for trial in trials}:
-        network = given.networks[label]
+    earlier = (out / "plan.yaml").is_file()
+    plan = load_plan(out / "plan.yaml") if earlier else choose_plan(data, given.plan, progress)
+    dims = plan.spatial_dims
+    config = resolve_config(str(data.root), dims, split_seed=given.split_seed, split=given.split, device=given.device)
+    if not earlier:
+        if given.spacing_mm is not None:
+            if len(given.spacing_mm) != dims:
+                raise InputError(f"spacing_mm {given.spacing_mm}: {dims} numbers are needed, one for each axis")
+            plan = plan.model_copy(update={"spacing_mm": given.spacing_mm})
+        plan = with_sizes(plan, config, given.patch_size, given.batch_size)
+    for network in given.networks.values():
         build_network(network.network, len(plan.channels), len(plan.labels), plan.patch_size, network.options)
     for loss in given.losses.values():
-        create_loss(loss.loss, spatial_dims=plan.spatial_dims, num_classes=len(plan.labels), **loss.options)
-    for trial in trials:
-        _trial_config(given, trial, data, plan)
+        create_loss(loss.loss, spatial_dims=dims, num_classes=len(plan.labels), **loss.options)
+    for trial in given.trials():  # as `train_model` will resolve it, so that a wrong setting is found at once
+        options = given.settings_of(trial)
+        settings = {**options["settings"], "loss": options["loss"]}
+        resolve_config(str(data.root), dims, recipe=options["recipe"], settings=settings)
     path = out / "split.json"
     labelled = [case.id for case in data.cases if case.label is not None]
     split = load_split(path, labelled) if path.is_file() else choose_split(data, config)
@@ -206,27 +193,6 @@ def _plan_and_split(out: Path, given: Experiment, data: Dataset, progress: Progr
     plan.save(out / "plan.yaml")
     split.save(path)
     return plan, split
-
-
-def _with_spacing(plan: Plan, spacing_mm: list[float] | None) -> Plan:
-    if spacing_mm is None:
-        return plan
-    if len(spacing_mm) != plan.spatial_dims:
-        raise InputError(f"spacing_mm {spacing_mm}: {plan.spatial_dims} numbers are needed, one for each axis")
-    return plan.model_copy(update={"spacing_mm": spacing_mm})
-
-
-def _config(given: Experiment, data: Dataset, plan: Plan) -> TrainConfig:
-    return resolve_config(
-        str(data.root), plan.spatial_dims, split_seed=given.split_seed, split=given.split, device=given.device
-    )
-
-
-def _trial_config(given: Experiment, trial: Trial, data: Dataset, plan: Plan) -> TrainConfig:
-    """The trial's configuration as `train_model` will resolve it, so that a wrong setting is found at once."""
-    options = given.settings_of(trial)
-    settings = {**options["settings"], "loss": options["loss"]}
-    return resolve_config(str(data.root), plan.spatial_dims, recipe=options["recipe"], settings=settings)
 
 
 def _run_trials(
@@ -240,17 +206,15 @@ def _run_trials(
 ) -> tuple[list[str], list[str]]:
     """Run what is to be run; return the ids of the trials that ended in this call, and of those left for the next."""
     trials = given.trials()
-    waiting = []
-    for trial in trials:
-        record = read_trial(out / "trials" / trial.id)
-        if record is not None and record.status == "failed" and retry:
-            shutil.rmtree(out / "trials" / trial.id)
-            record = None
-        if record is None:
-            waiting.append(trial)
+    paths = {trial.id: out / "trials" / trial.id for trial in trials}
+    for path in paths.values() if retry else ():
+        if (record := read_trial(path)) is not None and record.status == "failed":
+            shutil.rmtree(path)
+    waiting = [trial for trial in trials if read_trial(paths[trial.id]) is None]
     done, threads = len(trials) - len(waiting), max(1, _cores() // jobs)
     _log.info(f"{len(trials)} trials, {done} of them done; {jobs} at a time on {threads} thread(s) each: {out}")
-    longest = _guess(given)
+    # seconds that a trial may take: at first its budget and the scoring; unknown lengths count as none
+    longest = 0.0 if given.max_time is None else parse_duration(given.max_time) + _SCORING_S
     ran: list[str] = []
     begun: dict[str, Trial] = {}
     with pool() as running:
@@ -266,12 +230,12 @@ def _run_trials(
             job = wait_for_one(running)
             spent = time.monotonic() - job.since
             trial = begun.pop(job.name)
-            path = out / "trials" / trial.id
+            path = paths[trial.id]
             if job.process.returncode == 0 and (record := read_trial(path)) is not None:
                 longest = max(longest if ran else 0.0, spent)
                 _log.info(f"[{done + len(ran) + 1}/{len(trials)}] {trial.id}: finished in {spent:.0f} s")
             elif job.interrupted:
-                _log.info(f"{trial.id}: interrupted; the next call goes on with it")
+                _log.info(f"{trial.id}: interrupted; the next call resumes it")
                 continue
             else:
                 record = _failure(given, trial, job, threads, spent)
@@ -281,17 +245,11 @@ def _run_trials(
             ran.append(trial.id)
             if progress is not None:
                 progress("trials", done + len(ran), len(trials))
-    left = [trial.id for trial in trials if read_trial(out / "trials" / trial.id) is None]
+    left = [name for name, path in paths.items() if read_trial(path) is None]
     if left:
-        _log.info(
-            f"{len(left)} trials are left for the next call: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}"
-        )
+        shown = [*left[:4], "..."] if len(left) > 4 else left
+        _log.info(f"{len(left)} trials are left for the next call: {', '.join(shown)}")
     return ran, left
-
-
-def _guess(given: Experiment) -> float:
-    """Seconds that the first trial may take: its budget and the scoring; unknown lengths count as none."""
-    return 0.0 if given.max_time is None else parse_duration(given.max_time) + _SCORING_S
 
 
 def _start_trial(out: Path, given: Experiment, trial: Trial, data: Dataset, threads: int) -> Job:
@@ -313,24 +271,17 @@ def _start_trial(out: Path, given: Experiment, trial: Trial, data: Dataset, thre
 
 
 def _place(given: Experiment, trial: Trial) -> dict[str, Any]:
-    return {
-        "id": trial.id,
-        "network": trial.network,
-        "loss": trial.loss,
-        "recipe": trial.recipe,
-        "seed": trial.seed,
-        "fingerprint": given.fingerprint(trial),
-    }
+    return {"id": trial.id, **asdict(trial), "fingerprint": given.fingerprint(trial)}
 
 
 def _failure(given: Experiment, trial: Trial, job: Job, threads: int, spent: float) -> TrialRecord:
-    started = datetime.now(timezone.utc).timestamp() - spent
+    started = datetime.now(timezone.utc) - timedelta(seconds=spent)
     return TrialRecord(
         **_place(given, trial),
         data_hash="",
         status="failed",
         error=job.last_words(),
-        started=datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+        started=started.isoformat(timespec="seconds"),
         seconds=round(spent, 1),
         threads=threads,
         versions={"lightm": __version__},
@@ -347,12 +298,12 @@ def _cores() -> int:
 # What the networks cost -----------------------------------------------------------------------------------------------
 
 
-def measure_networks(comparison: Comparison, out: Path, *, threads: int) -> list[NetworkRecord]:
+def measure_networks(comparison: Comparison, out: Path, *, threads: int) -> None:
     """Count and measure every network of finished trials that has no entry yet, and write `networks.json`.
 
     Parameters are summed over tensors and multiply-adds include the scan. Latency is the median of five forward
-    passes of one patch on `threads` threads, peak memory that of one pass, each network in a fresh process, on the
-    CPU whatever the device of the training was. A network whose process ends early has None for both.
+    passes of one patch on `threads` threads, peak memory that of one pass, each network in a fresh process on the CPU,
+    whatever the training's device. A network whose process ends early has None for both.
     """
     plan = comparison.plan
     records = dict(comparison.networks)
@@ -360,22 +311,23 @@ def measure_networks(comparison: Comparison, out: Path, *, threads: int) -> list
         if label in records:
             continue
         choice = comparison.experiment.networks[label]
-        described: dict[str, Any] = {
+        patch, channels = plan.patch_size, len(plan.channels)
+        network: dict[str, Any] = {
             "name": choice.network,
-            "spatial_dims": plan.spatial_dims,
-            "in_channels": len(plan.channels),
+            "in_channels": channels,
             "out_channels": len(plan.labels),
-            "image_size": plan.patch_size,
+            "spatial": patch,
+            "options": choice.options,
         }
-        _log.info(f"measuring {label} on one patch of {' x '.join(map(str, plan.patch_size))}")
-        request = {"work": "measure", "network": described, "options": choice.options, "threads": threads}
+        _log.info(f"measuring {label} on one patch of {' x '.join(map(str, patch))}")
+        request = {"work": "measure", "network": network, "threads": threads}
         measured = _measured(label, request, out / "logs" / f"network-{file_name(label)}.log")
-        meta = build_network(choice.network, len(plan.channels), len(plan.labels), plan.patch_size, choice.options)
+        meta = build_network(**network)
         records[label] = NetworkRecord(
             label=label,
             network=choice.network,
             parameters=count_parameters(meta),
-            multiply_adds=count_operations(meta, len(plan.channels), plan.patch_size).total.multiply_adds.total(),
+            multiply_adds=count_operations(meta, channels, patch).total.multiply_adds.total(),
             patch_size=plan.patch_size,
             latency_s=measured.get("latency_s"),
             latency_threads=threads if measured else None,
@@ -383,7 +335,6 @@ def measure_networks(comparison: Comparison, out: Path, *, threads: int) -> list
         )
         entries = [record.model_dump(mode="json") for record in records.values()]
         write_text(out / NETWORKS, json.dumps(entries, indent=1) + "\n")
-    return list(records.values())
 
 
 def _measured(label: str, request: dict[str, Any], log: Path) -> dict[str, Any]:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightm.errors import InputError
-from lightm.lab.complexity.meta import build_network, meta_forward
-from lightm.lab.complexity.operations import count_operations
-from lightm.lab.complexity.parameters import place
+from lightm.lab.complexity.account import place
+from lightm.lab.complexity.operations import build_network, count_operations, meta_forward
 from lightm.lab.complexity.report import giga
 from lightm.nets.blocks import RVM, ConvStem, DecoderStage, DWConv, PositionConv
 from lightm.nets.released import ResidualRVM
@@ -101,7 +100,7 @@ def trace(network: nn.Module, in_channels: int, spatial: Sequence[int]) -> list[
             calls.append((path, found, [x for x in given if isinstance(x, Tensor)], result))
 
         handles.append(module.register_forward_hook(remember))
-    with meta_forward(network, in_channels, spatial) as image, torch.no_grad():
+    with meta_forward(in_channels, spatial) as image, torch.no_grad():
         network(image)
     for handle in handles:
         handle.remove()

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightm.lab.complexity import formulas
 from lightm.nets.lightm_unet import LightMUNet
 from lightm.nets.presets import PRESETS
 from lightm.nets.released import ReleasedLightMUNet
@@ -104,15 +103,15 @@ def position_conv(channels: int, dims: int) -> Term:
     return Term("position conv", CONVOLUTION, f"3^{dims} C", 3**dims * channels)
 
 
-def depthwise_stem(image: int, filters: int, dims: int) -> Iterator[Term]:
+def depthwise_stem(image: int, width: int, dims: int) -> Iterator[Term]:
     """A depthwise convolution of the image's I channels, then a pointwise one, without biases."""
     yield Term("depthwise", CONVOLUTION, f"3^{dims} I", 3**dims * image)
-    yield Term("pointwise", MATRIX, "I O", image * filters)
+    yield Term("pointwise", MATRIX, "I O", image * width)
 
 
-def full_stem(image: int, filters: int, dims: int) -> Iterator[Term]:
+def full_stem(image: int, width: int, dims: int) -> Iterator[Term]:
     """A full convolution of the image's I channels, with biases."""
-    yield Term("full convolution", CONVOLUTION, f"3^{dims} I O + O", 3**dims * image * filters + filters)
+    yield Term("full convolution", CONVOLUTION, f"3^{dims} I O + O", 3**dims * image * width + width)
 
 
 def decoder_stage(channels: int, dims: int, *, vector_scale: bool) -> Iterator[Term]:
@@ -126,11 +125,11 @@ def decoder_stage(channels: int, dims: int, *, vector_scale: bool) -> Iterator[T
     yield replace(scale, formula=scale.formula.replace("C", "H"))
 
 
-def head(filters: int, classes: int) -> Iterator[Term]:
+def head(width: int, classes: int) -> Iterator[Term]:
     """GroupNorm, a scale and an offset for each of the C channels, and the pointwise product to the O classes."""
-    yield Term("group norms", NORM, "2 C", 2 * filters)
-    yield Term("depthwise", CONVOLUTION, "2 C", 2 * filters)
-    yield Term("pointwise", MATRIX, "C O + O", filters * classes + classes)
+    yield Term("group norms", NORM, "2 C", 2 * width)
+    yield Term("depthwise", CONVOLUTION, "2 C", 2 * width)
+    yield Term("pointwise", MATRIX, "C O + O", width * classes + classes)
 
 
 def group_norm(channels: int) -> Term:
@@ -142,17 +141,15 @@ def _skip_scale(channels: int, vector: bool) -> Term:
     return Term("skip scale", SCALE, "C" if vector else "1", channels if vector else 1)
 
 
-def merged(terms: Iterator[Term]) -> list[Term]:
+def _merged(terms: Iterable[Term]) -> list[Term]:
     """Terms with equal stage, layer and source as one, their formulas joined."""
     found: dict[tuple[str, str, str], Term] = {}
     for term in terms:
         key = (term.stage, term.layer, term.source)
-        before = found.get(key)
-        if before is None:
-            found[key] = term
-        else:
+        if (before := found.get(key)) is not None:
             formula = before.formula if term.formula == before.formula else f"{before.formula} + {term.formula}"
-            found[key] = replace(before, formula=formula, value=before.value + term.value)
+            term = replace(before, formula=formula, value=before.value + term.value)
+        found[key] = term
     return list(found.values())
 
 
@@ -181,7 +178,7 @@ def network_terms(
     """Return the closed forms of every layer of a preset with a closed form, in the order of computation."""
     build, settings = settings_of(name, options)
     family = _lightm_unet if build is LightMUNet else _released
-    return formulas.merged(family(spatial_dims, in_channels, out_channels, settings))
+    return _merged(family(spatial_dims, in_channels, out_channels, settings))
 
 
 def _at(stage: str, layer: str, terms: Iterable[Term]) -> Iterator[Term]:
@@ -204,14 +201,14 @@ def _layer_settings(settings: Mapping[str, Any]) -> LayerSettings:
 
 def _lightm_unet(dims: int, image: int, classes: int, settings: Mapping[str, Any]) -> Iterator[Term]:
     layer, width = _layer_settings(settings), settings["base_channels"]
-    stem = formulas.full_stem if settings["stem"] == "conv" else formulas.depthwise_stem
+    stem = full_stem if settings["stem"] == "conv" else depthwise_stem
     yield from _at("stem", "", stem(image, width, dims))
 
     def mixing(stage: str, number: int, out: int) -> Iterator[Term]:
         label = f"layer {number}"
         if settings["position_conv"]:
-            yield from _at(stage, label, [formulas.position_conv(width, dims)])
-        yield from _at(stage, label, formulas.mixing_layer(width, out, layer))
+            yield from _at(stage, label, [position_conv(width, dims)])
+        yield from _at(stage, label, mixing_layer(width, out, layer))
 
     for block, count in enumerate(settings["encoder_layers"], start=1):
         for number in range(1, count + 1):
@@ -220,10 +217,10 @@ def _lightm_unet(dims: int, image: int, classes: int, settings: Mapping[str, Any
     for number in range(1, settings["bottleneck_layers"] + 1):
         yield from mixing("bottleneck", number, width)
     for stage in range(1, len(settings["encoder_layers"]) + 1):
-        terms = formulas.decoder_stage(width, dims, vector_scale=settings.get("vector_scale", True))
+        terms = decoder_stage(width, dims, vector_scale=settings.get("vector_scale", True))
         yield from _at(f"decoder {stage}", "", terms)
         width //= 2
-    yield from _at("head", "", formulas.head(width, classes))
+    yield from _at("head", "", head(width, classes))
 
 
 def _released(dims: int, image: int, classes: int, settings: Mapping[str, Any]) -> Iterator[Term]:
@@ -235,17 +232,17 @@ def _released(dims: int, image: int, classes: int, settings: Mapping[str, Any]) 
         one_norm=True,
     )
     width = settings["base_channels"]
-    yield from _at("stem", "", formulas.depthwise_stem(image, width, dims))
+    yield from _at("stem", "", depthwise_stem(image, width, dims))
     for stage, count in enumerate(settings["blocks_down"]):
         if stage:
-            yield from _at(f"stage {stage}", "widening layer", formulas.mixing_layer(width, 2 * width, layer))
+            yield from _at(f"stage {stage}", "widening layer", mixing_layer(width, 2 * width, layer))
             width *= 2
         for block in range(1, count + 1):
             for number in (1, 2):
                 label = f"block {block}, layer {number}"
-                yield from _at(f"stage {stage}", label, [formulas.group_norm(width)])
-                yield from _at(f"stage {stage}", label, formulas.mixing_layer(width, width, layer))
+                yield from _at(f"stage {stage}", label, [group_norm(width)])
+                yield from _at(f"stage {stage}", label, mixing_layer(width, width, layer))
     for stage in range(1, len(settings["blocks_up"]) + 1):
-        yield from _at(f"decoder {stage}", "", formulas.decoder_stage(width, dims, vector_scale=False))
+        yield from _at(f"decoder {stage}", "", decoder_stage(width, dims, vector_scale=False))
         width //= 2
-    yield from _at("head", "", formulas.head(width, classes))
+    yield from _at("head", "", head(width, classes))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
 
 from lightm.errors import InputError
 from lightm.lab.complexity.account import Account, account
-from lightm.lab.complexity.meta import known_names
+from lightm.lab.complexity.operations import known_names
 from lightm.nets.presets import PRESETS
+from lightm.progress import Progress
 
 Line = Sequence[str]
 
@@ -22,15 +23,11 @@ SYMBOLS = (
 )
 DEFINITIONS = (
     "multiply-add: a product with the addition of its result, in matmuls, convolutions, attention, linear "
-    "interpolation and the scan (3 a token, channel and state: the state's update, the output's sum, and the lone "
-    "products dt A and dt u B, half each; in Mamba-2 dt A once a head, so 2.5 and half a one a token and head). "
-    "Element-wise products, norms and poolings are not counted.",
-    "exponential: one a token, channel and state in the scan, in Mamba-2 one a token and head; one "
-    "an element in SiLU, softplus, sigmoid, softmax, "
-    "tanh and GELU.",
-)
-MEMORY_NOTE = (
-    "plain composition of the operators, without weights; the fused CPU path needs less, measured by `lightm bench`"
+    "interpolation and the scan (3 per token, channel and state: the state's update, the output's sum, and the lone "
+    "products dt A and dt u B, half each; in Mamba-2, where dt A is computed once per head, 2.5, and half a one per "
+    "token and head). Element-wise products, norms and poolings are not counted.",
+    "exponential: one per token, channel and state in the scan, in Mamba-2 one per token and head; one per element in "
+    "SiLU, softplus, sigmoid, softmax, tanh and GELU.",
 )
 
 
@@ -48,6 +45,15 @@ def markdown(rows: Sequence[Line], *, left: int = 1) -> list[str]:
     """Return rows, the first of them the heading, as a Markdown table; numbers flush right."""
     rule = ["---" if i < left else "---:" for i in range(len(rows[0]))]
     return ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
+
+
+def csv_text(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return rows as CSV below a heading; None becomes an empty field, numbers keep all their digits."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(headings)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def giga(number: int) -> str:
@@ -78,24 +84,19 @@ def source_rows(account: Account) -> list[Line]:
 
 def grouped_rows(account: Account, what: str) -> list[Line]:
     """Parameters summed by `stage` or `kind`, and their share."""
-    table = account.parameters
-    rows: list[Line] = [(what, "parameters", "share")]
-    for key, number in table.by(what).items():
-        rows.append((key, f"{number:,}", f"{100 * number / table.total:.1f} %"))
-    return rows
+    total, sums = account.parameters.total, account.parameters.by(what)
+    return [(what, "parameters", "share"), *((k, f"{n:,}", f"{100 * n / total:.1f} %") for k, n in sums.items())]
 
 
 def operation_rows(account: Account) -> list[Line]:
     """Multiply-adds and exponentials by kind, in 1e9, and what counters without a rule for the scan give."""
     total = account.operations.total
-    adds = sorted(total.multiply_adds.items(), key=lambda item: -item[1])
     rows: list[Line] = [("operations", "1e9")]
-    rows += [(f"multiply-adds, {kind}", giga(number)) for kind, number in adds if number]
+    rows += [(f"multiply-adds, {kind}", giga(number)) for kind, number in total.multiply_adds.most_common() if number]
     rows.append(("multiply-adds, all", giga(total.multiply_adds.total())))
     if total.without_scan != total.multiply_adds.total():
         rows.append(("multiply-adds as counters without the scan give them", giga(total.without_scan)))
-    exponentials = sorted(total.exponentials.items(), key=lambda item: -item[1])
-    rows += [(f"exponentials, {kind}", giga(number)) for kind, number in exponentials if number]
+    rows += [(f"exponentials, {kind}", giga(number)) for kind, number in total.exponentials.most_common() if number]
     return [*rows, ("elements written by all other operators", giga(total.other_elements))]
 
 
@@ -110,19 +111,15 @@ def layer_rows(account: Account) -> list[Line]:
     return rows
 
 
-def memory_rows(account: Account) -> list[Line]:
-    """Activation memory, and time where it was measured."""
-    return [
-        ("activations, float32, one image", "MiB"),
-        ("inference: peak of live tensors", mebibytes(account.memory.inference_bytes)),
-        ("training: kept for the backward pass", mebibytes(account.memory.training_bytes)),
-    ]
-
-
 def describe(account: Account) -> str:
     """Return the whole account as text."""
     size = " x ".join(map(str, account.spatial))
     options = "".join(f", {key} {value}" for key, value in account.options.items())
+    memory = [
+        ("activations, float32, one image", "MiB"),
+        ("inference: peak of live tensors", mebibytes(account.memory.inference_bytes)),
+        ("training: kept for the backward pass", mebibytes(account.memory.training_bytes)),
+    ]
     lines = [
         f"{account.name}{options}: {size}, {account.in_channels} channel(s), {account.out_channels} classes",
         "",
@@ -138,8 +135,8 @@ def describe(account: Account) -> str:
         *aligned(operation_rows(account)),
         *DEFINITIONS,
         "",
-        *aligned(memory_rows(account)),
-        f"({MEMORY_NOTE})",
+        *aligned(memory),
+        "(plain operators, without weights; the fused CPU path needs less, measured by `lightm bench`)",
     ]
     if (latency := account.latency) is not None:
         lines += [
@@ -179,7 +176,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Dice:
-    """A network's mean Dice over the test cases of one run, with the data set and the 95% interval where known."""
+    """A network's mean Dice over the test cases of one run on a data set, with the 95% interval where known."""
 
     data: str
     value: float
@@ -220,15 +217,14 @@ def compare(
     in_channels: int = 1,
     out_channels: int = 3,
     dice: Mapping[str, Sequence[Dice]] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Row]:
     """Return a row for every network, fewest parameters first; networks that refuse the size come last, saying why.
 
     Arguments: `names`, by default all that `lightm.nets.create` knows; `spatial`, `in_channels`, `out_channels` as in
     `account`; `dice`: scores of runs by the name of the network. Raises InputError for an unknown name.
     """
-    known = known_names()
-    rows = []
+    known, rows = known_names(), []
     wanted = known if names is None else list(names)
     for done, name in enumerate(wanted):
         if progress is not None:
@@ -261,26 +257,16 @@ def compare(
 
 def _cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     scored = list(dict.fromkeys(dice.data for row in rows for dice in row.dice))
-    heading: tuple[str, ...] = ("network", "source", "parameters, M", "multiply-adds, G", "without scan, G")
-    heading += ("exponentials, G", "inference, MiB", "training, MiB")
+    costs = ("parameters, M", "multiply-adds, G", "without scan, G", "exponentials, G")
+    heading = ("network", "source", *costs, "inference, MiB", "training, MiB")
     cells: list[tuple[str, ...]] = [(*heading, *(f"Dice, {data}" for data in scored))]
     for row in rows:
-        if row.refused:
-            continue
         found = {dice.data: dice for dice in row.dice}
-        cells.append(
-            (
-                row.name,
-                row.source,
-                f"{row.parameters / 1e6:.2f}",
-                giga(row.multiply_adds),
-                giga(row.multiply_adds_without_scan),
-                giga(row.exponentials),
-                f"{row.inference_bytes / 2**20:,.0f}",
-                f"{row.training_bytes / 2**20:,.0f}",
-                *(_score(found.get(data)) for data in scored),
-            )
-        )
+        operations = (row.multiply_adds, row.multiply_adds_without_scan, row.exponentials)
+        memory = (row.inference_bytes, row.training_bytes)
+        if not row.refused:
+            numbers = (f"{row.parameters / 1e6:.2f}", *map(giga, operations), *map(mebibytes, memory))
+            cells.append((row.name, row.source, *numbers, *(_score(found.get(data)) for data in scored)))
     return cells
 
 
@@ -308,15 +294,10 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 def as_csv(rows: Sequence[Row]) -> str:
     """Return the comparison as CSV, numbers in units of one; one line for each network and data set with a score."""
-    text = io.StringIO()
-    names = [key for key in asdict(Row("", "")) if key != "dice"]
-    writer = csv.DictWriter(text, [*names, "dice_data", "dice", "dice_low", "dice_high"], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        plain = {key: value for key, value in asdict(row).items() if key != "dice"}
-        for dice in row.dice or (None,):
-            score = {} if dice is None else {"dice_data": dice.data, "dice": dice.value}
-            if dice is not None and dice.low is not None:
-                score |= {"dice_low": dice.low, "dice_high": dice.high}
-            writer.writerow({**plain, **score})
-    return text.getvalue()
+    names = [field.name for field in fields(Row) if field.name != "dice"]
+    lines = [
+        [*(getattr(row, name) for name in names), *(astuple(dice) if dice else [None] * 4)]
+        for row in rows
+        for dice in row.dice or (None,)
+    ]
+    return csv_text([*names, "dice_data", "dice", "dice_low", "dice_high"], lines)
