@@ -13,13 +13,13 @@ from lightm.lab.compare.results import Summary
 from lightm.lab.compare.statistics import summarize_comparison
 from lightm.lab.compare.tables import (
     TextCell,
-    as_csv,
     as_latex,
     as_markdown,
     escape_latex,
     escape_markdown,
     write_tables,
 )
+from lightm.lab.complexity.report import csv_text
 from tests.lab.compare.made import make_comparison
 
 NASTY = r"50% a&b_c #1 {x} $y$ ~^ \z <w> | *q* [r]"
@@ -191,4 +191,4 @@ def test_escaping_by_hand():
         "| a | b |\n| --- | ---: |\n| x\\_1 | **2** |\n\n- one\n"
     )
     assert r"x\_1 & \textbf{2} \\" in as_latex(["a", "b"], rows, left=1, below=[])
-    assert as_csv(["a", "b"], [["x,y", None]]) == 'a,b\n"x,y",\n'
+    assert csv_text(["a", "b"], [["x,y", None]]) == 'a,b\n"x,y",\n'

@@ -14,18 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from lightm.evaluation import overlays
 from lightm.evaluation.figures import INK, class_colour, new_figure, plain
-from lightm.evaluation.overlays import (
-    _ERRORS,
-    PLANES,
-    _contours,
-    _crop_box,
-    _differences,
-    _letters,
-    _show,
-    _View,
-    best_slice,
-)
 from lightm.evaluation.surfaces import surfaces_figure
 from lightm.lab.compare.figures import case_table, short
 from lightm.lab.compare.results import Summary
@@ -45,7 +35,7 @@ class ChosenCase:
 def choose_cases(summary: Summary) -> list[ChosenCase]:
     """Worst, median and best case of the baseline, and that with the largest difference between two methods.
 
-    Where the baseline has no result the first method stands for it. Fewer where one case is several of these.
+    Where the baseline has no result the first method stands for it. One case may be several of these.
     """
     table = case_dsc(summary)
     names = [method.name for method in summary.methods]
@@ -100,9 +90,9 @@ def case_slices(
     note, letters, flip = "", "", False
     if label.ndim == 3:
         axis = int(np.argmax(np.round(spacing_mm, 3)))
-        name, _, letters = next(plane for plane in PLANES if plane[1] == axis)
+        name, _, letters = next(plane for plane in overlays.PLANES if plane[1] == axis)
         guide = label if np.isin(label, values).any() else next(iter(predictions.values()), label)
-        index = best_slice(guide, guide, values, axis)
+        index = overlays.best_slice(guide, guide, values, axis)
         note, flip = f"{name} slice {index + 1} of {label.shape[axis]}", True
         image, label = (np.take(array, index, axis=axis) for array in (image, label))
         predictions = {method: np.take(pred, index, axis=axis) for method, pred in predictions.items()}
@@ -111,9 +101,12 @@ def case_slices(
         image, label = image[::-1, ::-1], label[::-1, ::-1]
         predictions = {method: pred[::-1, ::-1] for method, pred in predictions.items()}
     spacing = (float(spacing_mm[0]), float(spacing_mm[1]))
-    box = _crop_box(np.logical_or.reduce([np.isin(array, values) for array in (label, *predictions.values())]), spacing)
-    columns = min(len(predictions) + 1, 4 if len(predictions) < 4 else 5 if len(predictions) < 10 else 7)
-    blocks = -(-(len(predictions) + 1) // columns)
+    box = overlays._crop_box(
+        np.logical_or.reduce([np.isin(array, values) for array in (label, *predictions.values())]), spacing
+    )
+    number = len(predictions) + 1
+    columns = min(number, 4 if number < 5 else 5 if number < 11 else 7)
+    blocks = -(-number // columns)
     rows, width = label[box].shape[0] * spacing[0], label[box].shape[1] * spacing[1]
     side = 9.6 / columns
     figure = new_figure(9.6, 0.6 + blocks * (2 * side * min(1.6, rows / width) + 0.6))
@@ -123,31 +116,29 @@ def case_slices(
     titles = [("label", label), *predictions.items()]
     for number, (title, pred) in enumerate(titles):
         row, column = 2 * (number // columns), number % columns
-        view = _View(image[box], label[box], pred[box], spacing)
+        view = overlays._View(image[box], label[box], pred[box], spacing)
         upper, lower = grid[row, column], grid[row + 1, column]
         heading = title if number == 0 else f"{_broken(title, 100 // columns)}\nDSC {_number(dsc.get(title))}"
-        _show(upper, view, window, heading if number else f"{heading}\n{note}")
-        _contours(upper, view, values, (("label", "-"),) if number == 0 else (("label", "-"), ("prediction", _DASHES)))
+        overlays._show(upper, view, window, heading if number else f"{heading}\n{note}")
+        overlays._contours(
+            upper, view, values, (("label", "-"),) if number == 0 else (("label", "-"), ("prediction", _DASHES))
+        )
         if number == 0:
-            _show(lower, view, window, "")  # the bare image, where the others have their errors
+            overlays._show(lower, view, window, "")  # the bare image, where the others have their errors
             if letters:
-                _letters(upper, letters)
+                overlays._letters(upper, letters)
         else:
-            _show(lower, view, window, "", fade=True)
-            _differences(lower, view, values)
+            overlays._show(lower, view, window, "", fade=True)
+            overlays._differences(lower, view, values)
         for axes, anchor in ((upper, "S"), (lower, "N")):
             axes.set_anchor(anchor)
             axes.title.set_fontsize(8.5 if columns < 7 else 7)
-    handles: list[Any] = [
-        Patch(facecolor=class_colour(i), label=plain(name)) for i, name in enumerate(list(classes)[:7])
-    ]
+    errors = [(colour, text) for colour, text in overlays._ERRORS if text != "wrong class" or len(classes) > 1]
+    handles: list[Any] = [Patch(fc=class_colour(i), label=plain(name)) for i, name in enumerate(list(classes)[:7])]
     handles += [
-        Line2D([], [], color=INK, label="label"),
-        Line2D([], [], color=INK, ls=_DASHES, label="prediction"),
+        Line2D([], [], color=INK, ls=style, label=text) for style, text in (("-", "label"), (_DASHES, "prediction"))
     ]
-    handles += [
-        Patch(facecolor=colour, label=text) for colour, text in _ERRORS if text != "wrong class" or len(classes) > 1
-    ]
+    handles += [Patch(fc=colour, label=text) for colour, text in errors]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8, columnspacing=1.3)
     return figure
 

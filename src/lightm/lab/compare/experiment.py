@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
-from lightm.config_io import load_yaml
+from lightm.config_io import load_yaml, save_yaml
 from lightm.errors import InputError, did_you_mean
 from lightm.lab.complexity import known_names
 from lightm.losses import create_loss
@@ -193,6 +193,10 @@ class Experiment(Strict):
         """Sixteen hex digits that change with anything which decides a trial's result, but for data, plan and split."""
         text = json.dumps(self.settings_of(trial), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Write the experiment, all defaults filled in, as YAML."""
+        save_yaml(path, self, "A comparison; run it (again) with `lightm compare`.")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,9 @@ class Look:
 def looks(methods: Sequence[str], baseline: str | None) -> dict[str, Look]:
     """The look of every method: the baseline in black, the others in the order given."""
     others = [name for name in methods if name != baseline]
-    found = {name: Look(_COLOURS[i % 11], _MARKERS[(i + 1) % 11]) for i, name in enumerate(others)}
+    found = {
+        name: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[(i + 1) % len(_MARKERS)]) for i, name in enumerate(others)
+    }
     return {name: found.get(name, Look(INK, "o")) for name in methods}
 
 
@@ -127,7 +129,7 @@ def forest(summary: Summary) -> Figure | None:
             # a filled marker is a difference that is shown
             fill = colour if found.verdict in _BETTER else "white"
             axes.plot([found.mean], [place], "o", color=colour, markerfacecolor=fill, markersize=5.5)
-            text = p_text(found.p_holm)
+            text = "" if found.p_holm is None else p_text(found.p_holm)
             axes.text(1.01, place, text, transform=axes.get_yaxis_transform(), fontsize=7.5, va="center", color=INK)
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_xlabel(f"difference in {title}\n{'better →' if right else '← better'}")
@@ -289,8 +291,8 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def p_text(p: float | None) -> str:
-    return "" if p is None else "p<0.001" if p < 0.001 else f"p={p:.3f}"
+def p_text(p: float, gap: str = "") -> str:
+    return f"p{gap}<{gap}0.001" if p < 0.001 else f"p{gap}={gap}{p:.3f}"
 
 
 def _over(summary: Summary) -> str:

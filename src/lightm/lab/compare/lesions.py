@@ -1,7 +1,6 @@
 """Lesion analysis: Dice of every connected component by its size, and of a vessel by its radius.
 
-A Dice over a whole case says little about small lesions and thin branches: the large ones hold most voxels. Scores of
-one case come first, then bins over all cases, then the measurement of a whole comparison.
+A Dice over a whole case says little about small lesions and thin branches: the large ones hold most voxels.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from skimage.morphology import skeletonize
 from lightm.errors import InputError, LightMError
 from lightm.evaluation.evaluation import bootstrap_weights
 from lightm.lab.compare.results import Comparison, Summary, TestImages
-from lightm.lab.compare.tables import as_csv
+from lightm.lab.complexity.report import csv_text
 from lightm.labels import bounding_box
 from lightm.progress import Progress
 
@@ -37,7 +36,7 @@ _RADIUS_STEP = 1e-3  # mm: radii closer than this are one, so that sums over vox
 
 @dataclass(frozen=True)
 class Part:
-    """One connected component of a class's label: its size and how one prediction did in its territory."""
+    """One connected component of a label, and one prediction's score in its territory."""
 
     voxels: int
     size: float
@@ -59,7 +58,7 @@ class RadiusCounts:
 def part_scores(
     label: Mask, predictions: Sequence[Mask], spacing_mm: Sequence[float], *, pixels: bool = False
 ) -> list[list[Part]]:
-    """Score every connected component of a label in every prediction; one list of parts a prediction, same order.
+    """Score every connected component of a label in every prediction; one list of parts per prediction, same order.
 
     Components touch by face, edge or corner. The territory of a component is all voxels nearer to it (mm, between
     voxel centres) than to any other component of the class, so every predicted voxel belongs to one, spurious ones
@@ -67,7 +66,7 @@ def part_scores(
     with it. Sizes are in ml in 3D and mm2 in 2D, with `pixels` in pixels.
 
     label, predictions: bool arrays (Z, Y, X) or (Y, X) of one shape. Raises InputError for shapes that differ.
-    Cost: one distance transform of the box around all masks; 12 bytes of memory a voxel of it in 3D.
+    Cost: one distance transform of the box around all masks; 12 bytes of memory per voxel of it in 3D.
     """
     _same_shape(label, predictions)
     if not label.any():
@@ -154,11 +153,9 @@ def is_tubular(label: Mask, spacing_mm: Sequence[float]) -> bool:
 
 
 def _inner_distance(label: Mask, spacing_mm: Sequence[float]) -> NDArray[np.float64]:
-    if label.all():  # nothing is outside within the image: the edge has to be
-        padded: NDArray[np.float64] = ndimage.distance_transform_edt(np.pad(label, 1), sampling=spacing_mm)
-        return padded[(slice(1, -1),) * label.ndim]
-    distance: NDArray[np.float64] = ndimage.distance_transform_edt(label, sampling=spacing_mm)
-    return distance
+    pad = int(label.all())  # where nothing is outside within the image, the edge has to be
+    distance: NDArray[np.float64] = ndimage.distance_transform_edt(np.pad(label, pad), sampling=spacing_mm)
+    return distance[(slice(pad, -pad or None),) * label.ndim]
 
 
 def _skeleton(label: Mask, distance: NDArray[np.float64]) -> Mask:
@@ -190,7 +187,7 @@ def _same_shape(label: NDArray[Any], predictions: Sequence[NDArray[Any]]) -> Non
 # Bins over all cases --------------------------------------------------------------------------------------------------
 
 
-_BINS, _FEWEST = 4, 5  # bins at most, and entries a bin holds at least
+_BINS, _FEWEST = 4, 5  # bins at most, and entries per bin at least
 DRAWS = 1000
 
 
@@ -263,7 +260,7 @@ def summarize_bins(
     methods: Sequence[str],
     baseline: str | None,
 ) -> list[BinRow]:
-    """Mean and paired difference of every bin and method; methods share the bins and the resampled cases."""
+    """Mean and paired difference per bin and method; methods share the bins and the resampled cases."""
     rows = []
     for k in range(len(edges) - 1):
         here = [entry for entry in entries if bin_of(entry.place, edges) == k]
@@ -274,31 +271,19 @@ def summarize_bins(
         for method in methods:
             dsc = np.array([entry.dsc.get(method, np.nan) for entry in here])
             known = [entry.found[method] for entry in here if method in entry.found]
-            mean, low, high = _mean(dsc, of, weights)
+            mean = _mean(dsc, of, weights)
             difference = _mean(dsc - base, of, weights) if method != baseline else (None, None, None)
-            rows.append(
-                BinRow(
-                    what,
-                    class_name,
-                    unit,
-                    edges[k],
-                    edges[k + 1],
-                    method,
-                    int(np.isfinite(dsc).sum()),
-                    len(set(of[np.isfinite(dsc)].tolist())),
-                    mean,
-                    low,
-                    high,
-                    float(np.mean(known)) if known else None,
-                    *difference,
-                )
-            )
+            scored = np.isfinite(dsc)
+            counts = (int(scored.sum()), len(set(of[scored].tolist())))
+            found = float(np.mean(known)) if known else None
+            bounds = (edges[k], edges[k + 1])
+            rows.append(BinRow(what, class_name, unit, *bounds, method, *counts, *mean, found, *difference))
     return rows
 
 
 def bins_csv(rows: Sequence[BinRow]) -> str:
-    """One line a row; an undefined value is an empty cell."""
-    return as_csv([field.name for field in fields(BinRow)], [astuple(row) for row in rows])
+    """One line per row; an undefined value is an empty cell."""
+    return csv_text([field.name for field in fields(BinRow)], [astuple(row) for row in rows])
 
 
 def _mean(
@@ -341,9 +326,8 @@ def measure_detail(
 
     A component's, or a case's, score of a method is its mean over the method's seeds. Bins are quantiles of the label
     alone: of components by size; of skeleton voxels, so of length, by radius. A class is tubular when `is_tubular`
-    holds in more than half of the first five test cases that have it. A case that cannot be read is left out and named
-    in `problems`. Cost: `part_scores` and `radius_counts` of every case and class; memory of one case and its
-    predictions.
+    holds in more than half of the first five test cases that have it. An unreadable case is left out and named in
+    `problems`. Cost: `part_scores` and `radius_counts` of every case and class; memory of one case with predictions.
     """
     method_of = {trial.record.id: name for name, trials in comparison.methods() for trial in trials}
     parts: dict[str, list[Entry]] = defaultdict(list)
@@ -376,7 +360,8 @@ def measure_detail(
         edges = quantile_edges(np.array([entry.place for entry in parts[name]]))
         size += summarize_bins("size", name, unit, parts[name], edges, names, baseline)
         if name in tubular:
-            edges = _radius_edges([found for _, found, _ in counts[name]])
+            radii, lengths = ([getattr(found, key) for _, found, _ in counts[name]] for key in ("radius", "skeleton"))
+            edges = quantile_edges(np.concatenate(radii), np.concatenate(lengths).astype(np.float64)) if radii else []
             entries = [e for case, found, trials in counts[name] for e in _radius_entries(case, found, trials, edges)]
             radius += summarize_bins("radius", name, summary.distance_unit, entries, edges, names, baseline)
     if progress is not None:
@@ -405,13 +390,6 @@ def _part_entries(case: str, scores: Sequence[Sequence[Part]], methods: Sequence
         dsc, found = _by_method(methods, [p.dsc for p in same]), _by_method(methods, [float(p.found) for p in same])
         entries.append(Entry(case, same[0].size, dsc, found))
     return entries
-
-
-def _radius_edges(found: Sequence[RadiusCounts]) -> list[float]:
-    if not found:
-        return []
-    radius = np.concatenate([counts.radius for counts in found])
-    return quantile_edges(radius, np.concatenate([counts.skeleton for counts in found]).astype(np.float64))
 
 
 def _radius_entries(case: str, found: RadiusCounts, methods: Sequence[str], edges: Sequence[float]) -> list[Entry]:

@@ -13,34 +13,24 @@ from lightm import __version__
 from lightm.errors import LightMError
 from lightm.evaluation.html import duration, embed, render
 from lightm.files import write_text
+from lightm.lab.compare import figures
 from lightm.lab.compare.cases import ChosenCase, case_slices, case_surfaces, choose_cases
-from lightm.lab.compare.figures import (
-    bubbles,
-    case_slopes,
-    coefficient_curves,
-    detail_figure,
-    dice_over_time,
-    forest,
-    looks,
-    read_histories,
-    save,
-    training_curves,
-)
 from lightm.lab.compare.lesions import BinRow, Detail, bins_csv, measure_detail
 from lightm.lab.compare.results import Comparison, FinishedTrial, MethodSummary, Summary, TestImages
-from lightm.lab.compare.tables import class_texts, legend, method_texts
+from lightm.lab.compare.tables import class_texts, interval, legend, method_texts
 from lightm.progress import Progress
 
 
 def write_page(comparison: Comparison, summary: Summary, *, progress: Progress | None = None) -> Path:
     """Write `comparison.html`, `figures/` and the tables of fine detail, and return the page's path.
 
-    The page answers first, then shows tables, differences, training curves, fine detail, single cases and cost, and
-    tells how to repeat the comparison. Pictures are embedded; no script, no outside address; all names are escaped.
-    What is missing (trainings, histories, the data set) is named as missing. Raises LightMError when the disk refuses.
-    Takes some ten seconds for small cases, with the memory of one case and all its predictions.
+    The page answers first, then shows tables, differences, training curves, fine detail, single cases and cost, and how
+    to repeat the comparison. Pictures are embedded; no script, no outside address; all names are escaped. What is
+    missing (trainings, histories, the data set) is named. Raises LightMError when the disk refuses. Takes some ten
+    seconds for small cases, and the memory of one case with all its predictions.
     """
     drawn = write_figures(comparison, summary, progress=progress)
+    documents = {name: comparison.folder / name for name in ("experiment.yaml", "plan.yaml", "split.json")}
     html = render(
         "compare.html.j2",
         package=__package__,
@@ -52,20 +42,14 @@ def write_page(comparison: Comparison, summary: Summary, *, progress: Progress |
         method_table=method_texts(summary),
         class_table=class_texts(summary),
         legend=legend(summary),
-        colours={
-            name: look.colour for name, look in looks([m.name for m in summary.methods], summary.baseline).items()
-        },
+        colours={name: look.colour for name, look in figures.looks_of(summary).items()},
         pictures={name: embed(picture) for name, picture in drawn.pictures.items()},
         drawn=drawn,
         embed=embed,
         size_words=detail_words(drawn.detail.size) if drawn.detail else [],
         radius_words=detail_words(drawn.detail.radius) if drawn.detail else [],
         facts=_facts(comparison),
-        documents=[
-            (name, (comparison.folder / name).read_text(encoding="utf-8"))
-            for name in ("experiment.yaml", "plan.yaml", "split.json")
-            if (comparison.folder / name).is_file()
-        ],
+        documents=[(name, path.read_text(encoding="utf-8")) for name, path in documents.items() if path.is_file()],
         command=f"lightm compare experiment.yaml -o {comparison.folder.resolve().name}",
         version=__version__,
     )
@@ -78,12 +62,10 @@ def _intro(comparison: Comparison) -> dict[str, str]:
     """What was compared, on which data and how trained, as parts of sentences."""
     experiment, plan, split = comparison.experiment, comparison.plan, comparison.split
     methods = experiment.methods()
-    ends = []
-    if experiment.epochs is not None:
-        ends.append(f"{experiment.epochs} epochs")
-    if experiment.max_time is not None:
-        given = experiment.max_time
-        ends.append(given if isinstance(given, str) else duration(given))
+    epochs, time = experiment.epochs, experiment.max_time
+    ends = [] if epochs is None else [f"{epochs} epochs"]
+    if time is not None:
+        ends.append(time if isinstance(time, str) else duration(time))
     return {
         "methods": f"{len(methods)} method{'s' if len(methods) > 1 else ''}",
         "networks": ", ".join(experiment.networks),
@@ -94,8 +76,7 @@ def _intro(comparison: Comparison) -> dict[str, str]:
         "classes": ", ".join(name for name, value in plan.labels.items() if value),
         "dims": f"{plan.spatial_dims}D",
         "channels": ", ".join(plan.channels),
-        "split": f"{len(split.train)} cases to learn from, {len(split.val)} to choose the weights by, "
-        f"{len(split.test)} to test",
+        "split": f"{len(split.train)} cases to train, {len(split.val)} to validate, {len(split.test)} to test",
         "budget": " or ".join(ends) + (", whichever came first" if len(ends) > 1 else ""),
         "patch": " x ".join(map(str, plan.patch_size)),
         "batch": str(plan.batch_size),
@@ -104,34 +85,19 @@ def _intro(comparison: Comparison) -> dict[str, str]:
 
 def _cards(comparison: Comparison, summary: Summary) -> list[dict[str, str]]:
     finished = sum(len(method.seeds) for method in summary.methods)
-    verdicts: list[str] = [
-        m.overall.dsc.difference.verdict for m in summary.methods if m.overall.dsc.difference is not None
-    ]
-    cards = [
-        {
-            "title": "Trainings finished",
-            "value": f"{finished} of {summary.planned}",
-            "note": f"{len(summary.failed)} failed, {len(summary.missing)} not run",
-        },
-        {
-            "title": "Test cases",
-            "value": str(len(summary.test_cases)),
-            "note": "the same for every method",
-        },
-    ]
-    for verdict, title in (("better", "Better than the baseline"), ("worse", "Worse than the baseline")):
-        cards.append(
-            {
-                "title": title,
-                "value": f"{verdicts.count(verdict)} of {len(verdicts)}",
-                "note": "in mean DSC, corrected p",
-            }
-        )
-    seconds = [trial.record.seconds for trial in comparison.finished]
-    cards.append(
-        {"title": "Time of all trainings", "value": duration(sum(seconds)), "note": "with the scoring of test cases"}
+    tested = [method.overall.dsc.difference for method in summary.methods]
+    verdicts: list[str] = [difference.verdict for difference in tested if difference is not None]
+    seconds = sum(trial.record.seconds for trial in comparison.finished)
+    left = f"{len(summary.failed)} failed, {len(summary.missing)} not run"
+    better, worse = (f"{verdicts.count(verdict)} of {len(verdicts)}" for verdict in ("better", "worse"))
+    cards = (
+        ("Trainings finished", f"{finished} of {summary.planned}", left),
+        ("Test cases", str(len(summary.test_cases)), "the same for every method"),
+        ("Better than the baseline", better, "in mean DSC, corrected p"),
+        ("Worse than the baseline", worse, "in mean DSC, corrected p"),
+        ("Time of all trainings", duration(seconds), "with the scoring of test cases"),
     )
-    return cards
+    return [dict(zip(("title", "value", "note"), card, strict=True)) for card in cards]
 
 
 def _facts(comparison: Comparison) -> list[tuple[str, str]]:
@@ -142,21 +108,17 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
             versions.setdefault(package, {})[version] = None
     facts = [
         ("Data set", comparison.plan.dataset),
-        ("Data hash (SHA-256)", _unique([record.data_hash for record in records])),
+        ("Data hash (SHA-256)", ", ".join(dict.fromkeys(record.data_hash for record in records))),
         ("Split", f"{comparison.split.kind}, seed {comparison.split.seed}"),
         ("Seeds", ", ".join(map(str, experiment.seeds))),
         ("Patch, batch", f"{' x '.join(map(str, comparison.plan.patch_size))}, {comparison.plan.batch_size}"),
         ("Device", experiment.device),
-        ("Threads of a training", _unique([str(record.threads) for record in records])),
+        ("Threads per training", ", ".join(dict.fromkeys(str(record.threads) for record in records))),
         ("Versions of the trainings", "; ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())),
         ("Trained between", " and ".join(sorted(record.started for record in records)[:: max(1, len(records) - 1)])),
         ("Page written by", f"LightM {__version__}, Python {platform.python_version()}"),
     ]
     return [(name, value) for name, value in facts if value]
-
-
-def _unique(values: Sequence[str]) -> str:
-    return ", ".join(dict.fromkeys(values))
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -188,14 +150,14 @@ class Drawn:
 def write_figures(comparison: Comparison, summary: Summary, *, progress: Progress | None = None) -> Drawn:
     """Draw everything into `figures/` (PNG, and SVG but for slices and surfaces) and `tables/size.csv`, `radius.csv`.
 
-    Figures of an earlier call are replaced. A data set or prediction that is gone leaves out what needs it. Raises
-    LightMError, naming the file, when the disk refuses. Cost: about ten seconds, and the reading of every prediction.
+    Replaces the figures of an earlier call, and leaves out what needs a missing data set or prediction. Raises
+    LightMError, naming the file, when the disk refuses. Cost: about ten seconds, and reading every prediction.
     """
     folder = comparison.folder / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("*.png"), *folder.glob("*.svg")]:
         old.unlink()
-    histories, history_problems = read_histories(comparison)
+    histories, history_problems = figures.read_histories(comparison)
     pictures: dict[str, bytes] = {}
 
     def draw(name: str, make: Callable[[], Figure | None]) -> None:
@@ -203,14 +165,14 @@ def write_figures(comparison: Comparison, summary: Summary, *, progress: Progres
             progress(f"figures: {name}", len(pictures), 8)
         figure = make()
         if figure is not None:
-            pictures[name] = save(figure, folder / name)
+            pictures[name] = figures.save(figure, folder / name)
 
-    draw("differences", lambda: forest(summary))
-    draw("cases", lambda: case_slopes(summary))
-    draw("curves", lambda: training_curves(comparison, histories) if histories else None)
-    draw("coefficients", lambda: coefficient_curves(comparison, histories))
-    draw("bubbles", lambda: bubbles(summary))
-    draw("time", lambda: dice_over_time(summary))
+    draw("differences", lambda: figures.forest(summary))
+    draw("cases", lambda: figures.case_slopes(summary))
+    draw("curves", lambda: figures.training_curves(comparison, histories) if histories else None)
+    draw("coefficients", lambda: figures.coefficient_curves(comparison, histories))
+    draw("bubbles", lambda: figures.bubbles(summary))
+    draw("time", lambda: figures.dice_over_time(summary))
     detail, problem = None, ""
     chosen = [DrawnCase(case) for case in choose_cases(summary)]
     try:
@@ -219,8 +181,8 @@ def write_figures(comparison: Comparison, summary: Summary, *, progress: Progres
         problem = str(error)
     else:
         found = detail = measure_detail(comparison, summary, images, progress=progress)
-        draw("size", lambda: detail_figure(found.size, summary))
-        draw("radius", lambda: detail_figure(found.radius, summary))
+        draw("size", lambda: figures.detail_figure(found.size, summary))
+        draw("radius", lambda: figures.detail_figure(found.radius, summary))
         for number, case in enumerate(chosen, start=1):
             if progress is not None:
                 progress("figures: cases", number - 1, len(chosen))
@@ -263,10 +225,10 @@ def _draw_case(case: DrawnCase, comparison: Comparison, summary: Summary, images
     figure = case_slices(
         image, found.label, predictions, dsc, found.spacing_mm, summary.labels, window=images.run.window
     )
-    case.slices = save(figure, path.with_name(path.name + "_slices"), vector=False)
+    case.slices = figures.save(figure, path.with_name(path.name + "_slices"), vector=False)
     if found.label.ndim == 3:
         surfaces, case.surfaces_left_out = case_surfaces(found.label, predictions, found.spacing_mm, summary.labels)
-        case.surfaces = save(surfaces, path.with_name(path.name + "_surfaces"), vector=False)
+        case.surfaces = figures.save(surfaces, path.with_name(path.name + "_surfaces"), vector=False)
 
 
 def _drawn_dsc(summary: Summary, case: str, seeds: dict[str, int]) -> dict[str, float]:
@@ -285,12 +247,12 @@ def answer(summary: Summary) -> list[str]:
     """Who is better by how much in mean DSC, the decided score, in a few sentences; the baseline's numbers first."""
     baseline = next((method for method in summary.methods if method.is_baseline), None)
     over = "mean over classes" if len(summary.labels) > 1 else next(iter(summary.labels))
+    best = _highest(summary.methods)
     if baseline is None:
-        best = _highest(summary.methods)
-        told = ""
-        if best is not None:
-            told = f" The highest mean DSC is that of {best.name}, {_mean(best)}; no test stands behind it."
-        return [f"The baseline, {summary.baseline}, has no result, so no method is tested against it.{told}"]
+        highest = (
+            "" if best is None else f" The highest mean DSC is {best.name}'s, {_mean(best)}, which was not tested."
+        )
+        return [f"The baseline, {summary.baseline}, has no result, so no method is tested against it.{highest}"]
     sentences = [f"The baseline, {baseline.name}, reaches a Dice (DSC, {over}) of {_mean(baseline)}."]
     others = [method for method in summary.methods if not method.is_baseline]
     if not others:
@@ -312,7 +274,6 @@ def answer(summary: Summary) -> list[str]:
         found = method.overall.dsc.difference
         why = found.note if found is not None and found.note else "there is no pair of cases to test"
         sentences.append(f"{method.name} was not tested: {why}.")
-    best = _highest(summary.methods)
     if best is not None and len(others) > 1:
         sentences.append(
             f"The highest mean is that of {best.name}, {_mean(best)}; only differences to the baseline were tested, "
@@ -330,7 +291,7 @@ def unshown(summary: Summary) -> list[str]:
         f"{len(summary.missing)} have not run.",
         *summary.notes,
         f"Intervals and tests are over the {len(summary.test_cases)} test cases of this data set, for the networks as "
-        f"they were trained ({seeds} seed{'s' if seeds > 1 else ''} a method at most). Other data, other seeds or a "
+        f"they were trained ({seeds} seed{'s' if seeds > 1 else ''} per method at most). Other data, other seeds or a "
         "longer training may turn out differently.",
         "p is corrected for the number of methods, not for the number of scores and classes: among many of them a few "
         "differences look real by chance.",
@@ -347,8 +308,7 @@ def detail_words(rows: Sequence[BinRow]) -> list[str]:
             sentences.append(f"{name}: too few components or cases for more than one bin.")
             continue
         small = [row for row in here if (row.low_edge, row.high_edge) == edges[0]]
-        clear = [r for r in small if r.difference_low is not None and r.difference_high is not None
-                 and (r.difference_low > 0 or r.difference_high < 0)]  # fmt: skip
+        clear = [row for row in small if (row.difference_low or 0) > 0 or (row.difference_high or 0) < 0]
         kind = "smallest" if rows[0].what == "size" else "thinnest"
         what = f"{name}, the {kind} (up to {edges[0][1]:.3g} {here[0].unit})"
         if not any(row.difference is not None for row in small):
@@ -370,10 +330,7 @@ def _highest(methods: Sequence[MethodSummary]) -> MethodSummary | None:
 
 def _mean(method: MethodSummary) -> str:
     dsc = method.overall.dsc
-    if dsc.mean is None:
-        return "no defined value"
-    interval = "" if dsc.low is None or dsc.high is None else f" [{dsc.low:.3f}, {dsc.high:.3f}]"
-    return f"{dsc.mean:.3f}{interval}"
+    return "no defined value" if dsc.mean is None else interval(dsc.mean, dsc.low, dsc.high, ".3f")
 
 
 def _difference(method: MethodSummary, *, sign: bool = False) -> str:
@@ -382,9 +339,6 @@ def _difference(method: MethodSummary, *, sign: bool = False) -> str:
         return "an undefined amount"
     flip = -1.0 if found.mean < 0 and not sign else 1.0
     form = "+.3f" if sign else ".3f"
-    text = f"{flip * found.mean:{form}}"
-    if found.low is not None and found.high is not None:
-        low, high = sorted((flip * found.low, flip * found.high))
-        text += f" [{low:{form}}, {high:{form}}]"
-    p = "" if found.p_holm is None else ", p < 0.001" if found.p_holm < 0.001 else f", p = {found.p_holm:.3f}"
-    return text + p
+    low, high = (None if bound is None else flip * bound for bound in (found.low, found.high))
+    text = interval(flip * found.mean, *((low, high) if flip > 0 else (high, low)), form)
+    return text if found.p_holm is None else f"{text}, {figures.p_text(found.p_holm, ' ')}"

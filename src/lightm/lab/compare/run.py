@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightm import __version__
-from lightm.config_io import load_yaml, save_yaml
+from lightm.config_io import load_yaml
 from lightm.datasets.cases import Dataset
 from lightm.datasets.dataset import open_dataset
 from lightm.datasets.phantoms import make_phantoms
@@ -97,7 +97,7 @@ def compare_experiment(
     with locked_folder(out, "comparison"):
         data = _data(out, given, progress)
         plan, split = _plan_and_split(out, given, data, progress)
-        save_yaml(out / "experiment.yaml", given, "A comparison; run it (again) with `lightm compare`.")
+        given.save(out / "experiment.yaml")
         preprocess_dataset(
             data, plan, default_cache_dir(), case_ids=[*split.train, *split.val], progress=progress
         )  # once, not by every trial

@@ -49,25 +49,24 @@ def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed:
 
     A case's value is its mean over the method's seeds; the mean over cases has a percentile bootstrap interval
     (95%, `bootstrap` resamples of the cases from `seed`, the same for all methods; 0 leaves them out). Overall values
-    are means over classes of class means, as in `lightm evaluate`. Differences to the baseline are taken case by case
-    with intervals from the same resamples, and tested by `signed_rank` over cases (overall: over each case's mean
-    difference over its classes). p is corrected by `holm` for the methods tested within one metric and class; metrics
-    and classes are not corrected for each other, so name the one that counts before looking. "better" or "worse" needs
-    p <= 0.05 so corrected, and that the mean and the rank sum point the same way.
+    are means over classes of class means, as in `lightm evaluate`. Differences to the baseline are paired by case, with
+    intervals from the same resamples, and tested by `signed_rank` over cases (overall: over each case's mean difference
+    over its classes). p is corrected by `holm` for the methods tested within one metric and class; metrics and classes
+    are not corrected for each other, so name the one that counts before looking. "better" or "worse" needs a corrected
+    p <= 0.05, and that mean and rank sum point the same way.
 
     Undefined values (HD95 of a missed or spurious class, everything of an absent one) are no zeros: a case's mean is
-    over the seeds that have the value, the case is left out where none has, and of a pair where either method lacks
-    it; `left_out` and `counts` say how often. A method that misses more is so spared its worst HD95: read HD95 with
-    the counts. A class found where there is none has DSC 0, and rightly left empty no DSC.
+    over the seeds that have the value, a case without any is left out, and so is a pair where either method lacks it;
+    `left_out` and `counts` say how often. A method that misses more is thus spared its worst HD95: read HD95 with the
+    counts. A class found where there is none has DSC 0, one rightly left empty no DSC.
 
-    Intervals and tests are over cases and hold for the networks as they were trained; what another seed would do is
-    told by `seed_sd` alone. Raises InputError where no trial has finished, or trials were scored with different
-    classes, tolerances or units. Cost: reads one metrics.json and one history.csv per trial; methods x bootstrap x
-    cases x classes multiply-adds.
+    Intervals and tests are over cases and hold for the networks as trained; only `seed_sd` speaks of other seeds.
+    Raises InputError where no trial has finished, or trials were scored with different classes, tolerances or units.
+    Cost: reads one metrics.json and one history.csv per trial; methods x bootstrap x cases x classes multiply-adds.
     """
     if bootstrap < 0:
         raise InputError(f"bootstrap is {bootstrap}: expected a number of resamples, or 0 for no intervals")
-    scored = [_Scored(name, trials, _evaluations(trials)) for name, trials in comparison.methods()]
+    scored = [_Scored(name, trials, [t.evaluation() for t in trials]) for name, trials in comparison.methods()]
     if not scored:
         failed = f" ({len(comparison.failed)} failed)" if comparison.failed else ""
         raise InputError(
@@ -136,7 +135,7 @@ def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed:
 
 @dataclass(frozen=True)
 class _Scored:
-    """A method with its trials and their evaluations, one a seed."""
+    """A method with its trials and their evaluations, one per seed."""
 
     name: str
     trials: list[FinishedTrial]
@@ -233,7 +232,7 @@ def _difference(paired: Floats, left_out: int, weights: Floats) -> tuple[Differe
 def _verdict(found: Difference, sign: int, metric: str) -> Verdict:
     if found.p_holm is None or found.mean is None:
         return "not tested"
-    # A few large differences against many small ones: the mean says one thing, the ranks another; so nothing is said.
+    # with a few large differences against many small ones mean and ranks may disagree: no verdict then
     if found.p_holm > ALPHA or found.mean * sign <= 0:
         return "no difference shown"
     return "better" if (found.mean < 0) == (metric in _SMALLER_IS_BETTER) else "worse"
@@ -243,19 +242,19 @@ def _training(trials: Sequence[FinishedTrial]) -> Training:
     records = [trial.record for trial in trials]
     epochs, steps = [record.epochs for record in records], [record.steps for record in records]
     seconds = [record.train_seconds for record in records]
+    means = []
+    for values in (epochs, steps, seconds):
+        known = [value for value in values if value is not None]
+        means.append(sum(known) / len(known) if known else None)
     return Training(
         epochs=epochs,
         steps=steps,
         seconds=seconds,
         threads=[record.threads for record in records],
-        mean_epochs=_known_mean(epochs),
-        mean_steps=_known_mean(steps),
-        mean_seconds=_known_mean(seconds),
+        mean_epochs=means[0],
+        mean_steps=means[1],
+        mean_seconds=means[2],
     )
-
-
-def _evaluations(trials: Sequence[FinishedTrial]) -> list[Evaluation]:
-    return [trial.evaluation() for trial in trials]
 
 
 def _same_scoring(scored: Sequence[_Scored]) -> Evaluation:
@@ -281,11 +280,6 @@ def _mean(values: Floats, axis: int) -> Floats:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _known_mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 # Tests ----------------------------------------------------------------------------------------------------------------
 
 
@@ -300,14 +294,14 @@ _MOST_EXACT = 200
 def signed_rank(differences: NDArray[np.float64]) -> tuple[float | None, int]:
     """Return the two-sided p of Wilcoxon's signed-rank test and the sign of the larger rank sum (-1, 0, 1).
 
-    Null hypothesis: each difference is as likely with the other sign. Zeros by Pratt (JASA 54, 1959, 655): they are
-    ranked with the others and then dropped, so that many equal cases weigh against a difference; tied absolute values
-    share their mean rank. For up to 200 differences p is exact given the ranks, ties and zeros included, by counting
-    all choices of signs (the "exact" of `scipy.stats.wilcoxon` knows neither, and its normal approximation is rough
-    for the few cases that a test set has); above, the normal approximation with the variance of these ranks.
+    Null hypothesis: each difference is as likely with the other sign. Zeros by Pratt (JASA 54, 1959, 655): ranked with
+    the others and then dropped, so that many equal cases weigh against a difference; tied absolute values share their
+    mean rank. For up to 200 differences p is exact given the ranks, ties and zeros included, by counting all choices of
+    signs (the "exact" of `scipy.stats.wilcoxon` allows neither, and its normal approximation is rough for the few cases
+    of a test set); above, the normal approximation with the variance of these ranks.
 
-    `differences`: (pairs,), finite. p is None for fewer than six differences other than zero, which no order of signs
-    could make significant at 0.05; 1 where all are zero. Cost: O(n^3) additions, under 20 ms for 200 pairs.
+    `differences`: (pairs,), finite. p is None for fewer than six nonzero differences, which no choice of signs could
+    make significant at 0.05; 1 where all are zero. Cost: O(n^3) additions, under 20 ms for 200 pairs.
     """
     values = np.round(np.asarray(differences, dtype=np.float64), _DIGITS)
     nonzero = values != 0
@@ -351,7 +345,8 @@ PART_OF_BEST = 0.95
 
 def level_of(baseline: Sequence[History]) -> float | None:
     """95% of the best pseudo Dice, median over the baseline's seeds; None where there is none above 0."""
-    best = [max(values) for history in baseline if (values := [v for v in _watched(history) if math.isfinite(v)])]
+    finite = [[v for v in history.get("pseudo_dice", []) if math.isfinite(v)] for history in baseline]
+    best = [max(values) for values in finite if values]
     level = PART_OF_BEST * statistics.median(best) if best else 0.0
     return level if level > 0 else None
 
@@ -359,10 +354,9 @@ def level_of(baseline: Sequence[History]) -> float | None:
 def convergence_of(histories: Sequence[History], level: float | None) -> Convergence:
     """When each history first reached the level, and the medians in which "not reached" is later than all.
 
-    The pseudo Dice is measured on patches of the validation cases, once an epoch: a time is known to the epoch. It is
-    taken as it is, not as its moving average, which starts at 0 and says little in trainings of few epochs.
-    Seconds are those of the epochs in history.csv, validation included; of an epoch that a resumed training continued
-    midway only the rest was timed.
+    The pseudo Dice is measured on patches of the validation cases, once per epoch; its moving average, which starts at
+    0, says little in trainings of few epochs. Seconds are those of the epochs in history.csv, validation included; of
+    an epoch that a training was resumed in only the rest was timed.
     """
     reached = [_reached(history, level) for history in histories]
     epochs, seconds = [epoch for epoch, _ in reached], [second for _, second in reached]
@@ -372,17 +366,12 @@ def convergence_of(histories: Sequence[History], level: float | None) -> Converg
 
 
 def _reached(history: History, level: float | None) -> tuple[int | None, float | None]:
-    if level is None:
+    reached = [i for i, value in enumerate(history.get("pseudo_dice", [])) if level is not None and value >= level]
+    if not reached:
         return None, None
-    row = next((i for i, value in enumerate(_watched(history)) if value >= level), None)
-    if row is None:
-        return None, None
+    row = reached[0]
     seconds = sum(history.get("epoch_seconds", [math.nan])[: row + 1])
     return int(history["epoch"][row]) + 1, seconds if math.isfinite(seconds) else None
-
-
-def _watched(history: History) -> list[float]:
-    return history.get("pseudo_dice", [])
 
 
 def _late_median(values: Sequence[float | None]) -> float | None:
@@ -400,11 +389,9 @@ def notes_on(comparison: Comparison, missing: Sequence[str], scored: Mapping[str
     """
     notes = []
     planned = len(comparison.experiment.trials())
-    if missing:
-        notes.append(f"{len(missing)} of {planned} trainings have not run: {_some(missing)}.")
-    if comparison.failed:
-        failed = [record.id for record in comparison.failed]
-        notes.append(f"{len(failed)} of {planned} trainings failed: {_some(failed)}.")
+    for what, names in (("have not run", missing), ("failed", [record.id for record in comparison.failed])):
+        if names:
+            notes.append(f"{len(names)} of {planned} trainings {what}: {_some(names)}.")
     methods = {name: [trial.trial.seed for trial in trials] for name, trials in comparison.methods()}
     if comparison.baseline not in methods:
         notes.append(f"The baseline, {comparison.baseline}, has no finished training: nothing is tested against it.")
@@ -412,7 +399,7 @@ def notes_on(comparison: Comparison, missing: Sequence[str], scored: Mapping[str
         counts = ", ".join(f"{name}: {len(seeds)}" for name, seeds in methods.items())
         notes.append(f"Methods have different seeds, some fewer than others ({counts}).")
     elif max(map(len, methods.values())) == 1:
-        notes.append("One seed a method: how much results vary from training to training is not known.")
+        notes.append("One seed per method: how much results vary from training to training is not known.")
     tested = comparison.split.test
     short = [trial for trial, cases in scored.items() if set(cases) != set(tested)]
     if short:
@@ -425,8 +412,8 @@ def notes_on(comparison: Comparison, missing: Sequence[str], scored: Mapping[str
         notes.append(f"Trainings ran on {' and '.join(map(str, threads))} threads: their times cannot be compared.")
     if len({record.data_hash for record in records}) > 1:
         notes.append("Trainings saw different data (data_hash in trials.csv): run the older ones again.")
-    differing = sorted({name for record in records for name, v in record.versions.items()
-                        if any(other.versions.get(name) != v for other in records)})  # fmt: skip
+    packages = {name for record in records for name in record.versions}
+    differing = sorted(name for name in packages if len({record.versions.get(name) for record in records}) > 1)
     if differing:
         notes.append(f"Trainings ran with different versions of {', '.join(differing)} (trials.csv).")
     return notes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from lightm.evaluation.evaluation import METRICS
 from lightm.evaluation.metrics import STATUSES, ClassMetrics, Status
 from lightm.files import write_text
 from lightm.lab.compare.results import Difference, MethodSummary, Score, Scores, Summary
-from lightm.lab.complexity.report import giga, markdown, mebibytes
+from lightm.lab.complexity.report import csv_text, giga, markdown, mebibytes
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -38,8 +36,9 @@ class TextCell:
 
 def as_markdown(headings: Sequence[str], rows: Sequence[Sequence[TextCell]], *, left: int, below: Sequence[str]) -> str:
     """A Markdown table, its first `left` columns flush left, with the sentences of `below` as a list under it."""
-    body = [tuple(f"**{escape_markdown(c.text)}**" if c.best else escape_markdown(c.text) for c in row) for row in rows]
-    lines = markdown([tuple(map(escape_markdown, headings)), *body], left=left)
+    form = {True: "**{}**", False: "{}"}
+    body = [[form[cell.best].format(escape_markdown(cell.text)) for cell in row] for row in rows]
+    lines = markdown([list(map(escape_markdown, headings)), *body], left=left)
     return "\n".join([*lines, "", *(f"- {escape_markdown(sentence)}" for sentence in below), ""])
 
 
@@ -52,20 +51,9 @@ def as_latex(headings: Sequence[str], rows: Sequence[Sequence[TextCell]], *, lef
     lines = [f"% {' '.join(sentence.split())}" for sentence in (r"Needs \usepackage{booktabs}.", *below)]
     lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
     lines += [_latex_row([escape_latex(heading) for heading in headings]), r"\midrule"]
-    for row in rows:
-        lines.append(
-            _latex_row([rf"\textbf{{{escape_latex(c.text)}}}" if c.best else escape_latex(c.text) for c in row])
-        )
+    form = {True: r"\textbf{{{}}}", False: "{}"}
+    lines += [_latex_row([form[cell.best].format(escape_latex(cell.text)) for cell in row]) for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def as_csv(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """CSV with a heading; None becomes an empty field, numbers keep all their digits."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(headings)
-    writer.writerows([["" if value is None else value for value in row] for row in rows])
-    return text.getvalue()
 
 
 def escape_latex(text: str) -> str:
@@ -94,23 +82,20 @@ NONE = "–"
 def write_tables(summary: Summary, folder: Path) -> list[Path]:
     """Write methods and classes (.csv, .md, .tex), cases.csv and trials.csv to `folder`/tables; return their paths.
 
-    methods: a row a method, scores over classes; classes: a row a method and class; cases: a row for every method,
-    seed, case and class; trials: a row for every planned training. CSV has plain numbers, an empty field where there is
-    none, and units in its headings; Markdown and LaTeX round for readers and set the best of several methods in bold.
-    Raises LightMError, naming the file, when the disk refuses.
+    methods: a row per method, scores over classes; classes: a row per method and class; cases: a row per method, seed,
+    case and class; trials: a row per planned training. CSV has plain numbers, an empty field where there is none, and
+    units in its headings; Markdown and LaTeX round for readers and set the best of several methods in bold. Raises
+    LightMError, naming the file, when the disk refuses.
     """
     tables = folder / "tables"
     texts = {
-        "methods.csv": as_csv(*_method_numbers(summary)),
-        "classes.csv": as_csv(*_class_numbers(summary)),
-        "cases.csv": as_csv(*_case_numbers(summary)),
-        "trials.csv": as_csv(*_trial_facts(summary)),
+        "methods.csv": csv_text(*_method_numbers(summary)),
+        "classes.csv": csv_text(*_class_numbers(summary)),
+        "cases.csv": csv_text(*_case_numbers(summary)),
+        "trials.csv": csv_text(*_trial_facts(summary)),
     }
-    for name, left, (headings, rows) in (
-        ("methods", 1, method_texts(summary)),
-        ("classes", 2, class_texts(summary)),
-    ):
-        below = legend(summary)
+    below = legend(summary)
+    for name, left, (headings, rows) in (("methods", 1, method_texts(summary)), ("classes", 2, class_texts(summary))):
         texts[f"{name}.md"] = as_markdown(headings, rows, left=left, below=below)
         texts[f"{name}.tex"] = as_latex(headings, rows, left=left, below=below)
     paths = [tables / name for name in sorted(texts)]
@@ -165,9 +150,8 @@ def method_texts(summary: Summary) -> tuple[list[str], list[list[TextCell]]]:
         ("to level (s)", _plain([_number(m.convergence.median_seconds, "{:,.0f}") for m in methods])),
         ("seeds", _plain([str(len(m.seeds)) for m in methods])),
     ]
-    return [heading for heading, _ in columns], [
-        list(row) for row in zip(*(cells for _, cells in columns), strict=True)
-    ]
+    headings, cells = zip(*columns, strict=True)
+    return list(headings), [list(row) for row in zip(*cells, strict=True)]
 
 
 def class_texts(summary: Summary) -> tuple[list[str], list[list[TextCell]]]:
@@ -196,27 +180,18 @@ def class_texts(summary: Summary) -> tuple[list[str], list[list[TextCell]]]:
 def _method_numbers(summary: Summary) -> tuple[list[str], list[list[object]]]:
     headings = ["method", "network", "loss", "recipe", "baseline", "seeds", "cases"]
     headings += [*_score_headings(summary), *STATUSES]
-    headings += ["parameters", "multiply_adds", "latency_s", "latency_threads", "peak_memory_bytes"]
+    costs = ["parameters", "multiply_adds", "latency_s", "latency_threads", "peak_memory_bytes"]
+    headings += costs
     headings += ["train_seconds", "epochs", "steps", "level", "epochs_to_level", "seconds_to_level"]
     rows: list[list[object]] = []
     for m in summary.methods:
-        cost, training, convergence = m.cost, m.training, m.convergence
+        training, convergence = m.training, m.convergence
         rows.append(
             [
                 *(m.name, m.network, m.loss, m.recipe, m.is_baseline, " ".join(map(str, m.seeds)), m.cases),
                 *_score_numbers(m.overall),
                 *(_count(m, status) for status in STATUSES),
-                *(
-                    [None] * 5
-                    if cost is None
-                    else [
-                        cost.parameters,
-                        cost.multiply_adds,
-                        cost.latency_s,
-                        cost.latency_threads,
-                        cost.peak_memory_bytes,
-                    ]
-                ),
+                *(getattr(m.cost, name, None) for name in costs),
                 *(training.mean_seconds, training.mean_epochs, training.mean_steps, summary.convergence_level),
                 *(convergence.median_epochs, convergence.median_seconds),
             ]
@@ -251,11 +226,9 @@ def _trial_facts(summary: Summary) -> tuple[list[str], list[list[object]]]:
         [*(getattr(record, field) for field in fields), *(record.versions.get(name) for name in packages)]
         for record in summary.trials
     ]
-    status = fields.index("status")
     for name in summary.missing:
-        rows.append(
-            [name if i == 0 else "not run" if i == status else None for i in range(len(fields) + len(packages))]
-        )
+        known = {"id": name, "status": "not run"}
+        rows.append([known.get(field) for field in [*fields, *packages]])
     return [*fields, *(f"version {name}" for name in packages)], rows
 
 
@@ -264,12 +237,8 @@ _DIFFERENCE = ("n", "left_out", "mean", "low", "high", "p", "p_holm", "verdict")
 
 
 def _score_headings(summary: Summary) -> list[str]:
-    names = [_with_unit(metric, summary) for metric in METRICS]
-    return [
-        x
-        for name in names
-        for x in [*(f"{name} {s}" for s in _SCORE), *(f"{name} difference {s}" for s in _DIFFERENCE)]
-    ]
+    fields = [*_SCORE, *(f"difference {field}" for field in _DIFFERENCE)]
+    return [f"{_with_unit(metric, summary)} {field}" for metric in METRICS for field in fields]
 
 
 def _score_numbers(scores: Scores) -> list[object]:
@@ -291,7 +260,7 @@ def _plain(texts: Sequence[str]) -> list[TextCell]:
 
 def _scores(scores: Sequence[Score], digits: int, *, smallest: bool = False) -> list[TextCell]:
     best = _best([score.mean for score in scores], digits, smallest)
-    return [TextCell(_interval(s.mean, s.low, s.high, f".{digits}f"), i in best) for i, s in enumerate(scores)]
+    return [TextCell(interval(s.mean, s.low, s.high, f".{digits}f"), i in best) for i, s in enumerate(scores)]
 
 
 def _lowest(methods: Sequence[MethodSummary], cost: str, show: Callable[[float], str]) -> list[TextCell]:
@@ -302,16 +271,14 @@ def _lowest(methods: Sequence[MethodSummary], cost: str, show: Callable[[float],
 
 def _best(values: Sequence[float | None], digits: int | None, smallest: bool) -> set[int]:
     """Where the best value stands, as far as `digits` show; nowhere if all that are known are equal, or one only."""
-    known = {
-        i: value if digits is None else round(value, digits) for i, value in enumerate(values) if value is not None
-    }
+    known = {i: v if digits is None else round(v, digits) for i, v in enumerate(values) if v is not None}
     if len(set(known.values())) < 2:
         return set()
     best = (min if smallest else max)(known.values())
     return {i for i, value in known.items() if value == best}
 
 
-def _interval(mean: float | None, low: float | None, high: float | None, form: str) -> str:
+def interval(mean: float | None, low: float | None, high: float | None, form: str) -> str:
     if mean is None:
         return NONE
     return f"{mean:{form}}" + ("" if low is None or high is None else f" [{low:{form}}, {high:{form}}]")
@@ -320,20 +287,17 @@ def _interval(mean: float | None, low: float | None, high: float | None, form: s
 def _signed(difference: Difference | None, digits: int = 3) -> str:
     if difference is None:
         return NONE
-    text = _interval(difference.mean, difference.low, difference.high, f"+.{digits}f")
+    text = interval(difference.mean, difference.low, difference.high, f"+.{digits}f")
     return text.replace("-", "−")  # a minus, as long as the plus above it
 
 
 def _p(difference: Difference | None) -> str:
-    if difference is None or difference.p_holm is None:
-        return NONE
-    return "<0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.3f}"
+    p = None if difference is None else difference.p_holm
+    return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _verdict(method: MethodSummary, score: Score) -> str:
-    if method.is_baseline or score.difference is None:
-        return NONE
-    return score.difference.verdict
+    return NONE if method.is_baseline or score.difference is None else score.difference.verdict
 
 
 def _number(value: float | None, form: str) -> str:
