@@ -19,6 +19,7 @@ from lightm.evaluation.figures import INK, class_colour, new_figure, plain
 from lightm.evaluation.surfaces import surfaces_figure
 from lightm.lab.compare.figures import case_table, short
 from lightm.lab.compare.results import Summary
+from lightm.lab.compare.statistics import finite_mean
 
 _SURFACES = 5  # methods drawn as surfaces beside the label: each takes about half a second
 
@@ -64,11 +65,8 @@ def choose_cases(summary: Summary) -> list[ChosenCase]:
 
 
 def case_dsc(summary: Summary) -> NDArray[np.float64]:
-    """(methods, cases): mean DSC over the classes that are defined, NaN where none is."""
-    stacked = np.stack([case_table(summary)[name] for name in summary.labels])
-    known = np.isfinite(stacked)
-    count = known.sum(axis=0)
-    return np.where(count > 0, np.where(known, stacked, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
+    """(methods, cases): mean DSC over the defined classes, NaN where none is."""
+    return finite_mean(np.stack(list(case_table(summary).values())), 0)
 
 
 def case_slices(
@@ -84,45 +82,39 @@ def case_slices(
     """Draw one slice by every method: contours above, errors below; the first column is the image with its label.
 
     Arrays of one shape, (Z, Y, X) in closest-RAS orientation or (Y, X). In 3D the slice is across the coarsest axis
-    (axial where all are alike), where the label's area is largest, the same for all methods; so is the cut-out.
+    (axial where all are alike), where the label's area is largest; slice and cut-out are the same for all methods.
     """
     values = list(classes.values())
-    note, letters, flip = "", "", False
+    note = letters = ""
     if label.ndim == 3:
         axis = int(np.argmax(np.round(spacing_mm, 3)))
         name, _, letters = next(plane for plane in overlays.PLANES if plane[1] == axis)
         guide = label if np.isin(label, values).any() else next(iter(predictions.values()), label)
         index = overlays.best_slice(guide, guide, values, axis)
-        note, flip = f"{name} slice {index + 1} of {label.shape[axis]}", True
-        image, label = (np.take(array, index, axis=axis) for array in (image, label))
-        predictions = {method: np.take(pred, index, axis=axis) for method, pred in predictions.items()}
+        note = f"{name} slice {index + 1} of {label.shape[axis]}"
+        image, label = (np.take(array, index, axis=axis)[::-1, ::-1] for array in (image, label))
+        predictions = {method: np.take(pred, index, axis=axis)[::-1, ::-1] for method, pred in predictions.items()}
         spacing_mm = [s for i, s in enumerate(spacing_mm) if i != axis]
-    if flip:
-        image, label = image[::-1, ::-1], label[::-1, ::-1]
-        predictions = {method: pred[::-1, ::-1] for method, pred in predictions.items()}
     spacing = (float(spacing_mm[0]), float(spacing_mm[1]))
-    box = overlays._crop_box(
-        np.logical_or.reduce([np.isin(array, values) for array in (label, *predictions.values())]), spacing
-    )
-    number = len(predictions) + 1
-    columns = min(number, 4 if number < 5 else 5 if number < 11 else 7)
-    blocks = -(-number // columns)
+    shown = np.logical_or.reduce([np.isin(array, values) for array in (label, *predictions.values())])
+    box = overlays._crop_box(shown, spacing)
+    titles = [("label", label), *predictions.items()]
+    columns = min(len(titles), 4 if len(titles) < 5 else 5 if len(titles) < 11 else 7)
+    blocks = -(-len(titles) // columns)
     rows, width = label[box].shape[0] * spacing[0], label[box].shape[1] * spacing[1]
     side = 9.6 / columns
     figure = new_figure(9.6, 0.6 + blocks * (2 * side * min(1.6, rows / width) + 0.6))
     grid = figure.subplots(2 * blocks, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    titles = [("label", label), *predictions.items()]
+    styles: list[tuple[str, Any]] = [("label", "-"), ("prediction", _DASHES)]
     for number, (title, pred) in enumerate(titles):
         row, column = 2 * (number // columns), number % columns
         view = overlays._View(image[box], label[box], pred[box], spacing)
         upper, lower = grid[row, column], grid[row + 1, column]
         heading = title if number == 0 else f"{_broken(title, 100 // columns)}\nDSC {_number(dsc.get(title))}"
         overlays._show(upper, view, window, heading if number else f"{heading}\n{note}")
-        overlays._contours(
-            upper, view, values, (("label", "-"),) if number == 0 else (("label", "-"), ("prediction", _DASHES))
-        )
+        overlays._contours(upper, view, values, styles if number else styles[:1])
         if number == 0:
             overlays._show(lower, view, window, "")  # the bare image, where the others have their errors
             if letters:
@@ -135,19 +127,14 @@ def case_slices(
             axes.title.set_fontsize(8.5 if columns < 7 else 7)
     errors = [(colour, text) for colour, text in overlays._ERRORS if text != "wrong class" or len(classes) > 1]
     handles: list[Any] = [Patch(fc=class_colour(i), label=plain(name)) for i, name in enumerate(list(classes)[:7])]
-    handles += [
-        Line2D([], [], color=INK, ls=style, label=text) for style, text in (("-", "label"), (_DASHES, "prediction"))
-    ]
+    handles += [Line2D([], [], color=INK, ls=style, label=text) for text, style in styles]
     handles += [Patch(fc=colour, label=text) for colour, text in errors]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8, columnspacing=1.3)
     return figure
 
 
 def case_surfaces(
-    label: NDArray[Any],
-    predictions: Mapping[str, NDArray[Any]],
-    spacing_mm: Sequence[float],
-    classes: dict[str, int],
+    label: NDArray[Any], predictions: Mapping[str, NDArray[Any]], spacing_mm: Sequence[float], classes: dict[str, int]
 ) -> tuple[Figure, int]:
     """Draw the label and the first five methods as surfaces; also returns how many methods were left out."""
     chosen = dict(list(predictions.items())[:_SURFACES])

@@ -82,10 +82,7 @@ def save(figure: Figure, path: Path, *, vector: bool = True) -> bytes:
     with atomic_file(path.with_name(path.name + ".png")) as file:
         file.write(picture)
     if vector:
-        with (
-            matplotlib.rc_context({"svg.hashsalt": "lightm"}),
-            atomic_file(path.with_name(path.name + ".svg")) as file,
-        ):
+        with matplotlib.rc_context({"svg.hashsalt": "lightm"}), atomic_file(path.with_name(path.name + ".svg")) as file:
             figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return picture
 

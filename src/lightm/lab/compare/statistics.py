@@ -176,7 +176,7 @@ def _metric_scores(
 ) -> list[dict[str | None, Score]]:
     """Scores of one metric: for every method by class, None for the mean over classes."""
     tables = [method.table(metric, cases, labels) for method in scored]
-    values = [_mean(table, 0) for table in tables]
+    values = [finite_mean(table, 0) for table in tables]
     seen = [method.seen(cases, labels) for method in scored]
     results: list[dict[str | None, Score]] = [{} for _ in scored]
     for name, columns in [(None, slice(None)), *((name, slice(k, k + 1)) for k, name in enumerate(labels))]:
@@ -194,7 +194,7 @@ def _metric_scores(
             found.verdict = _verdict(found, sign, metric)
         for i, table in enumerate(tables):
             n, centre = _centre(values[i][:, columns], weights)
-            means = _mean(_mean(table[:, :, columns], 1), 1)
+            means = finite_mean(finite_mean(table[:, :, columns], 1), 1)
             known = means[np.isfinite(means)]
             results[i][name] = Score(
                 n=n,
@@ -212,7 +212,7 @@ def _centre(values: Floats, weights: Floats) -> tuple[int, Statistic]:
     """Cases with a value, and mean and interval of the mean over classes; values (cases, classes)."""
     n = int(np.isfinite(values).any(axis=1).sum())
     draws = resampled_means(values, weights)
-    return n, statistic_of(_mean(values, 0), row_means(draws), several=n > 1)
+    return n, statistic_of(finite_mean(values, 0), row_means(draws), several=n > 1)
 
 
 def _difference(paired: Floats, left_out: int, weights: Floats) -> tuple[Difference, int]:
@@ -272,7 +272,7 @@ def _same_scoring(scored: Sequence[_Scored]) -> Evaluation:
     return first
 
 
-def _mean(values: Floats, axis: int) -> Floats:
+def finite_mean(values: Floats, axis: int) -> Floats:
     """Mean of the finite values along an axis, NaN where there is none."""
     finite = np.isfinite(values)
     count = finite.sum(axis=axis)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from lightm.errors import LightMError
+from lightm.lab.bench.measure import seconds
 from lightm.lab.complexity.formulas import CONVOLUTION, MATRIX, NORM, SCALE, STATE, Term, has_closed_form, network_terms
 from lightm.lab.complexity.operations import (
     Memory,
@@ -122,9 +122,8 @@ def count_parts(
     wrong = [part for part in parts if part.expected not in (None, part.counted)]
     if wrong:
         listed = "; ".join(
-            f"{part.stage} {part.layer} {part.source}: {part.formula or 'no formula'} = {part.expected:,}, counted "
-            f"{part.counted:,}"
-            for part in wrong[:5]
+            f"{p.stage} {p.layer} {p.source}: {p.formula or 'no formula'} = {p.expected:,}, counted {p.counted:,}"
+            for p in wrong[:5]
         )
         raise LightMError(
             f"network '{name}': {len(wrong)} closed form(s) differ from the count of the tensors ({listed}); the "
@@ -143,12 +142,10 @@ def _family_parts(network: nn.Module, terms: list[Term]) -> list[Part]:
         kinds[source] = kind
     parts = []
     for term in terms:
-        counted = counts.pop((term.stage, term.layer, term.source), 0)
-        form = (term.kind, term.formula, term.value)
-        parts.append(Part(term.stage, term.layer, term.source, *form, counted))
-    for (stage, layer, source), counted in counts.items():  # tensors that no formula speaks of
-        parts.append(Part(stage, layer, source, kinds[source], None, 0, counted))
-    return parts
+        key = (term.stage, term.layer, term.source)
+        parts.append(Part(*key, term.kind, term.formula, term.value, counts.pop(key, 0)))
+    # tensors that no formula speaks of
+    return parts + [Part(*key, kinds[key[2]], None, 0, counted) for key, counted in counts.items()]
 
 
 def _source(path: str) -> tuple[str, str]:
@@ -162,18 +159,19 @@ def place(path: str) -> tuple[str, str]:
     """The stage and layer that a parameter or module of the LightM-UNet family belongs to, by its name."""
     head, *rest = path.split(".")
     first, second = (int(part) + 1 if part.isdigit() else 0 for part in (*rest[:2], "", "")[:2])
-    if head == "encoder":
-        return f"encoder {first}", f"layer {second}"
-    if head == "bottleneck":
-        return "bottleneck", f"layer {first}"
-    if head == "decoder":
-        return f"decoder {first}", ""
-    if head == "widen":
-        return f"stage {first}", "widening layer"
-    if head == "stages":
-        number = re.search(r"(?:norm|layer)([12])", path)
-        return (f"stage {first - 1}", f"block {second}, layer {number[1]}") if number else (BETWEEN, "")
-    return ("head" if head == "head_norm" else head), ""
+    match head:
+        case "encoder":
+            return f"encoder {first}", f"layer {second}"
+        case "bottleneck":
+            return "bottleneck", f"layer {first}"
+        case "decoder":
+            return f"decoder {first}", ""
+        case "widen":
+            return f"stage {first}", "widening layer"
+        case "stages":
+            number = re.search(r"(?:norm|layer)([12])", path)
+            return (f"stage {first - 1}", f"block {second}, layer {number[1]}") if number else (BETWEEN, "")
+    return head.removesuffix("_norm"), ""
 
 
 def _module_parts(network: nn.Module) -> Iterator[Part]:
@@ -344,12 +342,8 @@ def measure_latency(
         network = build_network(name, in_channels, out_channels, spatial, options, device="cpu").eval()
         image = torch.randn(1, in_channels, *spatial)
         network(image)
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            network(image)
-            seconds.append(time.perf_counter() - start)
-    return Latency(statistics.median(seconds), min(seconds), max(seconds), repeats, torch.get_num_threads())
+        times = [seconds(lambda: network(image)) for _ in range(repeats)]
+    return Latency(statistics.median(times), min(times), max(times), repeats, torch.get_num_threads())
 
 
 def _layer_of(name: str, path: str) -> tuple[str, str]:

@@ -20,15 +20,9 @@ from lightm.nets.released import ResidualRVM
 from lightm.nets.spm import SPM
 
 _WIDTH, _LINE, _GAP, _MIDDLE, _PAD = 340, 17, 46, 190, 22  # of boxes, text lines, arrows, between the columns, inside
-_FILLS = {
-    "stem": "#f1f3f5",
-    "head": "#f1f3f5",
-    "encoder": "#e3eefa",
-    "stage": "#e3eefa",
-    "bottleneck": "#fdeedd",
-    "decoder": "#e2f4ec",
-}
-_INK, _MUTED, _LINE_COLOUR, _SKIP = "#1f2933", "#52606d", "#52606d", "#b5470b"
+_FILLS = {"stem": "#f1f3f5", "head": "#f1f3f5", "encoder": "#e3eefa", "stage": "#e3eefa"}
+_FILLS |= {"bottleneck": "#fdeedd", "decoder": "#e2f4ec"}
+_INK, _MUTED, _SKIP = "#1f2933", "#52606d", "#b5470b"
 _POOLINGS = {"max": "max pooling", "avg": "average pooling", "add": "Pooling Add"}
 
 
@@ -53,6 +47,10 @@ class Unit:
         return 2 * 13 + _LINE * (len(self.lines) + 1)
 
     @property
+    def middle(self) -> float:
+        return self.x + _WIDTH / 2
+
+    @property
     def right(self) -> float:
         return self.x + _WIDTH
 
@@ -71,9 +69,8 @@ def draw_network(
 ) -> str:
     """Return the SVG of a preset: its stages as a U with widths, sizes, parameters and multiply-adds, skips as arrows.
 
-    Arguments as in `lightm.lab.complexity.account`. Everything in it is read off the modules and the tensors of one
-    pass on the `meta` device. Raises InputError as `create` does, for sizes that the network refuses, and for
-    networks of another shape (baselines).
+    Arguments as in `lightm.lab.complexity.account`; all is read off the modules and the tensors of one pass on the
+    `meta` device. Raises InputError as `create` does, for sizes that the network refuses, and for baselines.
     """
     network = build_network(name, in_channels, out_channels, spatial, options)
     if not hasattr(network, "decoder") or not hasattr(network, "stem"):
@@ -86,20 +83,18 @@ def draw_network(
 
 def trace(network: nn.Module, in_channels: int, spatial: Sequence[int]) -> list[Unit]:
     """Return the stages of a network in the order in which they run, with their tensors and costs."""
-    modules: dict[str, nn.Module] = {}
+    paths: dict[nn.Module, str] = {}
     for name, child in network.named_children():
         if isinstance(child, nn.ModuleList):
-            modules |= {f"{name}.{index}": item for index, item in enumerate(child)}
+            paths |= {item: f"{name}.{index}" for index, item in enumerate(child)}
         else:
-            modules[name] = child
+            paths[child] = name
     calls: list[tuple[str, nn.Module, list[Tensor], Tensor]] = []
-    handles = []
-    for path, module in modules.items():
 
-        def remember(found: nn.Module, given: tuple[Any, ...], result: Tensor, path: str = path) -> None:
-            calls.append((path, found, [x for x in given if isinstance(x, Tensor)], result))
+    def remember(module: nn.Module, given: tuple[Any, ...], result: Tensor) -> None:
+        calls.append((paths[module], module, [x for x in given if isinstance(x, Tensor)], result))
 
-        handles.append(module.register_forward_hook(remember))
+    handles = [module.register_forward_hook(remember) for module in paths]
     with meta_forward(in_channels, spatial) as image, torch.no_grad():
         network(image)
     for handle in handles:
@@ -108,13 +103,11 @@ def trace(network: nn.Module, in_channels: int, spatial: Sequence[int]) -> list[
     units: list[Unit] = []
     for path, module, given, result in calls:
         title = "head" if path in ("head_norm", "head") else _title(path)
-        if units and units[-1].title == title:
-            unit = units[-1]
-            unit.gives = result
-            unit.modules.append(module)
-        else:
-            unit = Unit(title, [module], given[0], result, given[1] if len(given) > 1 else None)
-            units.append(unit)
+        if not units or units[-1].title != title:
+            units.append(Unit(title, [], given[0], result, given[1] if len(given) > 1 else None))
+        unit = units[-1]
+        unit.gives = result
+        unit.modules.append(module)
         unit.parameters += sum(p.numel() for p in module.parameters())
         unit.multiply_adds += operations.below(path).multiply_adds.total()
         unit.lines += _layer_lines(module, len(spatial))
@@ -222,7 +215,7 @@ def _svg(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {top:g} {width:g} {height:g}" width="{width:g}" '
         f'height="{height:g}" font-family="system-ui, Segoe UI, Helvetica, Arial, sans-serif" role="img" '
         f'aria-label="diagram of {escape(name)}">',
-        _marker("flow", _LINE_COLOUR),
+        _marker("flow", _MUTED),
         _marker("skip", _SKIP),
         f'<rect x="0" y="{top:g}" width="{width:g}" height="{height:g}" fill="#ffffff"/>',
         _text(24, top + 30, name, 19, bold=True),
@@ -233,7 +226,7 @@ def _svg(
     for unit in units:
         if unit.skip_of is not None and unit.skip is not None:
             y = units[unit.skip_of].y - _GAP / 2
-            start = units[unit.skip_of].x + _WIDTH / 2
+            start = units[unit.skip_of].middle
             out.append(f'<circle cx="{start:g}" cy="{y:g}" r="3.2" fill="{_SKIP}"/>')
             out.append(_arrow([(start, y), (unit.x - 2, y)], "skip", dashed=True))
             out.append(_text(24 + _WIDTH + _MIDDLE / 2, y - 7, f"skip {_size(unit.skip)}", 12, _SKIP, "middle"))
@@ -242,34 +235,30 @@ def _svg(
 
 def _flow(network: nn.Module, units: Sequence[Unit], down: int, image: str, classes: int) -> list[str]:
     """Arrows from box to box with what passes; the image and the logits at the ends."""
-    first, last, out = units[0], units[-1], []
-    middle = first.x + _WIDTH / 2
-    out.append(_arrow([(middle, first.y - _GAP + 14), (middle, first.y - 2)], "flow"))
-    out.append(_text(middle, first.y - _GAP + 8, image, 12, _INK, "middle"))
+    first, last = units[0], units[-1]
+    out = [
+        _arrow([(first.middle, first.y - _GAP + 14), (first.middle, first.y - 2)], "flow"),
+        _text(first.middle, first.y - _GAP + 8, image, 12, _INK, "middle"),
+    ]
     pooling = _POOLINGS.get(str(getattr(network, "pooling", "max")), "pooling")
     for index, (one, two) in enumerate(itertools.pairwise(units)):
-        pooled = two.takes.shape[1:-1] != one.gives.shape[1:-1] or (
-            one.takes.shape[1:-1] != one.gives.shape[1:-1] and index < down - 1
-        )
-        label = f"{pooling} {_size(two.takes)}" if pooled and index < down - 1 else _size(two.takes)
+        descends = index < down - 1
+        sizes = [tensor.shape[1:-1] for tensor in (one.takes, one.gives, two.takes)]
+        label = f"{pooling} {_size(two.takes)}" if descends and len(set(sizes)) > 1 else _size(two.takes)
         if index == down - 2:  # into the deepest stage: round the corner
-            x, y = one.x + _WIDTH / 2, two.y + two.height / 2
-            out.append(_arrow([(x, one.bottom), (x, y), (two.x - 2, y)], "flow"))
-            out.append(_text(x - 8, one.bottom + 28, label, 12, _INK, "end"))
+            x, y = one.middle, two.y + two.height / 2
+            points, text = [(x, one.bottom), (x, y), (two.x - 2, y)], (x - 8, one.bottom + 28)
         elif index == down - 1:
-            x, y = two.x + _WIDTH / 2, one.y + one.height / 2
-            out.append(_arrow([(one.right, y), (x, y), (x, two.bottom + 2)], "flow"))
-            out.append(_text(x + 8, two.bottom + 28, label, 12, _INK))
+            x, y = two.middle, one.y + one.height / 2
+            points, text = [(one.right, y), (x, y), (x, two.bottom + 2)], (x + 8, two.bottom + 28)
         else:
-            x = one.x + _WIDTH / 2
-            start, end = (one.bottom, two.y - 2) if index < down - 1 else (one.y, two.bottom + 2)
-            out.append(_arrow([(x, start), (x, end)], "flow"))
-            side = (x - 8, "end") if index < down - 1 else (x + 8, "start")
-            out.append(_text(side[0], (start + end) / 2 + 4, label, 12, _INK, side[1]))
-    x = last.x + _WIDTH / 2
-    out.append(_arrow([(x, last.y), (x, last.y - _GAP + 18)], "flow"))
+            x = one.middle
+            start, end = (one.bottom, two.y - 2) if descends else (one.y, two.bottom + 2)
+            points, text = [(x, start), (x, end)], (x - 8 if descends else x + 8, (start + end) / 2 + 4)
+        out += [_arrow(points, "flow"), _text(*text, label, 12, _INK, "end" if descends else "start")]
     logits = f"logits {classes} × {_sizes(last.gives.shape[1:-1])}"
-    return [*out, _text(x, last.y - _GAP + 10, logits, 12, _INK, "middle")]
+    out.append(_arrow([(last.middle, last.y), (last.middle, last.y - _GAP + 18)], "flow"))
+    return [*out, _text(last.middle, last.y - _GAP + 10, logits, 12, _INK, "middle")]
 
 
 def _box(unit: Unit) -> str:
@@ -298,7 +287,7 @@ def _text(
 
 def _arrow(points: Sequence[tuple[float, float]], kind: str, *, dashed: bool = False) -> str:
     path = "M" + " L".join(f"{x:g} {y:g}" for x, y in points)
-    colour = _SKIP if kind == "skip" else _LINE_COLOUR
+    colour = _SKIP if kind == "skip" else _MUTED
     dashes = ' stroke-dasharray="6 4"' if dashed else ""
     return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.6"{dashes} marker-end="url(#{kind})"/>'
 

@@ -1,10 +1,9 @@
 """Closed forms of the parameters of every layer, from its settings alone: no tensor is looked at here.
 
 Symbols: C width of a layer, O width behind its projection, E = expand C inner width, N states, R = ceil(C / 16) rank
-of dt, K kernel size, d axes. With g parts, C', E' and R' are those of one part, C' = C / g, and `sets` sets of weights
-are held (g, or 1 when shared). Sources: the report's Eq. 7-9 with Mamba's depthwise convolution (arXiv 2312.00752);
-with Mamba-2's core (arXiv 2405.21060, section 7) there are E / P heads of P channels, and one projection of C gives
-all.
+of dt, K kernel size, d axes. With g parts, C', E' and R' are those of one part, C' = C / g, with g sets of weights, or
+1 when shared. Sources: Eq. 7-9 of the LightM-UNet report with Mamba's depthwise convolution (arXiv 2312.00752);
+Mamba-2's core (arXiv 2405.21060, section 7) has E / P heads of P channels, and one projection of C gives all.
 """
 
 from __future__ import annotations
@@ -98,20 +97,13 @@ def mixing_layer(channels: int, out: int, layer: LayerSettings) -> Iterator[Term
     yield Term("projection", MATRIX, "C O + O", channels * out + out)
 
 
-def position_conv(channels: int, dims: int) -> Term:
-    """The depthwise convolution before a layer."""
-    return Term("position conv", CONVOLUTION, f"3^{dims} C", 3**dims * channels)
-
-
-def depthwise_stem(image: int, width: int, dims: int) -> Iterator[Term]:
-    """A depthwise convolution of the image's I channels, then a pointwise one, without biases."""
-    yield Term("depthwise", CONVOLUTION, f"3^{dims} I", 3**dims * image)
-    yield Term("pointwise", MATRIX, "I O", image * width)
-
-
-def full_stem(image: int, width: int, dims: int) -> Iterator[Term]:
-    """A full convolution of the image's I channels, with biases."""
-    yield Term("full convolution", CONVOLUTION, f"3^{dims} I O + O", 3**dims * image * width + width)
+def stem(image: int, width: int, dims: int, *, full: bool = False) -> Iterator[Term]:
+    """A depthwise convolution of the image's I channels, then a pointwise one; or a full convolution with biases."""
+    if full:
+        yield Term("full convolution", CONVOLUTION, f"3^{dims} I O + O", 3**dims * image * width + width)
+    else:
+        yield Term("depthwise", CONVOLUTION, f"3^{dims} I", 3**dims * image)
+        yield Term("pointwise", MATRIX, "I O", image * width)
 
 
 def decoder_stage(channels: int, dims: int, *, vector_scale: bool) -> Iterator[Term]:
@@ -126,15 +118,10 @@ def decoder_stage(channels: int, dims: int, *, vector_scale: bool) -> Iterator[T
 
 
 def head(width: int, classes: int) -> Iterator[Term]:
-    """GroupNorm, a scale and an offset for each of the C channels, and the pointwise product to the O classes."""
+    """GroupNorm, a scale and an offset per channel, and the pointwise convolution to the O classes."""
     yield Term("group norms", NORM, "2 C", 2 * width)
     yield Term("depthwise", CONVOLUTION, "2 C", 2 * width)
     yield Term("pointwise", MATRIX, "C O + O", width * classes + classes)
-
-
-def group_norm(channels: int) -> Term:
-    """A GroupNorm with weights and offsets."""
-    return Term("group norms", NORM, "2 C", 2 * channels)
 
 
 def _skip_scale(channels: int, vector: bool) -> Term:
@@ -159,11 +146,8 @@ def _merged(terms: Iterable[Term]) -> list[Term]:
 def settings_of(name: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return what builds a preset and its complete settings: defaults, then the preset's, then the options."""
     build, given = PRESETS[name]
-    defaults = {
-        key: parameter.default
-        for key, parameter in inspect.signature(build).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
+    parameters = inspect.signature(build).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     return build, {**defaults, **given, **options}
 
 
@@ -185,30 +169,25 @@ def _at(stage: str, layer: str, terms: Iterable[Term]) -> Iterator[Term]:
     return (replace(term, stage=stage, layer=layer) for term in terms)
 
 
-def _layer_settings(settings: Mapping[str, Any]) -> LayerSettings:
-    spm = settings["layer"] != "rvm"
-    return LayerSettings(
+def _lightm_unet(dims: int, image: int, classes: int, settings: Mapping[str, Any]) -> Iterator[Term]:
+    width, vector = settings["base_channels"], settings.get("vector_scale", True)
+    layer = LayerSettings(
         state_size=settings["state_size"],
         expand=settings["expand"],
         inner_norm=settings.get("inner_norm", True),
-        vector_scale=settings.get("vector_scale", True),
+        vector_scale=vector,
         one_norm=settings.get("one_norm", False),
-        parts=settings["parts"] if spm else 1,
+        parts=settings["parts"] if settings["layer"] != "rvm" else 1,
         shared=settings["layer"] == "spm-shared",
         ssm=settings["ssm"],
     )
-
-
-def _lightm_unet(dims: int, image: int, classes: int, settings: Mapping[str, Any]) -> Iterator[Term]:
-    layer, width = _layer_settings(settings), settings["base_channels"]
-    stem = full_stem if settings["stem"] == "conv" else depthwise_stem
-    yield from _at("stem", "", stem(image, width, dims))
+    yield from _at("stem", "", stem(image, width, dims, full=settings["stem"] == "conv"))
 
     def mixing(stage: str, number: int, out: int) -> Iterator[Term]:
-        label = f"layer {number}"
         if settings["position_conv"]:
-            yield from _at(stage, label, [position_conv(width, dims)])
-        yield from _at(stage, label, mixing_layer(width, out, layer))
+            conv = Term("position conv", CONVOLUTION, f"3^{dims} C", 3**dims * width)
+            yield from _at(stage, f"layer {number}", [conv])
+        yield from _at(stage, f"layer {number}", mixing_layer(width, out, layer))
 
     for block, count in enumerate(settings["encoder_layers"], start=1):
         for number in range(1, count + 1):
@@ -217,22 +196,15 @@ def _lightm_unet(dims: int, image: int, classes: int, settings: Mapping[str, Any
     for number in range(1, settings["bottleneck_layers"] + 1):
         yield from mixing("bottleneck", number, width)
     for stage in range(1, len(settings["encoder_layers"]) + 1):
-        terms = decoder_stage(width, dims, vector_scale=settings.get("vector_scale", True))
-        yield from _at(f"decoder {stage}", "", terms)
+        yield from _at(f"decoder {stage}", "", decoder_stage(width, dims, vector_scale=vector))
         width //= 2
     yield from _at("head", "", head(width, classes))
 
 
 def _released(dims: int, image: int, classes: int, settings: Mapping[str, Any]) -> Iterator[Term]:
-    layer = LayerSettings(
-        state_size=settings["state_size"],
-        expand=settings["expand"],
-        inner_norm=False,
-        vector_scale=False,
-        one_norm=True,
-    )
-    width = settings["base_channels"]
-    yield from _at("stem", "", depthwise_stem(image, width, dims))
+    width, states, expand = (settings[key] for key in ("base_channels", "state_size", "expand"))
+    layer = LayerSettings(states, expand, inner_norm=False, vector_scale=False, one_norm=True)
+    yield from _at("stem", "", stem(image, width, dims))
     for stage, count in enumerate(settings["blocks_down"]):
         if stage:
             yield from _at(f"stage {stage}", "widening layer", mixing_layer(width, 2 * width, layer))
@@ -240,8 +212,8 @@ def _released(dims: int, image: int, classes: int, settings: Mapping[str, Any]) 
         for block in range(1, count + 1):
             for number in (1, 2):
                 label = f"block {block}, layer {number}"
-                yield from _at(f"stage {stage}", label, [group_norm(width)])
-                yield from _at(f"stage {stage}", label, mixing_layer(width, width, layer))
+                norm = Term("group norms", NORM, "2 C", 2 * width)
+                yield from _at(f"stage {stage}", label, [norm, *mixing_layer(width, width, layer)])
     for stage in range(1, len(settings["blocks_up"]) + 1):
         yield from _at(f"decoder {stage}", "", decoder_stage(width, dims, vector_scale=False))
         width //= 2
