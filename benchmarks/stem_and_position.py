@@ -2,8 +2,8 @@
 
     python benchmarks/stem_and_position.py DATASET OUT > benchmarks/results/stem-and-position.md
 
-DATASET is MSD Hippocampus in the nnU-Net raw layout; OUT takes a run folder a row, and rows that are there already are
-not run again. Prints a Markdown page.
+DATASET is MSD Hippocampus in the nnU-Net raw layout; OUT takes a run folder per row, and rows that are already
+there are not run again. Prints a Markdown page.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ _SPM = (
     "Pooling Add (max pooling plus average pooling) replaces max pooling, and the bottleneck has three layers: the "
     "report's Figure 6.",
     "s is a vector over channels and the LayerNorm after the recurrence is there, as in the paper's RVM.",
-    "The four parts run as one scan, and each of their matmuls in one pass with one matrix a part.",
+    "The four parts run as one scan, and each of their matmuls in one pass with one matrix per part.",
 )
 _RELEASED = (
     "Residual blocks of two layers each, with GroupNorm and ReLU before each layer; the paper describes single layers.",

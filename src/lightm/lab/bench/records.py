@@ -89,10 +89,7 @@ def write_csv(rows: Sequence[Row], path: Path | str) -> None:
 
 
 def read_csv(path: Path | str) -> list[Row]:
-    """Read rows that `write_csv` wrote; floats come back exactly.
-
-    Raises InputError, naming the file, when it is missing, has other columns, or holds something that is no number.
-    """
+    """Read rows that `write_csv` wrote, exactly; InputError names a file that is missing or is something else."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -124,7 +121,7 @@ def _value(kind: str, text: str) -> str | int | float | None:
 
 
 def format_json(rows: Sequence[Row]) -> str:
-    """The rows as a JSON list of objects with the CSV's columns; null: not measured."""
+    """The rows as a JSON list of objects with the CSV's columns."""
     return json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
 
 
@@ -133,13 +130,10 @@ def format_json(rows: Sequence[Row]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what a number depends on: lightm, torch, numba, monai, python."""
-    found = {"lightm": __version__}
+    found = {"lightm": __version__, "torch": "", "numba": "", "monai": "", "python": platform.python_version()}
     for name in ("torch", "numba", "monai"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = ""
-    found["python"] = platform.python_version()
     return found
 
 

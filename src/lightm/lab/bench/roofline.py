@@ -227,15 +227,12 @@ def _layers_counted(module: nn.Module, steps: list[Work], inside: list[object]) 
     from lightm.nets.blocks import RVM
     from lightm.nets.spm import SPM
 
-    def enter(layer: nn.Module, args: Any) -> None:
-        inside.append(layer)
-
     def leave(layer: Any, args: Any, output: Any) -> None:
         inside.pop()
         steps.append(layer_work(layer, args[0], output))
 
     layers = [layer for layer in module.modules() if isinstance(layer, (RVM, SPM))]
-    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
+    handles = [layer.register_forward_pre_hook(lambda layer, _: inside.append(layer)) for layer in layers]
     handles += [layer.register_forward_hook(leave) for layer in layers]
     try:
         yield

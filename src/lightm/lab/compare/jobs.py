@@ -46,7 +46,7 @@ class Job:
         return self.process.returncode in _INTERRUPTED
 
     def last_words(self) -> str:
-        """The error that the child reported, else the last line of its log."""
+        """The child's error, else the last line of its log."""
         lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         reported = [index for index, line in enumerate(lines) if line.startswith(_ERROR)]
         if reported:

@@ -28,9 +28,7 @@ from lightm.progress import Progress
 
 Mask = NDArray[np.bool_]
 
-# A class is tubular when its skeleton is as long as this many of its diameters, and when discs of the skeleton's
-# radii along it (in 2D lines) make up this part of its volume: a blob's skeleton is short, or a sheet.
-_DIAMETERS, _FILLED = 10.0, (0.65, 1.5)
+_DIAMETERS, _FILLED = 10.0, (0.65, 1.5)  # see `is_tubular`
 _RADIUS_STEP = 1e-3  # mm: radii closer than this are one, so that sums over voxels stay small tables
 
 
@@ -133,7 +131,7 @@ def radius_counts(label: Mask, predictions: Sequence[Mask], spacing_mm: Sequence
 def is_tubular(label: Mask, spacing_mm: Sequence[float]) -> bool:
     """Whether the largest component of a label is a tube or a tree of tubes.
 
-    Its holes are filled. The skeleton of L mm (its minimum spanning tree) with radii r then has to be at least 10 mean
+    With its holes filled, the skeleton of L mm (its minimum spanning tree) with radii r has to be at least 10 mean
     diameters long, and the volume L mean(pi r^2), in 2D the area L mean(2 r), 0.65 to 1.5 of the component's: a solid
     organ fails the first, the sheets in the skeleton of a rough surface the second.
     """
@@ -196,8 +194,7 @@ class BinRow:
     """One class, bin and method: mean DSC, and its mean paired difference to the baseline, with 95% intervals.
 
     `n` counts components (`what` "size") or cases ("radius") in the bin, `found` is the share of found components.
-    Intervals are percentile bootstraps that draw cases, with all of a case's components; None where fewer than two
-    cases are in the bin, or for the baseline's difference to itself.
+    Intervals are percentile bootstraps over cases; None for fewer than two cases and the baseline's own difference.
     """
 
     what: str
@@ -219,10 +216,7 @@ class BinRow:
 
 @dataclass(frozen=True)
 class Entry:
-    """One component, or one case's voxels of one radius bin: where it belongs, and each method's score.
-
-    Scores are means over the seeds of a method; a method without this case is not among them.
-    """
+    """One component, or one case's voxels of one radius bin: its place, and each method's mean score over seeds."""
 
     case: str
     place: float

@@ -1,4 +1,4 @@
-"""What a comparison's folder holds: the trials read back, and the statistics as models (results.json).
+"""What a comparison's folder holds: trials read back, and statistics as models (results.json).
 
 experiment.yaml   the grid, all defaults filled in          plan.yaml, split.json   one plan and split for all trials
 trials/ID/         the run folder (`lightm train`) of a trial, with trial.json once it has ended
@@ -41,10 +41,7 @@ TRIAL, NETWORKS = "trial.json", "networks.json"
 
 
 class TrialRecord(Strict):
-    """How a trial ended; written as `trial.json` when its scores are there, or when it failed.
-
-    `seconds` is the whole trial, `train_seconds` the training alone (validation and checkpoints included).
-    """
+    """trial.json: how a trial ended. `seconds` is the whole trial, `train_seconds` its training with validation."""
 
     schema_version: Literal[1] = 1
     id: str
@@ -81,18 +78,16 @@ class NetworkRecord(Strict):
 
 @dataclass(frozen=True)
 class FinishedTrial:
-    """One scored training: its place in the grid, its record and its run folder."""
+    """One scored training: its place in the grid, record and run folder."""
 
     trial: Trial
     record: TrialRecord
     path: Path
 
     def evaluation(self) -> Evaluation:
-        """Scores of every test case and class."""
         return load_evaluation(self.path / "evaluation" / "metrics.json")
 
     def history(self) -> History:
-        """The columns of history.csv, one value per epoch."""
         return read_history(self.path / "history.csv")
 
 
@@ -117,7 +112,6 @@ class Comparison:
 
     @property
     def baseline(self) -> str:
-        """Name of the method that the others are tested against."""
         return self.experiment.method_name(self.experiment.baseline_method)
 
 
@@ -304,10 +298,10 @@ class Training(Strict):
 
 
 class Convergence(Strict):
-    """When the pseudo Dice first reached the summary's `convergence_level`, one entry per seed.
+    """When the pseudo Dice first reached the summary's `convergence_level`, one entry per seed, None: not reached.
 
-    `epochs` counts finished epochs (1: at the end of the first), `seconds` is their summed time in history.csv; None:
-    not reached. The medians count "not reached" as later than all, so they are None unless half of the seeds did.
+    `epochs` counts finished epochs (1: at the end of the first), `seconds` is their summed time in history.csv. Medians
+    count "not reached" as later than all, so they are None unless half of the seeds did.
     """
 
     epochs: list[int | None]
@@ -342,8 +336,6 @@ class CaseResult(CaseRow):
 
 
 class FailedTrial(Strict):
-    """A training that ended with an error."""
-
     id: str
     error: str | None
 
@@ -351,8 +343,8 @@ class FailedTrial(Strict):
 class Summary(Strict):
     """Statistics of a whole comparison; `methods` has the baseline first.
 
-    `missing` names the trials that have not run, `notes` says in sentences what a reader must know of an incomplete or
-    uneven comparison. `convergence_level` is 95% of the baseline's best pseudo Dice (median over its seeds).
+    `missing` names the trials that have not run, `notes` are sentences on an incomplete or uneven comparison.
+    `convergence_level` is 95% of the baseline's best pseudo Dice (median over its seeds).
     """
 
     schema_version: Literal[1] = 1

@@ -20,18 +20,10 @@ from lightm.datasets.phantoms import make_phantoms
 from lightm.datasets.split import Split, load_split
 from lightm.errors import InputError
 from lightm.files import locked_folder, write_text
+from lightm.lab.compare import results
 from lightm.lab.compare.experiment import Experiment, Trial, file_name, load_experiment
 from lightm.lab.compare.jobs import Job, pool, start, wait_for_one
-from lightm.lab.compare.results import (
-    NETWORKS,
-    TRIAL,
-    Comparison,
-    NetworkRecord,
-    TrialRecord,
-    read_comparison,
-    read_trial,
-    refuse_earlier_layout,
-)
+from lightm.lab.compare.results import TRIAL, Comparison, TrialRecord, read_comparison, read_trial
 from lightm.lab.complexity import build_network, count_operations
 from lightm.losses import create_loss
 from lightm.nets import count_parameters
@@ -114,17 +106,15 @@ def write_results(out: Path | str, *, progress: Progress | None = None) -> Path:
 
     Raises InputError for a folder without a comparison or without a finished trial.
     """
-    from lightm.lab.compare.report import write_page
-    from lightm.lab.compare.statistics import summarize_comparison
-    from lightm.lab.compare.tables import write_tables
+    from lightm.lab.compare import report, statistics, tables
 
     comparison = read_comparison(out)
     if not comparison.finished:
         raise InputError(f"{out}: no trial has finished yet; run `lightm compare` again")
-    summary = summarize_comparison(comparison)
+    summary = statistics.summarize_comparison(comparison)
     summary.to_json(comparison.folder / "results.json")
-    write_tables(summary, comparison.folder)
-    return write_page(comparison, summary, progress=progress)
+    tables.write_tables(summary, comparison.folder)
+    return report.write_page(comparison, summary, progress=progress)
 
 
 def _check_folder(out: Path, given: Experiment) -> None:
@@ -136,7 +126,7 @@ def _check_folder(out: Path, given: Experiment) -> None:
         if out.is_dir() and any(p.name not in _BEFORE and not p.name.startswith(".") for p in out.iterdir()):
             raise InputError(f"{out}: is not empty and holds no comparison; give another folder with -o")
         return
-    refuse_earlier_layout(out)
+    results.refuse_earlier_layout(out)
     earlier = load_yaml(path, Experiment)
     for key in (*_COMMON, "nsd_tolerance_mm"):
         if getattr(earlier, key) != getattr(given, key):
@@ -323,7 +313,7 @@ def measure_networks(comparison: Comparison, out: Path, *, threads: int) -> None
         request = {"work": "measure", "network": network, "threads": threads}
         measured = _measured(label, request, out / "logs" / f"network-{file_name(label)}.log")
         meta = build_network(**network)
-        records[label] = NetworkRecord(
+        records[label] = results.NetworkRecord(
             label=label,
             network=choice.network,
             parameters=count_parameters(meta),
@@ -334,7 +324,7 @@ def measure_networks(comparison: Comparison, out: Path, *, threads: int) -> None
             peak_memory_bytes=measured.get("peak_memory_bytes"),
         )
         entries = [record.model_dump(mode="json") for record in records.values()]
-        write_text(out / NETWORKS, json.dumps(entries, indent=1) + "\n")
+        write_text(out / results.NETWORKS, json.dumps(entries, indent=1) + "\n")
 
 
 def _measured(label: str, request: dict[str, Any], log: Path) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class Operations:
         """Return the operations of a module and of all modules inside it; of the whole network for ""."""
         sums = OperationCount()
         for name, count in self.layers.items():
-            if not path or name == path or name.startswith(f"{path}."):
+            if not path or f"{name}.".startswith(f"{path}."):
                 sums.add(count)
         return sums
 
@@ -187,7 +187,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given, made = ([x for x in tree_leaves(y) if isinstance(x, Tensor)] for y in ((args, kwargs), result))
+        given, made = _tensors((args, kwargs)), _tensors(result)
         if all(_storage(x) in self._fixed for x in given):
             self._fixed |= {_storage(x): x for x in made}
             return result
@@ -215,6 +215,10 @@ class _Counter(TorchDispatchMode):
 
 def _storage(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _weights(network: nn.Module) -> dict[int, Tensor]:
@@ -361,9 +365,8 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.see(leaf)
+        for tensor in _tensors(result):
+            self.see(tensor)
         return result
 
 

@@ -221,8 +221,8 @@ def compare(
 ) -> list[Row]:
     """Return a row for every network, fewest parameters first; networks that refuse the size come last, saying why.
 
-    Arguments: `names`, by default all that `lightm.nets.create` knows; `spatial`, `in_channels`, `out_channels` as in
-    `account`; `dice`: scores of runs by the name of the network. Raises InputError for an unknown name.
+    Arguments as in `account`; `names`: by default all that `lightm.nets.create` knows; `dice`: scores of runs by the
+    name of the network. Raises InputError for an unknown name.
     """
     known, rows = known_names(), []
     wanted = known if names is None else list(names)
