@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -168,3 +169,30 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         pairs = [(_decode(key, tensors), _decode(item, tensors)) for key, item in content]
         return OrderedDict(pairs) if kind == "odict" else dict(pairs)
     return {"list": list, "tuple": tuple, "set": set}[kind](_decode(item, tensors) for item in content)
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of PyTorch's generators (CPU and, in use, CUDA), NumPy's global one and Python's.
+
+    These are all that a training step may draw from: each patch depends on (seed, index) alone, in whichever worker it
+    is made, and the data loaders draw their workers' seeds from generators of their own. So a run resumes at any step.
+    """
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 (networks may use it)
+    version, numbers, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, torch.tensor(numbers), next_gauss],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the generators into states returned by `random_states`."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    version, numbers, next_gauss = states["python"]
+    random.setstate((version, tuple(numbers.tolist()), next_gauss))

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor, nn
 
+from lightm.datasets.cases import Dataset
 from lightm.datasets.split import Split
 from lightm.device import resolve_device
 from lightm.errors import InputError
@@ -28,6 +30,25 @@ from lightm.training.loaders import PatchLoaders
 from lightm.training.loop import Training
 
 _log = logging.getLogger(__name__)
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits (B, K, *S), target (B, *S) class indices, 255 for voxels that must not count) -> scalar."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that can begin or be resumed. network, loss: objects of one's own; None: what the config names."""
+
+    run_dir: Path
+    config: TrainConfig
+    fabric: Fabric
+    data: Dataset
+    plan: Plan
+    split: Split
+    network: nn.Module | None = None
+    loss: Loss | None = None
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,25 +92,16 @@ def build_fabric(
 
 
 def fit(
-    fabric: Fabric,
-    run_dir: Path,
-    config: TrainConfig,
-    plan: Plan,
-    split: Split,
-    network: torch.nn.Module,
-    criterion: torch.nn.Module,
-    patches: PatchLoaders,
-    *,
-    resume: bool,
-    progress: Progress | None = None,
+    run: Run, network: nn.Module, criterion: nn.Module, patches: PatchLoaders, progress: Progress | None = None
 ) -> TrainResult:
-    """Fit the network in a prepared run folder and keep its best weights; `resume` takes its newest checkpoint.
+    """Fit the network in a prepared run folder and keep its best weights; a resumed run takes its newest checkpoint.
 
-    Raises what `train_model` says.
+    Raises what `run_training` says.
     """
+    config, plan, run_dir = run.config, run.plan, run.run_dir
     with disk_refusals(run_dir):  # of TensorBoard's files; all others name themselves
-        training = Training(fabric, run_dir, config, list(plan.labels)[1:], network, criterion, patches)
-        if resume:
+        training = Training(run.fabric, run_dir, config, list(plan.labels)[1:], network, criterion, patches)
+        if run.resume:
             start = newest_checkpoint(training.folder)
             if start is None:
                 _log.warning("%s: no checkpoint was kept before the interruption; the run starts anew", run_dir)
@@ -97,21 +109,17 @@ def fit(
                 training.load(start)
         reason = training.run(progress)
     state = training.state
-    if fabric.is_global_zero:
+    if run.fabric.is_global_zero:
         best = load_checkpoint(training.folder / BEST)
-        weights = {
-            name.removeprefix("network."): tensor
-            for name, tensor in best["state_dict"].items()
-            if name.startswith("network.")
-        }
+        weights = best["state_dict"].items()
         save_model(
             run_dir / "model",
-            network=network_description(config, plan),
-            state_dict=weights,
+            network=_description(run),
+            state_dict={k.removeprefix("network."): tensor for k, tensor in weights if k.startswith("network.")},
             plan=plan.model_dump(mode="json"),
             training={
                 "recipe": config.recipe,
-                "loss": config.settings.loss,
+                "loss": config.loss,
                 "seed": config.seed,
                 "epochs": state.epoch,
                 "steps": state.step,
@@ -121,12 +129,12 @@ def fit(
                 "data_hash": plan.fingerprint.data_hash,
             },
         )
-    fabric.barrier()
+    run.fabric.barrier()
     return TrainResult(
         run_dir=run_dir,
         config=config,
         plan=plan,
-        split=split,
+        split=run.split,
         epochs=state.epoch,
         best_pseudo_dice=state.best_dice,
         train_seconds=state.elapsed_s,
@@ -135,33 +143,29 @@ def fit(
     )
 
 
-def network_description(config: TrainConfig, plan: Plan) -> dict[str, Any]:
+def _description(run: Run) -> dict[str, Any]:
     """The arguments of `lightm.nets.create` for this run, as kept in model.json."""
     return {
-        "name": config.network,
-        "spatial_dims": plan.spatial_dims,
-        "in_channels": len(plan.channels),
-        "out_channels": len(plan.labels),
-        "image_size": plan.patch_size,
-        "options": config.network_options,
+        "name": run.config.network,
+        "spatial_dims": run.plan.spatial_dims,
+        "in_channels": len(run.plan.channels),
+        "out_channels": len(run.plan.labels),
+        "image_size": run.plan.patch_size,
+        "options": run.config.network_options,
     }
 
 
-def build(
-    config: TrainConfig,
-    plan: Plan,
-    network: torch.nn.Module | None = None,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-) -> tuple[torch.nn.Module, torch.nn.Module]:
+def build(run: Run) -> tuple[nn.Module, nn.Module]:
     """Seed the global random generators, and return network and loss of a run: those given, else those it names."""
-    random.seed(config.seed)
-    np.random.seed(config.seed)  # noqa: NPY002 (networks may use it)
-    torch.manual_seed(config.seed)
+    random.seed(run.config.seed)
+    np.random.seed(run.config.seed)  # noqa: NPY002 (networks may use it)
+    torch.manual_seed(run.config.seed)
+    network, loss = run.network, run.loss
     if network is None:
-        described = network_description(config, plan)
+        described = _description(run)
         options = described.pop("options")
         network = create(**described, **options)
-    sizes = {"spatial_dims": plan.spatial_dims, "num_classes": len(plan.labels)}
+    sizes = {"spatial_dims": run.plan.spatial_dims, "num_classes": len(run.plan.labels)}
     if loss is None:
-        return network, create_loss(config.settings.loss, **sizes, **config.settings.loss_options)
+        return network, create_loss(run.config.loss, **sizes, **run.config.loss_options)
     return network, loss if isinstance(loss, SegmentationLoss) else CustomLoss(loss, **sizes)

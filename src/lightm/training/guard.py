@@ -53,11 +53,9 @@ class NanGuard:
 
 def gradients_are_finite(network: nn.Module) -> bool:
     """Whether no gradient holds NaN or an infinite value; one pass over them."""
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    if not gradients:
-        return True
-    sums = torch.stack([gradient.abs().amax().float() for gradient in gradients if gradient.numel()])
-    return bool(torch.isfinite(sums).all())
+    gradients = [p.grad for p in network.parameters() if p.grad is not None and p.grad.numel()]
+    largest = [gradient.abs().amax().float() for gradient in gradients]
+    return not largest or bool(torch.isfinite(torch.stack(largest)).all())
 
 
 class Signals:

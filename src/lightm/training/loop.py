@@ -26,14 +26,20 @@ from torch import Tensor, nn
 from lightm.errors import InputError, LightMError
 from lightm.labels import IGNORE_INDEX, overlap_counts
 from lightm.losses import AdaptiveRegion
+from lightm.nets import parameter_groups
 from lightm.progress import Progress
-from lightm.training.checkpoint_io import BEST, load_checkpoint, save_checkpoint, save_rotating
-from lightm.training.config import TrainConfig
+from lightm.training.checkpoint_io import (
+    BEST,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+    save_rotating,
+    set_random_states,
+)
+from lightm.training.config import Recipe, TrainConfig
 from lightm.training.guard import Interrupted, NanGuard, Signals, gradients_are_finite
-from lightm.training.history import History
 from lightm.training.loaders import Batch, PatchLoaders
-from lightm.training.optimizer import create_optimizer, learning_rate
-from lightm.training.random_states import random_states, set_random_states
+from lightm.training.record import History
 
 EMA = 0.9  # weight of the past in the exponential moving average (EMA) of the pseudo Dice, as in nnU-Net
 
@@ -75,13 +81,13 @@ class Training:
         criterion: nn.Module,
         patches: PatchLoaders,
     ) -> None:
-        self.fabric, self.run_dir, self.config, self.recipe = fabric, run_dir, config, config.settings
+        self.fabric, self.run_dir, self.config = fabric, run_dir, config
         self.class_names, self.patches = class_names, patches
         self.criterion = fabric.to_device(criterion)
-        self.network, self.optimizer = fabric.setup(network, create_optimizer(network, self.recipe))
+        self.network, self.optimizer = fabric.setup(network, create_optimizer(network, config))
         patches.open(fabric.global_rank, fabric.world_size, pin_memory=fabric.device.type == "cuda")
         by_time_alone = config.max_time_s is not None and not config.epochs_given
-        self.epochs = None if by_time_alone else self.recipe.epochs
+        self.epochs = None if by_time_alone else config.epochs
         self.guard = NanGuard(config.on_nan, config.nan_limit)
         self.signals, self.state = Signals(), State()
         self.folder = run_dir / "checkpoints"
@@ -137,7 +143,7 @@ class Training:
 
     def train_epoch(self, progress: Progress | None) -> None:
         """The steps of the epoch that are not done yet, up to the end of the time budget."""
-        state, steps, max_time_s = self.state, self.recipe.steps_per_epoch, self.config.max_time_s
+        state, steps, max_time_s = self.state, self.config.steps_per_epoch, self.config.max_time_s
         what = f"epoch {state.epoch}" + ("" if self.epochs is None else f"/{self.epochs - 1}")
         for batch in self.patches.training(state.epoch, state.batch):
             self.step(self.fabric.to_device(batch))
@@ -169,8 +175,8 @@ class Training:
         scaled = getattr(self.fabric.strategy.precision, "scaler", None) is not None  # it skips infinite ones itself
         if not scaled and not gradients_are_finite(network):
             return self.guard.handle("a gradient is NaN or infinite", state.step, batch["case"], network)
-        if self.recipe.clip_norm is not None:
-            self.fabric.clip_gradients(network, optimizer, max_norm=self.recipe.clip_norm, error_if_nonfinite=False)
+        if self.config.clip_norm is not None:
+            self.fabric.clip_gradients(network, optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False)
         optimizer.step()
 
     def loss_of(self, batch: Batch) -> Tensor:
@@ -179,13 +185,17 @@ class Training:
         return loss
 
     def learning_rate(self) -> float:
-        """The rate of the next step; the run is as far as the further of its steps and its time."""
-        state, parts = self.state, [0.0]
+        """The rate of the next step: warm-up, then the schedule's fall to 0 with the further of steps and time."""
+        config, state, parts = self.config, self.state, [0.0]
         if self.epochs is not None:
-            parts.append(state.step / (self.epochs * self.recipe.steps_per_epoch))
-        if self.config.max_time_s is not None:
-            parts.append(state.elapsed_s / self.config.max_time_s)
-        return learning_rate(self.recipe, state.step, min(1.0, max(parts)))
+            parts.append(state.step / (self.epochs * config.steps_per_epoch))
+        if config.max_time_s is not None:
+            parts.append(state.elapsed_s / config.max_time_s)
+        left = 1.0 - min(1.0, max(parts))
+        cosine = 0.5 * (1 + math.cos(math.pi * (1 - left)))
+        factor = {"poly": left**0.9, "cosine": cosine, "constant": 1.0}[config.schedule]
+        warm = min(1.0, (state.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        return config.lr * factor * warm
 
     def agree(self) -> bool:
         """Take over the time and the signals of rank 0; returns whether a checkpoint is due."""
@@ -324,3 +334,12 @@ class Training:
                 f"step {state.step}; resume it with `lightm train --resume {self.run_dir}`",
                 self.signals.received,
             )
+
+
+def create_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer; weight decay acts on matrices alone, see `lightm.nets.parameter_groups`."""
+    groups = parameter_groups(network, recipe.weight_decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=recipe.lr, eps=recipe.eps)

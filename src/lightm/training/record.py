@@ -1,10 +1,14 @@
-"""The record of a run: run.json."""
+"""What a run records: run.json, and after each epoch a row of history.csv, scalars for TensorBoard, a line for the log."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import logging
 import platform
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -13,12 +17,55 @@ from typing import Any
 import lightning_fabric
 import torch
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 from lightm import __version__
 from lightm.files import write_text
 from lightm.nets import count_parameters
 from lightm.preparation.plan import Plan
 from lightm.training.config import TrainConfig
+
+_log = logging.getLogger(__name__)
+COLUMNS = ["epoch", "step", "train_loss", "val_loss", "pseudo_dice", "pseudo_dice_ema", "lr", "epoch_seconds"]
+
+
+class History:
+    """The records of a run folder; those of epochs before `epoch` stay, the others are of epochs that are done again.
+
+    To be closed, or used in a `with` statement.
+    """
+
+    def __init__(self, run_dir: Path, more_columns: Sequence[str], epoch: int) -> None:
+        self.path, self.columns = run_dir / "history.csv", [*COLUMNS, *more_columns]
+        self.rows: list[dict[str, Any]] = []
+        if self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+        self._board = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def __enter__(self) -> History:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._board.close()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Record an epoch; history.csv is written atomically."""
+        self.rows.append({name: row[name] for name in self.columns})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+        for name in row.keys() - {"step", "epoch_seconds"}:
+            self._board.add_scalar(name, row[name], row["step"] - 1)
+        dice = ", ".join(
+            f"{name.removeprefix('pseudo_dice/')} {row[name]:.3f}" for name in self.columns if "dice/" in name
+        )
+        _log.info(
+            f"Epoch {row['epoch']}: train_loss {row['train_loss']:.4f}  val_loss {row['val_loss']:.4f}  "
+            f"pseudo Dice [{dice}]  EMA {row['pseudo_dice_ema']:.3f}  lr {row['lr']:.2e}  {row['epoch_seconds']:.1f} s"
+        )
 
 
 def run_record(
