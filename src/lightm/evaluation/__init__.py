@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lightm.evaluation.evaluation import Evaluation as Evaluation
-    from lightm.evaluation.evaluation import format_table as format_table
-    from lightm.evaluation.evaluation import load_evaluation as load_evaluation
-    from lightm.evaluation.folder import evaluate_folder as evaluate_folder
-    from lightm.evaluation.metrics import ClassMetrics as ClassMetrics
-    from lightm.evaluation.metrics import case_metrics as case_metrics
-    from lightm.evaluation.report import write_report as write_report
+from typing import Any
 
 _PUBLIC = {
     "ClassMetrics": "lightm.evaluation.metrics",

@@ -9,27 +9,22 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from lightm.errors import InputError
 from lightm.evaluation.evaluation import Evaluation
 
-BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, YELLOW = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#E69F00",
-    "#56B4E9",
-    "#CC79A7",
-    "#F0E442",
-)
+BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+SKY, PURPLE, YELLOW = "#56B4E9", "#CC79A7", "#F0E442"
 # The last three mark errors in the overlays, so that they come last here.
 CLASS_COLOURS = (ORANGE, GREEN, BLUE, YELLOW, SKY, PURPLE, VERMILION)
 INK, MUTED, GRID = "#1F2933", "#6B7785", "#E3E7EB"
@@ -42,6 +37,16 @@ _REQUIRED = ("epoch", "train_loss")
 def class_colour(index: int) -> str:
     """Return the colour of the class at this position among the foreground classes."""
     return CLASS_COLOURS[index % len(CLASS_COLOURS)]
+
+
+def class_patches(classes: Iterable[str]) -> list[Any]:
+    """Return what a legend shows of each class."""
+    return [Patch(facecolor=class_colour(i), label=plain(name)) for i, name in enumerate(classes)]
+
+
+def legend_below(figure: Figure, handles: list[Any], *, columns: int, fontsize: float = 8, **more: Any) -> None:
+    """Give the figure a legend without a frame below its axes."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=fontsize, **more)
 
 
 def read_history(path: Path) -> History:
@@ -72,14 +77,8 @@ def curves(history: History) -> Figure:
     axes = figure.subplots(2, 2)
     epoch = history["epoch"]
     loss, dice, rate, seconds = axes.flat
-    _lines(
-        loss,
-        epoch,
-        [
-            ("training", history.get("train_loss"), BLUE, "-"),
-            ("validation", history.get("val_loss"), VERMILION, "--"),
-        ],
-    )
+    train, val = history.get("train_loss"), history.get("val_loss")
+    _lines(loss, epoch, [("training", train, BLUE, "-"), ("validation", val, VERMILION, "--")])
     _finish(loss, "Loss", "loss", legend=True)
 
     classes = [name for name in history if name.startswith("pseudo_dice/")]

@@ -14,7 +14,7 @@ from lightm.errors import InputError, did_you_mean
 from lightm.evaluation.evaluation import CaseRow, Evaluation, summarize
 from lightm.evaluation.metrics import case_metrics, resolve_tolerances
 from lightm.images.io import SUFFIXES, file_suffix, read_volume
-from lightm.images.volume import Volume, geometry_difference
+from lightm.images.volume import geometry_difference
 from lightm.options import Names, Options, PathText
 from lightm.progress import Progress
 
@@ -55,22 +55,20 @@ def evaluate_folder(
 
     `labels` holds one label file per case, `predictions` one file of the same name (its suffix may differ).
     Options, as an object or their fields as `more`: `cases` names the cases to score; `None` means every label,
-    "predicted" every prediction. `labels_map`
-    gives class names and values (background, value 0, is left out); without it they are read from the
-    `dataset.json` in `labels` or the folder above it, which also says which value to ignore. With `out`,
-    `metrics.json` and `metrics.csv` are written there, after the last case. Metrics are those of
-    `case_metrics`; intervals are percentile bootstraps over cases.
+    "predicted" every prediction. `labels_map` gives class names and values (background, value 0, is left out);
+    without it they are read from the `dataset.json` in `labels` or the folder above it, which also says which value
+    to ignore. With `out`, `metrics.json` and `metrics.csv` are written there, after the last case. Metrics are those
+    of `case_metrics`; intervals are percentile bootstraps over cases.
 
     Raises `InputError` naming the files for a case without prediction or label, for shapes or affines that
     differ, and for values that are no class. Holds one case in memory at a time.
     """
     chosen = EvaluateOptions.of(options, more, "evaluate")
-    bootstrap = chosen.bootstrap
     predictions, labels = Path(predictions), Path(labels)
     classes, ignore = _class_values(labels, chosen.labels_map, chosen.ignore_label)
     tolerances = resolve_tolerances(chosen.nsd_tolerance_mm, classes)
-    if bootstrap < 0:
-        raise InputError(f"bootstrap is {bootstrap}: expected a number of resamples, or 0 for no intervals")
+    if chosen.bootstrap < 0:
+        raise InputError(f"bootstrap is {chosen.bootstrap}: expected a number of resamples, or 0 for no intervals")
     pairs = _pair_files(predictions, labels, chosen.cases)
     rows: list[CaseRow] = []
     dims: dict[int, Path] = {}
@@ -78,17 +76,16 @@ def evaluate_folder(
         if progress is not None:
             progress("evaluating", done, len(pairs))
         pred, label = read_volume(pred_path, kind="label"), read_volume(label_path, kind="label")
-        _check_geometry(case, pred, pred_path, label, label_path)
+        if difference := geometry_difference(pred, label):
+            raise InputError(
+                f"case {case}: prediction {pred_path} and label {label_path} do not cover the same voxels: "
+                f"{difference}; write the prediction in the label's own geometry, as `lightm predict` does"
+            )
         _check_values(case, pred.data, pred_path, classes, None, "prediction")
         _check_values(case, label.data, label_path, classes, ignore, "label")
         dims.setdefault(label.data.ndim, label_path)
         metrics = case_metrics(
-            pred.data,
-            label.data,
-            label.spacing_mm,
-            classes,
-            ignore_label=ignore,
-            nsd_tolerance_mm=tolerances,
+            pred.data, label.data, label.spacing_mm, classes, ignore_label=ignore, nsd_tolerance_mm=tolerances
         )
         rows += [CaseRow(case=case, class_name=name, **m.model_dump()) for name, m in metrics.items()]
     if progress is not None:
@@ -102,7 +99,7 @@ def evaluate_folder(
         spatial_dims=2 if 2 in dims else 3,
         distance_unit="px" if pixels else "mm",
         nsd_tolerance_mm=tolerances,
-        bootstrap=bootstrap,
+        bootstrap=chosen.bootstrap,
         seed=chosen.seed,
     )
     if chosen.out is not None:
@@ -161,8 +158,8 @@ def _class_values(
     labels: Path, labels_map: Mapping[str, int] | None, ignore_label: int | None
 ) -> tuple[dict[str, int], int | None]:
     """Return foreground classes sorted by value and the value to ignore."""
-    given: Mapping[str, Any]
-    if labels_map is None:
+    given: Mapping[str, Any] | None = labels_map
+    if given is None:
         path = next((p for p in (labels / "dataset.json", labels.parent / "dataset.json") if p.is_file()), None)
         if path is None:
             raise InputError(
@@ -173,8 +170,6 @@ def _class_values(
         given = description.labels
         if ignore_label is None:
             ignore_label = description.ignore_label
-    else:
-        given = labels_map
     classes: dict[str, int] = {}
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -188,13 +183,6 @@ def _class_values(
     if len(set(classes.values())) < len(classes):
         raise InputError(f"labels_map: two classes have the same value: {classes}")
     return dict(sorted(classes.items(), key=lambda item: item[1])), ignore_label
-
-
-def _check_geometry(case: str, pred: Volume, pred_path: Path, label: Volume, label_path: Path) -> None:
-    where = f"case {case}: prediction {pred_path} and label {label_path}"
-    cure = "write the prediction in the label's own geometry, as `lightm predict` does"
-    if difference := geometry_difference(pred, label):
-        raise InputError(f"{where} do not cover the same voxels: {difference}; {cure}")
 
 
 def _check_values(

@@ -90,7 +90,11 @@ def case_metrics(
     kept = [axis for axis, size in enumerate(label.shape) if size > 1] or [0]
     shape = [label.shape[axis] for axis in kept]
     pred, label, spacing = pred.reshape(shape), label.reshape(shape), tuple(spacing[axis] for axis in kept)
-    pred, label = _crop(pred, label, [v for v in labels.values() if v != ignore_label])
+    # Most of a scan is background. Beyond the box there is no foreground, so its edge means "outside" just as the
+    # image's edge does.
+    values = [v for v in labels.values() if v != ignore_label]
+    box = bounding_box(np.isin(pred, values) | np.isin(label, values))
+    pred, label = pred[box], label[box]
     valid = None if ignore_label is None else label != ignore_label
     return {
         name: _class_metrics(pred == value, label == value, valid, spacing, tolerances[name], voxel_ml)
@@ -103,15 +107,12 @@ def resolve_tolerances(tolerance: float | Mapping[str, float], labels: Mapping[s
     if isinstance(tolerance, Mapping):
         for name in tolerance:
             if name not in labels:
-                raise InputError(
-                    f"NSD tolerance for '{name}', which is no class{did_you_mean(name, labels)}; "
-                    f"classes: {', '.join(labels)}"
-                )
+                near = did_you_mean(name, labels)
+                raise InputError(f"NSD tolerance for '{name}', which is no class{near}; classes: {', '.join(labels)}")
         if missing := [name for name in labels if name not in tolerance]:
             raise InputError(f"no NSD tolerance for {', '.join(missing)}: give one for each class, or one number")
-        resolved = {name: float(tolerance[name]) for name in labels}
-    else:
-        resolved = {name: float(tolerance) for name in labels}
+    each = tolerance if isinstance(tolerance, Mapping) else dict.fromkeys(labels, tolerance)
+    resolved = {name: float(each[name]) for name in labels}
     for name, value in resolved.items():
         if not (np.isfinite(value) and value >= 0):
             raise InputError(f"NSD tolerance of '{name}' is {value}: expected a number of millimetres >= 0")
@@ -128,8 +129,7 @@ def surface_distances(
     if not (a.any() and b.any()):
         raise InputError("surface distance to an empty mask does not exist; test for it before the call")
     scale = np.asarray(spacing_mm, dtype=np.float64)
-    points_a = np.argwhere(surface(a)) * scale
-    points_b = np.argwhere(surface(b)) * scale
+    points_a, points_b = np.argwhere(surface(a)) * scale, np.argwhere(surface(b)) * scale
     to_b, _ = cKDTree(points_b).query(points_a)
     to_a, _ = cKDTree(points_a).query(points_b)
     return to_b, to_a
@@ -175,13 +175,3 @@ def _class_metrics(
         nsd=within / (to_label.size + to_pred.size),
         **sizes,
     )
-
-
-def _crop(pred: NDArray[Any], label: NDArray[Any], values: Sequence[int]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Cut both arrays to the box around all classes: most of a scan is background."""
-    found = np.isin(pred, values) | np.isin(label, values)
-    if not found.any():
-        return pred, label
-    # Beyond a box there is no foreground, so its edge means "outside" just as the image's edge does.
-    box = bounding_box(found)
-    return pred[box], label[box]

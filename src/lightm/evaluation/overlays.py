@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -15,7 +16,16 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from skimage.measure import find_contours
 
-from lightm.evaluation.figures import INK, PURPLE, SKY, VERMILION, class_colour, new_figure, plain
+from lightm.evaluation.figures import (
+    INK,
+    PURPLE,
+    SKY,
+    VERMILION,
+    class_colour,
+    class_patches,
+    legend_below,
+    new_figure,
+)
 from lightm.labels import bounding_box
 
 # Radiological convention for a (Z, Y, X) array whose axes run to superior, anterior and right: the patient's
@@ -23,11 +33,7 @@ from lightm.labels import bounding_box
 PLANES = (("axial", 0, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 2, "APSI"))
 
 MISSED, SPURIOUS, WRONG_CLASS = VERMILION, SKY, PURPLE
-_ERRORS = (
-    (MISSED, "missed (label only)"),
-    (SPURIOUS, "spurious (prediction only)"),
-    (WRONG_CLASS, "wrong class"),
-)
+_ERRORS = ((MISSED, "missed (label only)"), (SPURIOUS, "spurious (prediction only)"), (WRONG_CLASS, "wrong class"))
 
 
 def best_slice(label: NDArray[Any], pred: NDArray[Any], values: Sequence[int], axis: int) -> int:
@@ -87,25 +93,12 @@ def overlay(
             for axes, anchor in zip(grid[:, column], "SN", strict=True):
                 axes.set_anchor(anchor)  # the two pictures of one slice belong together
                 _letters(axes, letters)
-    handles: list[Any] = [
-        Patch(facecolor=class_colour(i), label=plain(name)) for i, name in enumerate(list(classes)[:7])
+    handles = [
+        *class_patches(list(classes)[:7]),
+        *(Line2D([], [], color=INK, ls=style, label=kind) for kind, style in _BOTH),
+        *(Patch(facecolor=c, label=text) for c, text in _ERRORS if text != "wrong class" or len(classes) > 1),
     ]
-    handles += [
-        Line2D([], [], color=INK, label="label"),
-        Line2D([], [], color=INK, ls=(0, (2, 1.2)), label="prediction"),
-    ]
-    handles += [
-        Patch(facecolor=colour, label=text) for colour, text in _ERRORS if text != "wrong class" or len(classes) > 1
-    ]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(len(handles), 8),
-        frameon=False,
-        fontsize=8,
-        columnspacing=1.3,
-        handlelength=1.6,
-    )
+    legend_below(figure, handles, columns=min(len(handles), 8), columnspacing=1.3, handlelength=1.6)
     return figure
 
 
@@ -137,23 +130,17 @@ def overlay_prediction(
             _contours(axes, view, values, (("prediction", "-"),))
             if letters is not None:
                 _letters(axes, letters)
-    figure.legend(
-        handles=[Patch(facecolor=class_colour(i), label=plain(name)) for i, name in enumerate(classes)],
-        loc="outside lower center",
-        ncols=min(len(classes), 6),
-        frameon=False,
-        fontsize=8,
-    )
+    legend_below(figure, class_patches(classes), columns=min(len(classes), 6))
     return figure
 
 
-class _View:
+class _View(NamedTuple):
     """One slice as it is drawn: arrays with row 0 on top, and the size of a pixel."""
 
-    def __init__(
-        self, image: NDArray[Any], label: NDArray[Any], pred: NDArray[Any], spacing: tuple[float, float]
-    ) -> None:
-        self.image, self.label, self.pred, self.spacing = image, label, pred, spacing
+    image: NDArray[Any]
+    label: NDArray[Any]
+    pred: NDArray[Any]
+    spacing: tuple[float, float]
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
@@ -217,7 +204,9 @@ def _contours(axes: Axes, view: _View, values: Sequence[int], kinds: Sequence[tu
             ]
             if lines:
                 # Beside a label the prediction is lighter, alone it has the full colour.
-                colour = class_colour(i) if kind == kinds[0][0] else _lighter(class_colour(i))
+                colour: tuple[float, ...] = to_rgb(class_colour(i))
+                if kind != kinds[0][0]:
+                    colour = tuple(0.45 * channel + 0.55 for channel in colour)
                 axes.add_collection(
                     LineCollection(
                         lines,
@@ -231,16 +220,7 @@ def _contours(axes: Axes, view: _View, values: Sequence[int], kinds: Sequence[tu
                 )
 
 
-def _lighter(colour: str) -> tuple[float, float, float]:
-    from matplotlib.colors import to_rgb
-
-    red, green, blue = (0.45 * channel + 0.55 for channel in to_rgb(colour))
-    return red, green, blue
-
-
 def _differences(axes: Axes, view: _View, values: Sequence[int]) -> None:
-    from matplotlib.colors import to_rgba
-
     in_label, in_pred = np.isin(view.label, values), np.isin(view.pred, values)
     picture = np.zeros((*view.label.shape, 4))
     picture[in_label & in_pred] = (1.0, 1.0, 1.0, 0.28)
@@ -258,15 +238,12 @@ def _letters(axes: Axes, letters: str) -> None:
         (0.5, 0.02, "center", "bottom"),
     )
     for letter, (x, y, horizontal, vertical) in zip(letters, places, strict=True):
-        axes.text(
-            x,
-            y,
-            letter,
-            ha=horizontal,
-            va=vertical,
-            transform=axes.transAxes,
-            color="white",
-            fontsize=9,
-            fontweight="bold",
-            bbox={"facecolor": "black", "alpha": 0.55, "pad": 1.2, "edgecolor": "none"},
-        )
+        style: dict[str, Any] = {
+            "ha": horizontal,
+            "va": vertical,
+            "color": "white",
+            "fontsize": 9,
+            "fontweight": "bold",
+        }
+        box = {"facecolor": "black", "alpha": 0.55, "pad": 1.2, "edgecolor": "none"}
+        axes.text(x, y, letter, transform=axes.transAxes, bbox=box, **style)

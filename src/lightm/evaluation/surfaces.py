@@ -8,24 +8,16 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.measure import block_reduce, marching_cubes
 
-from lightm.evaluation.figures import MUTED, class_colour, new_figure, plain
+from lightm.evaluation.figures import MUTED, class_colour, class_patches, legend_below, new_figure
 from lightm.labels import bounding_box
 
 _MAX_VOXELS = 48  # per axis of the coarse grid: about 10,000 triangles, under two seconds to draw
 _LIGHT = np.array([-0.35, -0.75, 0.56])  # from the reader's upper left; unit length
-
-
-def surface_figure(
-    label: NDArray[Any], pred: NDArray[Any], spacing_mm: Sequence[float], classes: dict[str, int]
-) -> Figure:
-    """Draw label and prediction of one case, as `surfaces_figure` does."""
-    return surfaces_figure({"label": label, "prediction": pred}, spacing_mm, classes)
 
 
 def surfaces_figure(
@@ -75,15 +67,9 @@ def surfaces_figure(
         axes.set_axis_off()
         axes.set_title(title, fontsize=11 if columns == 2 else 8.5, fontweight="bold")
     size = " x ".join(f"{v:.0f}" for v in extent[::-1])
-    figure.legend(
-        handles=[Patch(facecolor=class_colour(i), label=plain(name)) for i, name in enumerate(list(classes)[:7])],
-        title=f"{size} mm (right-left, back-front, feet-head)",
-        loc="outside lower center",
-        ncols=7,
-        frameon=False,
-        fontsize=8.5,
-        title_fontsize=8.5,
-    )
+    title = f"{size} mm (right-left, back-front, feet-head)"
+    handles = class_patches(list(classes)[:7])
+    legend_below(figure, handles, columns=7, fontsize=8.5, title=title, title_fontsize=8.5)
     return figure
 
 

@@ -39,7 +39,8 @@ class RankSampler(EpochSampler):
 class PatchLoaders:
     """The batches of a run: training patches that depend on (seed, index) alone, and validation patches.
 
-    The plan's batch size is that of one rank. A batch is {"image": float32 (B, C, *patch), "label": int64 (B, *patch), "case": B ids}.
+    The batch size of the plan is that of one rank. A batch is {"image": float32 (B, C, *patch), "label": int64
+    (B, *patch), "case": B ids}.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a run records: run.json, and after each epoch a row of history.csv, scalars for TensorBoard, a line for the log."""
+"""What a run records: run.json, and of each epoch a row of history.csv, scalars for TensorBoard, a line in the log."""
 
 from __future__ import annotations
 

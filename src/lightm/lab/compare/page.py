@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightm import __version__
-from lightm.evaluation.html import duration, embed, render
+from lightm.evaluation.report import duration, embed, render
 from lightm.files import write_text
 from lightm.lab.compare.draw import write_figures
 from lightm.lab.compare.results import Comparison
