@@ -14,20 +14,11 @@ from typing import Annotated
 import typer
 
 from lightm import __version__
+from lightm.cli import exchange, lab, results, runs
 from lightm.cli.common import app, echo
 from lightm.errors import LightMError
 
-# the order of these imports is the order of the verbs in the help
-from lightm.cli import runs  # isort: skip
-from lightm.cli import results  # isort: skip
-from lightm.cli import compare  # isort: skip
-from lightm.cli import bench  # isort: skip
-from lightm.cli import weights  # isort: skip
-from lightm.cli import info  # isort: skip
-from lightm.cli import pack  # isort: skip
-from lightm.cli import convert  # isort: skip
-
-__all__ = ["app", "bench", "compare", "convert", "info", "main", "pack", "results", "runs", "weights"]
+__all__ = ["app", "exchange", "lab", "main", "results", "runs"]
 
 _state = {"debug": False}
 

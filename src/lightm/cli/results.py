@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,17 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from lightm.cli.common import Json, app, print_evaluation, progress_bar
-from lightm.cli.options import command
+import lightm
+from lightm.cli.common import Json, app, command, print_evaluation, print_json, progress_bar
 
 
-def _predict_options() -> Any:
-    from lightm.inference.folder import PredictOptions
-
-    return PredictOptions
-
-
-@command(_predict_options)
+@command("lightm:PredictOptions")
 def predict(
     inputs: Annotated[
         list[Path],
@@ -41,12 +34,10 @@ def predict(
 
     Example: lightm predict -i scans/ -o segmentations/ -m runs/hippocampus/model
     """
-    from lightm.api import predict as run
-
     with _prediction_progress() as progress:
-        paths = run(model, inputs, out, progress=progress, **given)
+        paths = lightm.predict(model, inputs, out, progress=progress, **given)
     if as_json:
-        typer.echo(json.dumps([str(path) for path in paths], indent=1))
+        print_json([str(path) for path in paths])
 
 
 @contextmanager
@@ -55,40 +46,23 @@ def _prediction_progress() -> Iterator[Callable[[str, int, int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()]
+    columns += [rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn()]
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         total, present = bars.add_task("cases", total=None), bars.add_task("windows", total=None)
 
         def show(what: str, done: int, count: int) -> None:
-            if what == "windows":
-                bars.update(present, completed=done, total=count)
-            else:
-                bars.update(total, completed=done, total=count)
+            bars.update(present if what == "windows" else total, completed=done, total=count)
+            if what != "windows":
                 bars.reset(present, total=None)
 
         yield show
 
 
-def _evaluate_options() -> Any:
-    from lightm.evaluation.folder import EvaluateOptions
-
-    return EvaluateOptions
-
-
-@command(_evaluate_options)
+@command("lightm:EvaluateOptions")
 def evaluate(
     target: Annotated[Path, typer.Argument(help="Run folder, or a folder of predicted label maps.")],
     labels: Annotated[Path | None, typer.Option(help="Folder of true labels, when TARGET is no run.")] = None,
@@ -100,10 +74,8 @@ def evaluate(
 
     Example: lightm evaluate segmentations/ --labels data/Dataset004_Hippocampus/labelsTr -o scores/
     """
-    from lightm.api import evaluate as run
-
     with progress_bar() as progress:
-        result = run(target, labels, progress=progress, **given)
+        result = lightm.evaluate(target, labels, progress=progress, **given)
     print_evaluation(result, as_json)
 
 
@@ -116,8 +88,5 @@ def report(
 
     Example: lightm report runs/hippocampus
     """
-    from lightm.api import report as write
-
     with progress_bar() as progress:
-        path = write(run, out=out, progress=progress)
-    typer.echo(str(path))
+        typer.echo(str(lightm.report(run, out=out, progress=progress)))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lightm.cli.common import Dataset, Json, Labels, Out, app, echo, print_run, progress_bar
-from lightm.cli.options import command
+import lightm
+from lightm.cli.common import Dataset, Json, Labels, Out, app, command, echo, print_json, print_run, progress_bar
 from lightm.errors import InputError
 
 
@@ -46,10 +45,8 @@ def phantoms(
 
     Example: lightm phantoms liver data/Dataset900_Liver --cases 24 --size 64 --seed 1
     """
-    from lightm.api import phantoms as run
-
     with progress_bar() as progress:
-        folder = run(kind, out, cases=cases, size=size, seed=seed, progress=progress)
+        folder = lightm.phantoms(kind, out, cases=cases, size=size, seed=seed, progress=progress)
     echo(f"{cases} {kind} phantoms in {folder}")
 
 
@@ -59,10 +56,8 @@ def check(dataset: Dataset, labels: Labels = None, as_json: Json = False) -> Non
 
     Example: lightm check data/Dataset004_Hippocampus
     """
-    from lightm.api import check as run
-
     with progress_bar() as progress:
-        result = run(dataset, labels=labels, progress=progress)
+        result = lightm.check(dataset, labels=labels, progress=progress)
     if as_json:
         problems = [
             {
@@ -74,7 +69,7 @@ def check(dataset: Dataset, labels: Labels = None, as_json: Json = False) -> Non
             }
             for p in result.problems
         ]
-        typer.echo(json.dumps({"ok": result.ok, "problems": problems, "summary": result.summary}, indent=1))
+        print_json({"ok": result.ok, "problems": problems, "summary": result.summary})
     else:
         for problem in result.problems:
             typer.echo(f"{problem.severity}: {problem}")
@@ -84,33 +79,19 @@ def check(dataset: Dataset, labels: Labels = None, as_json: Json = False) -> Non
         raise typer.Exit(InputError.exit_code)
 
 
-def _plan_options() -> Any:
-    from lightm.api import PlanOptions
-
-    return PlanOptions
-
-
-@command(_plan_options)
+@command("lightm.api:PlanOptions")
 def plan(dataset: Dataset, out: Out = None, as_json: Json = False, *, given: dict[str, Any]) -> None:
     """Look at a data set and write its plan: spacing, patch, batch, normalization.
 
     Example: lightm plan data/Dataset004_Hippocampus -o plan.yaml
     """
-    from lightm.api import plan as run
-
     with progress_bar() as progress:
-        made = run(dataset, out=out, progress=progress, **given)
+        made = lightm.plan(dataset, out=out, progress=progress, **given)
     path = Path(dataset) / "plan.yaml" if out is None else out
     typer.echo(made.model_dump_json(indent=1) if as_json else f"{path}\n{path.read_text(encoding='utf-8')}")
 
 
-def _train_options() -> Any:
-    from lightm.training.config import TrainConfig
-
-    return TrainConfig
-
-
-@command(_train_options)
+@command("lightm:TrainConfig")
 def train(
     dataset: Annotated[Path | None, typer.Argument(help="Data set; not needed with --resume.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/DATASET-NETWORK.")] = None,
@@ -125,31 +106,26 @@ def train(
     Example: lightm train data/Dataset004_Hippocampus -o runs/hippocampus --max-time 15m
     """
     if resume is not None:
-        wrong = sorted(set(given) - set(_resume_options().model_fields))
+        from lightm.training.run import ResumeOptions
+
+        can_change = ResumeOptions.model_fields
+        wrong = sorted(set(given) - set(can_change))
         wrong += [n for n, v in (("DATASET", dataset), ("out", out), ("config", config)) if v is not None]
         if wrong:
             raise InputError(
                 f"--resume continues a run as it was started; {', '.join(wrong)} cannot change. Only "
-                f"{', '.join(_resume_options().model_fields)} can"
+                f"{', '.join(can_change)} can"
             )
         _resume(resume, given, as_json)
         return
     if dataset is None:
         raise InputError("no data set: `lightm train DATASET`, or `lightm resume RUN`")
-    from lightm.pipeline import train as run
-
     with progress_bar() as progress:
-        result = run(dataset, out, config=config, progress=progress, **given)
+        result = lightm.train(dataset, out, config=config, progress=progress, **given)
     print_run(result, as_json=as_json)
 
 
-def _resume_options() -> Any:
-    from lightm.training.run import ResumeOptions
-
-    return ResumeOptions
-
-
-@command(_resume_options)
+@command("lightm.training.run:ResumeOptions")
 def resume(
     run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Json = False, *, given: dict[str, Any]
 ) -> None:
@@ -161,8 +137,6 @@ def resume(
 
 
 def _resume(run_dir: Path, given: dict[str, Any], as_json: bool) -> None:
-    from lightm.pipeline import resume as run
-
     with progress_bar() as progress:
-        result = run(run_dir, progress=progress, **given)
+        result = lightm.resume(run_dir, progress=progress, **given)
     print_run(result, as_json=as_json)
