@@ -144,6 +144,9 @@ def plan(
     return made
 
 
+_LOADING = ("device", "overlap", "tta", "window", "postprocess", "max_memory")
+
+
 def load(model: Path | str, *, network: nn.Module | None = None, **options: Any) -> Predictor:
     """Return a model ready to segment: `predictor("scan.nii.gz")` is a label map, `predictor.network` the module.
 
@@ -160,9 +163,8 @@ def load(model: Path | str, *, network: nn.Module | None = None, **options: Any)
     (32, 32)
     """
     chosen = PredictOptions.of(None, options, "load")
-    loading = ("device", "overlap", "tta", "window", "postprocess", "max_memory")
-    if wrong := sorted(chosen.model_fields_set.difference(loading)):
-        raise InputError(f"load: {', '.join(wrong)} belong to lightm.predict; expected some of {', '.join(loading)}")
+    if wrong := sorted(chosen.model_fields_set.difference(_LOADING)):
+        raise InputError(f"load: {', '.join(wrong)} belong to lightm.predict; expected some of {', '.join(_LOADING)}")
     return load_predictor(model, chosen, network)
 
 
@@ -195,15 +197,10 @@ def predict(
         from lightm.interchange.dicom_seg import seg_writer_of_model
 
         if not isinstance(model, Predictor):
-            model, chosen = load_predictor(model, chosen), _outputs(chosen)
+            model = load_predictor(model, chosen)
+            chosen = PredictOptions(**chosen.model_dump(exclude_unset=True, exclude=set(_LOADING)))
         writer = seg_writer_of_model(model)
     return predict_folder(model, inputs, out, options=chosen, progress=progress, extra_writer=writer)
-
-
-def _outputs(options: PredictOptions) -> PredictOptions:
-    """The options without those that went into a Predictor."""
-    gone = ("device", "overlap", "tta", "window", "postprocess", "max_memory")
-    return PredictOptions(**{k: v for k, v in options.model_dump(exclude_unset=True).items() if k not in gone})
 
 
 def evaluate(
@@ -229,9 +226,7 @@ def evaluate(
     if labels is not None:
         return evaluate_folder(predictions, labels, options=chosen, progress=progress)
     if wrong := sorted(chosen.model_fields_set - {"nsd_tolerance_mm"}):
-        raise InputError(
-            f"{', '.join(wrong)}: for a folder of label maps alone; give it and its labels, or a run alone"
-        )
+        raise InputError(f"{', '.join(wrong)}: only for a folder of label maps; give it and its labels, or a run alone")
     tolerance = chosen.nsd_tolerance_mm
     if isinstance(tolerance, dict):
         raise InputError("nsd_tolerance_mm: one number for a run; tolerances per class need label maps and labels")
@@ -279,16 +274,8 @@ def compare(
 
     if isinstance(experiment, str | Path) and Path(experiment).is_dir():
         experiment, out = Path(experiment) / "experiment.yaml", experiment if out is None else out
-    return compare_experiment(
-        experiment,
-        out,
-        dataset=dataset,
-        jobs=jobs,
-        total_time=total_time,
-        retry=retry,
-        progress=progress,
-        say=_log.info,
-    )
+    asked: dict[str, Any] = {"dataset": dataset, "jobs": jobs, "total_time": total_time, "retry": retry}
+    return compare_experiment(experiment, out, **asked, progress=progress, say=_log.info)
 
 
 def convert(
@@ -384,14 +371,8 @@ def info(
     """
     from lightm.lab.complexity import account
 
-    return account(
-        network,
-        spatial=spatial,
-        in_channels=in_channels,
-        out_channels=out_channels,
-        options=options,
-        latency=latency,
-    )
+    image: dict[str, Any] = {"spatial": spatial, "in_channels": in_channels, "out_channels": out_channels}
+    return account(network, **image, options=options, latency=latency)
 
 
 def bench(what: str = "network", *, progress: Progress | None = None, **options: Any) -> list[Row]:
@@ -408,9 +389,7 @@ def bench(what: str = "network", *, progress: Progress | None = None, **options:
     chosen = BenchOptions.of(None, options, "bench")
     from lightm.lab.bench import run
 
-    arguments = chosen.model_dump(exclude={"threads"})
-    if chosen.sizes is None:
-        del arguments["sizes"]
+    arguments = chosen.model_dump(exclude={"threads", "sizes"} if chosen.sizes is None else {"threads"})
     if chosen.threads is not None:
         import torch
 

@@ -13,8 +13,8 @@ def resolve_device(name: str | torch.device) -> torch.device:
     """Return the device of that name; PyTorch can use it on this machine.
 
     name: "cpu"; "cuda" or "cuda:1", an NVIDIA or ROCm GPU; "mps", an Apple GPU; "gpu", whichever of the two there is;
-    "auto", a CUDA device if there is one, else the CPU.
-    Raises InputError for an unknown name and for a device that this machine or this build of PyTorch does not have.
+    "auto", a CUDA device if there is one, else the CPU. Raises InputError for an unknown name, and for a device that
+    this machine or this build of PyTorch does not have.
 
     >>> resolve_device("cpu")
     device(type='cpu')

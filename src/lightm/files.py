@@ -21,8 +21,8 @@ from lightm.errors import InputError, LightMError
 def replacing(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it is synced and renamed to `path`, else removed.
 
-    Missing folders are made; the folder is synced too where the platform can, so that the new name outlives a loss of
-    power. Raises LightMError, naming the file, when the disk refuses.
+    Missing folders are made; the folder is synced too where possible, so that the new name outlives a loss of power.
+    Raises LightMError, naming the file, when the disk refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -113,11 +113,10 @@ _YOUNG_S = 10.0
 def locked_folder(folder: Path | str, work: str) -> Iterator[None]:
     """Hold `folder`, made if missing, for this process: another LightM process that wants it is refused meanwhile.
 
-    The lock is the file `.lightm.lock` with process id, host, start of the process and `work` ("training"), made in
-    one exclusive step on every platform and removed at the end. One whose process on this host is gone is taken over;
-    whether a process of another host still lives cannot be told, so its lock stands until it is deleted by hand.
-    Raises InputError, naming the holder, while another process (or another thread) holds it; LightMError when the disk
-    refuses.
+    The lock is the file `.lightm.lock` with process id, host, start of the process and `work` ("training"), created
+    exclusively and removed at the end. One whose process on this host is gone is taken over; that of another host,
+    whose process cannot be checked, stands until it is deleted by hand. Raises InputError, naming the holder, while
+    another process (or another thread) holds it; LightMError when the disk refuses.
     """
     path = Path(folder) / LOCK
     mine = json.dumps({"pid": os.getpid(), "host": platform.node(), "start": _start(os.getpid()), "work": work,
@@ -190,9 +189,7 @@ def _lives(path: Path, held: str) -> bool:
             return time.time() - path.stat().st_mtime < _YOUNG_S
         except OSError:
             return True
-    if host != platform.node():
-        return True
-    return _alive(pid) and start in ("", _start(pid))
+    return host != platform.node() or (_alive(pid) and start in ("", _start(pid)))
 
 
 def _refusal(path: Path, held: str) -> str:
@@ -217,18 +214,14 @@ def _start(pid: int) -> str:
 
 
 def _alive(pid: int) -> bool:
-    if os.name == "nt":
-        return _alive_on_windows(pid)
-    try:
-        os.kill(pid, 0)  # asks, sends nothing
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
+    if os.name != "nt":
+        try:
+            os.kill(pid, 0)  # asks, sends nothing
+        except ProcessLookupError:
+            return False
+        except (PermissionError, OverflowError):
+            return True
         return True
-    return True
-
-
-def _alive_on_windows(pid: int) -> bool:
     import ctypes
 
     windows: Any = ctypes  # its Windows parts are unknown to type checkers elsewhere

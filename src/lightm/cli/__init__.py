@@ -14,11 +14,11 @@ from typing import Annotated
 import typer
 
 from lightm import __version__
-from lightm.cli import exchange, lab, results, runs
+from lightm.cli import exchange, lab, workflow
 from lightm.cli.common import app, echo
 from lightm.errors import LightMError
 
-__all__ = ["app", "exchange", "lab", "main", "results", "runs"]
+__all__ = ["app", "exchange", "lab", "main", "workflow"]
 
 _state = {"debug": False}
 
@@ -55,9 +55,7 @@ class _Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = self.format(record)
-            prefix = "lightm: warning: " if record.levelno >= logging.WARNING else ""
-            echo(prefix + text)
+            echo(("lightm: warning: " if record.levelno >= logging.WARNING else "") + self.format(record))
         except Exception:
             self.handleError(record)
 

@@ -10,7 +10,6 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 import typer
@@ -48,11 +47,6 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Dataset = Annotated[
-    Path, typer.Argument(help="Data set: nnU-Net raw or MSD layout, or a folder of images (then with --labels).")
-]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="File; default DATASET/plan.yaml.")]
-Labels = Annotated[Path | None, typer.Option(help="Folder of labels, when DATASET is a folder of images.")]
 
 
 def echo(text: str) -> None:

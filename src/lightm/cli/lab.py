@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -173,12 +174,11 @@ def _name_and_sizes(words: list[str], spatial: str | None) -> tuple[list[str], t
     numbers = [word for word in words if word.isdigit()]
     if numbers and spatial is None:
         raise InputError(f"{' '.join(numbers)}: sizes are given as --spatial {' '.join(numbers)}")
+    given = re.split("[x, ]", " ".join([spatial or "128,128,128", *numbers]))
     try:
-        given = " ".join([spatial or "128,128,128", *numbers]).replace("x", ",").replace(" ", ",")
-        shape = [int(part) for part in given.split(",") if part]
+        return [word for word in words if not word.isdigit()], tuple(int(part) for part in given if part)
     except ValueError as error:
         raise InputError(f"spatial size '{spatial}': write whole numbers, as --spatial 128 128 128") from error
-    return [word for word in words if not word.isdigit()], tuple(shape)
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -37,8 +37,8 @@ class CaseRow(ClassMetrics):
 class Statistic(_Strict):
     """Centre and spread of one metric over the `n` cases in which it is defined.
 
-    `low` and `high` bound the 95% bootstrap interval of the mean (percentile method, cases resampled); they
-    are `None` for fewer than two cases, and so is `sd` (with n - 1 in the denominator).
+    `low` and `high` bound the 95% bootstrap interval of the mean (percentile method, cases resampled); they are `None`
+    for fewer than two cases, and so is `sd` (with n - 1 in the denominator).
     """
 
     n: int
@@ -52,8 +52,7 @@ class Statistic(_Strict):
 class ClassSummary(_Strict):
     """All metrics of one class over all cases, and in how many cases it had which status.
 
-    HD95 is undefined in missed and spurious cases and all four are in absent ones: each statistic's `n` says
-    over how many cases it was taken.
+    HD95 is undefined in missed and spurious cases, and all four in absent ones: see each statistic's `n`.
     """
 
     class_name: str
@@ -134,7 +133,7 @@ def summarize(
 ) -> Evaluation:
     """Summarise rows per class and over classes; every interval comes from the same resampled cases.
 
-    `bootstrap` is the number of resamples; 0 leaves the intervals out. Equal seeds give equal intervals.
+    `bootstrap`: resamples; 0 leaves the intervals out. Equal seeds give equal intervals.
     """
     cases = list(dict.fromkeys(row.case for row in rows))
     weights = bootstrap_weights(len(cases), bootstrap, seed)
@@ -195,10 +194,9 @@ def format_statistic(statistic: Statistic, digits: int = 3) -> str:
     """Return `mean [low, high]`, without the interval where there is none, or a dash."""
     if statistic.mean is None:
         return "–"
-    text = f"{statistic.mean:.{digits}f}"
-    if statistic.low is None or statistic.high is None:
-        return text
-    return f"{text} [{statistic.low:.{digits}f}, {statistic.high:.{digits}f}]"
+    known = statistic.low is not None and statistic.high is not None
+    interval = f" [{statistic.low:.{digits}f}, {statistic.high:.{digits}f}]" if known else ""
+    return f"{statistic.mean:.{digits}f}{interval}"
 
 
 def as_number(value: float | None) -> float:
@@ -231,13 +229,10 @@ def row_means(table: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def statistic_of(values: NDArray[np.float64], draws: NDArray[np.float64], *, several: bool | None = None) -> Statistic:
-    values = values[np.isfinite(values)]
-    draws = draws[np.isfinite(draws)]
-    if several is None:
-        several = values.size > 1
+    values, draws = values[np.isfinite(values)], draws[np.isfinite(draws)]
     low = high = None
     # One case resampled is always itself: an interval of width zero would claim a certainty nobody has.
-    if several and values.size and draws.size:
+    if (values.size > 1 if several is None else several) and values.size and draws.size:
         low, high = (float(v) for v in np.percentile(draws, [2.5, 97.5]))
     return Statistic(
         n=int(values.size),

@@ -82,12 +82,9 @@ def curves(history: History) -> Figure:
     _finish(loss, "Loss", "loss", legend=True)
 
     classes = [name for name in history if name.startswith("pseudo_dice/")]
-    lines: list[tuple[str, Sequence[float] | None, str, str]] = [
-        (name.split("/", 1)[1], history[name], class_colour(i), ":")
-        for i, name in enumerate(classes if 1 < len(classes) <= 6 else [])
-    ]
-    lines.append(("mean", history.get("pseudo_dice"), MUTED, "-"))
-    _lines(dice, epoch, lines, width=1.0)
+    shown = classes if 1 < len(classes) <= 6 else []
+    lines = [(name.split("/", 1)[1], history[name], class_colour(i), ":") for i, name in enumerate(shown)]
+    _lines(dice, epoch, [*lines, ("mean", history.get("pseudo_dice"), MUTED, "-")], width=1.0)
     _lines(dice, epoch, [("moving average", history.get("pseudo_dice_ema"), INK, "-")], width=2.2)
     _finish(dice, "Pseudo Dice on validation patches", "Dice", legend=True)
     dice.set_ylim(0, 1)
@@ -116,18 +113,13 @@ def case_strip(evaluation: Evaluation) -> Figure:
             axes.text(0.5, position, "absent in every case", ha="center", va="center", color=MUTED)
             continue
         colour = class_colour(position)
-        axes.boxplot(
-            values,
-            positions=[position],
-            orientation="horizontal",
-            widths=0.5,
-            showfliers=False,
-            patch_artist=True,
-            boxprops={"facecolor": colour, "alpha": 0.25, "edgecolor": colour},
-            medianprops={"color": INK, "linewidth": 2},
-            whiskerprops={"color": colour},
-            capprops={"color": colour},
-        )
+        style: dict[str, Any] = {
+            "boxprops": {"facecolor": colour, "alpha": 0.25, "edgecolor": colour},
+            "medianprops": {"color": INK, "linewidth": 2},
+            **{part: {"color": colour} for part in ("whiskerprops", "capprops")},
+        }
+        box: dict[str, Any] = {"orientation": "horizontal", "widths": 0.5, "showfliers": False, "patch_artist": True}
+        axes.boxplot(values, positions=[position], **box, **style)
         jitter = position + random.uniform(-0.16, 0.16, values.size)
         found = np.array([row.status == "present" for row in rows])
         axes.scatter(values[found], jitter[found], s=20, color=colour, edgecolor=INK, linewidth=0.4, zorder=3)
@@ -164,13 +156,10 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _lines(
-    axes: Axes,
-    epoch: Sequence[float],
-    series: Sequence[tuple[str, Sequence[float] | None, str, str]],
-    *,
-    width: float = 1.6,
-) -> None:
+_Series = tuple[str, Sequence[float] | None, str, str]  # name, values, colour, line
+
+
+def _lines(axes: Axes, epoch: Sequence[float], series: Sequence[_Series], *, width: float = 1.6) -> None:
     for name, values, colour, style in series:
         if values is None:
             continue

@@ -92,12 +92,11 @@ def evaluate_folder(
         progress("evaluating", len(pairs), len(pairs))
     if len(dims) > 1:
         raise InputError(f"2D and 3D labels in one folder: {dims[2]} and {dims[3]}; evaluate them separately")
-    pixels = all(label.suffix.lower() == ".png" for _, label in pairs.values())
     evaluation = summarize(
         rows,
         classes,
         spatial_dims=2 if 2 in dims else 3,
-        distance_unit="px" if pixels else "mm",
+        distance_unit="px" if all(label.suffix.lower() == ".png" for _, label in pairs.values()) else "mm",
         nsd_tolerance_mm=tolerances,
         bootstrap=chosen.bootstrap,
         seed=chosen.seed,
@@ -134,14 +133,10 @@ def _pair_files(
         raise InputError(f"{labels}: holds no label file{hint}")
     if not predicted:
         raise InputError(f"{predictions}: holds no prediction; write some with `lightm predict`")
-    if cases is None:
-        wanted = sorted(set(labelled) | set(predicted))
-    elif cases == "predicted":
-        wanted = sorted(predicted)
-    else:
-        wanted = sorted(set(cases))
-        if not wanted:
-            raise InputError("no case to evaluate: the list of cases is empty")
+    every = {*labelled, *predicted} if cases is None else predicted if cases == "predicted" else cases
+    wanted = sorted(set(every))
+    if not wanted:
+        raise InputError("no case to evaluate: the list of cases is empty")
     if missing := [case for case in wanted if case not in predicted]:
         subset = '; to score the predicted ones only, pass cases="predicted"' if cases is None else ""
         near = did_you_mean(missing[0], predicted) if cases is not None else ""
@@ -197,6 +192,5 @@ def _check_values(
         )
 
 
-def _list(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -55,24 +55,23 @@ def case_metrics(
 ) -> dict[str, ClassMetrics]:
     """Return DSC, IoU, HD95, NSD, volumes and status of every class of one case.
 
-    DSC = 2|P & G| / (|P| + |G|) and IoU = |P & G| / |P | G|. The surface of a mask is its voxels with at
-    least one face neighbour outside the mask; beyond the image's edge counts as outside; an axis along which
-    the image holds one voxel only is left out. With A = {d(x, dG) : x in dP} and B = {d(x, dP) : x in dG}:
+    DSC = 2|P & G| / (|P| + |G|) and IoU = |P & G| / |P | G|. The surface of a mask is its voxels with at least one
+    face neighbour outside the mask; beyond the image's edge counts as outside; an axis along which the image holds
+    one voxel only is left out. With A = {d(x, dG) : x in dP} and B = {d(x, dP) : x in dG}:
 
         HD95 = max(percentile(A, 95), percentile(B, 95))           (linear interpolation between ranks)
         NSD  = (#{a in A : a <= t} + #{b in B : b <= t}) / (|A| + |B|)
 
-    HD95 takes the larger of the two directed percentiles, as MONAI and most challenges do; pooling both
-    directions first gives smaller numbers. NSD (Nikolov et al., arXiv 1809.04430) counts surface voxels and
-    does not weigh them by their area. A class in neither array has all four `None` and status "absent"; a
-    class in one of them only has DSC, IoU and NSD 0 and HD95 `None`, as no distance to an empty surface
-    exists.
+    HD95 takes the larger of the two directed percentiles, as MONAI and most challenges do; pooling both directions
+    first gives smaller numbers. NSD (Nikolov et al., arXiv 1809.04430) counts surface voxels, whatever their area. A
+    class in neither array has all four `None` and status "absent"; a class in only one of them has DSC, IoU and NSD 0
+    and HD95 `None`, as no distance to an empty surface exists.
 
-    `pred` and `label` are integer arrays (Z, Y, X) or (Y, X) of label values; `spacing_mm` follows their
-    axes; `labels` names the foreground values; `nsd_tolerance_mm` is t, one for all classes or one each.
-    Voxels whose label is `ignore_label` count in neither array. Raises `InputError` for shapes, spacings or
-    tolerances that do not fit. Cost: per class one erosion of its bounding box and two nearest-neighbour
-    queries over its surface, O(S log S) for S surface voxels.
+    `pred` and `label` are integer arrays (Z, Y, X) or (Y, X) of label values; `spacing_mm` follows their axes; `labels`
+    names the foreground values; `nsd_tolerance_mm` is t, one for all classes or one each. Voxels whose label is
+    `ignore_label` count in neither array. Raises `InputError` for shapes, spacings or tolerances that do not fit.
+    Cost: per class one erosion of its bounding box and two nearest-neighbour queries over its surface, O(S log S) for
+    S surface voxels.
     """
     if pred.shape != label.shape or label.ndim not in (2, 3):
         raise InputError(
@@ -152,12 +151,10 @@ def _class_metrics(
     if valid is not None:
         pred, label = pred & valid, label & valid
     common, n_pred, n_label = overlap_counts(pred, label)
-    sizes: dict[str, Any] = {
-        "voxels_label": n_label,
-        "voxels_pred": n_pred,
-        "volume_label_ml": None if voxel_ml is None else n_label * voxel_ml,
-        "volume_pred_ml": None if voxel_ml is None else n_pred * voxel_ml,
-    }
+    sizes: dict[str, Any] = {"volume_label_ml": None, "volume_pred_ml": None}
+    if voxel_ml is not None:
+        sizes = {"volume_label_ml": n_label * voxel_ml, "volume_pred_ml": n_pred * voxel_ml}
+    sizes.update(voxels_label=n_label, voxels_pred=n_pred)
     if not n_pred and not n_label:
         return ClassMetrics(status="absent", dsc=None, iou=None, hd95_mm=None, nsd=None, **sizes)
     if not n_pred or not n_label:

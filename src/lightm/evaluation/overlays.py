@@ -16,16 +16,7 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from skimage.measure import find_contours
 
-from lightm.evaluation.figures import (
-    INK,
-    PURPLE,
-    SKY,
-    VERMILION,
-    class_colour,
-    class_patches,
-    legend_below,
-    new_figure,
-)
+from lightm.evaluation.figures import INK, PURPLE, SKY, VERMILION, class_colour, class_patches, legend_below, new_figure
 from lightm.labels import bounding_box
 
 # Radiological convention for a (Z, Y, X) array whose axes run to superior, anterior and right: the patient's
@@ -37,10 +28,10 @@ _ERRORS = ((MISSED, "missed (label only)"), (SPURIOUS, "spurious (prediction onl
 
 
 def best_slice(label: NDArray[Any], pred: NDArray[Any], values: Sequence[int], axis: int) -> int:
-    """Return the slice across `axis` with the largest area of label and prediction together.
+    """Return the slice across `axis` with the largest area of label and prediction, the middle one without foreground.
 
-    Areas are summed over classes as fractions of each class's largest slice, so that a tumour counts as much
-    as the organ around it. The middle slice when there is no foreground at all.
+    Areas are summed over classes as fractions of each class's largest slice, so that a tumour counts as much as the
+    organ around it.
     """
     others = tuple(i for i in range(label.ndim) if i != axis)
     arrays = (label,) if pred is label else (label, pred)
@@ -61,11 +52,11 @@ def overlay(
     *,
     window: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw a case: one column a plane in 3D (axial, coronal, sagittal), one row in 2D.
+    """Draw a case: one column per plane in 3D (axial, coronal, sagittal), one row in 2D.
 
     All arrays have one shape: (Z, Y, X) in closest-RAS orientation, or (Y, X) as stored. Slices are those of
-    `best_slice`, cut to the structures with a margin, at the aspect of `spacing_mm`. `window` is the shown
-    range of intensities (default: percentiles 1 and 99 of what is shown).
+    `best_slice`, cut to the structures with a margin, at the aspect of `spacing_mm`. `window` is the shown range of
+    intensities (default: percentiles 1 and 99 of what is shown).
     """
     values = list(classes.values())
     if label.ndim == 2:
@@ -103,16 +94,13 @@ def overlay(
 
 
 def overlay_prediction(
-    slices: Sequence[tuple[str, NDArray[Any], NDArray[Any], tuple[float, float]]],
-    classes: dict[str, int],
-    *,
-    window: tuple[float, float] | None = None,
+    slices: Sequence[tuple[str, NDArray[Any], NDArray[Any], tuple[float, float]]], classes: dict[str, int]
 ) -> Figure:
     """Draw a prediction that has no label to compare it with: each slice whole above, cut to its structures below.
 
     slices: (title, image, pred, spacing_mm) with arrays (rows, columns). Titles that start with the name of a plane of
     PLANES are slices across its axis of a closest-RAS volume: they are turned upright and get the plane's letters;
-    others are drawn as stored. classes, window: as in `overlay`. Memory: that of the slices, in float64.
+    others are drawn as stored. classes: as in `overlay`. Memory: that of the slices, in float64.
     """
     values = list(classes.values())
     figure = new_figure(3.2 * max(2, len(slices)), 6.9)
@@ -126,7 +114,7 @@ def overlay_prediction(
             (grid[0, column], _View(image, pred, pred, spacing), title),
             (grid[1, column], close, "close-up" if np.isin(pred, values).any() else "nothing found here"),
         ):
-            _show(axes, view, window, heading)
+            _show(axes, view, None, heading)
             _contours(axes, view, values, (("prediction", "-"),))
             if letters is not None:
                 _letters(axes, letters)

@@ -23,12 +23,10 @@ from lightm.progress import Progress
 def write_report(run_dir: Path, *, out: Path | None = None, progress: Progress | None = None) -> Path:
     """Write a run's report as one self-contained HTML file and return its path (`run_dir/report.html`).
 
-    It holds the key numbers with intervals, per-class and per-case tables, training curves, the worst, median
-    and best case (by mean DSC over classes) as overlays and surfaces, and all that is needed to repeat the run.
-    A part of the run that is missing is named as missing. Images are embedded; no script, no outside address.
-
-    Raises `InputError` for a folder that is no run and for parts that cannot be read. Takes a few seconds and
-    the memory of one case.
+    It holds the key numbers with intervals, per-class and per-case tables, training curves, the worst, median and best
+    case (by mean DSC over classes) as overlays and surfaces, and all that is needed to repeat the run. Missing parts
+    are named. Images are embedded; no script, no outside address. Raises `InputError` for a folder that is no run and
+    for parts that cannot be read. Takes a few seconds and the memory of one case.
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
@@ -49,6 +47,7 @@ def write_report(run_dir: Path, *, out: Path | None = None, progress: Progress |
         step("per-case plot")
         figures["strip"] = embed(case_strip(run.evaluation))
     shown, problem = _cases(run, step)
+    documents = [run_dir / name for name in ("config.yaml", "plan.yaml", "split.json")]
     unit = "mm" if run.evaluation is None else run.evaluation.distance_unit
     html = render(
         "report.html.j2",
@@ -60,12 +59,12 @@ def write_report(run_dir: Path, *, out: Path | None = None, progress: Progress |
         name=run_dir.resolve().name,
         evaluation=run.evaluation,
         key_numbers=_key_numbers(run),
-        table=_case_table(run.evaluation) if run.evaluation else [],
+        table=_case_table(run.evaluation),
         figures=figures,
         shown=shown,
         cases_problem=problem,
         facts=_facts(run),
-        documents=_documents(run),
+        documents=[(path.name, path.read_text(encoding="utf-8")) for path in documents if path.is_file()],
     )
     target = Path(out) if out is not None else run_dir / "report.html"
     write_text(target, html)
@@ -77,13 +76,10 @@ def write_report(run_dir: Path, *, out: Path | None = None, progress: Progress |
 def representative_cases(evaluation: Evaluation) -> list[tuple[str, str, float]]:
     """Return (what, case, mean DSC) of the worst, median and best case; fewer when there are fewer cases."""
     ranked = sorted(evaluation.case_dsc().items(), key=lambda item: (item[1], item[0]))
-    if not ranked:
-        return []
-    places = {"worst": 0, "median": (len(ranked) - 1) // 2, "best": len(ranked) - 1}
-    if len(ranked) == 1:
-        places = {"only": 0}
-    elif len(ranked) == 2:
-        places = {"worst": 0, "best": 1}
+    count = len(ranked)
+    places = {"worst": 0, "median": (count - 1) // 2, "best": count - 1}
+    if count < 3:
+        places = ({}, {"only": 0}, {"worst": 0, "best": 1})[count]
     return [(what, *ranked[index]) for what, index in places.items()]
 
 
@@ -124,7 +120,6 @@ def _key_numbers(run: RunFolder) -> list[dict[str, str]]:
         cards.append({"title": title, "value": value, "note": note, "small": small})
 
     if run.evaluation is not None:
-        overall = run.evaluation.overall
         several = len(run.evaluation.classes) > 1
         over = "mean over classes" if several else run.evaluation.classes[0].class_name
         unit = "pixels" if run.evaluation.distance_unit == "px" else "mm"
@@ -134,7 +129,7 @@ def _key_numbers(run: RunFolder) -> list[dict[str, str]]:
             ("hd95_mm", f"HD95, {unit}", "0 is perfect"),
             ("nsd", "NSD (surface Dice)", "1 is perfect"),
         ):
-            texts = statistic(getattr(overall, metric), DIGITS[metric])
+            texts = statistic(getattr(run.evaluation.overall, metric), DIGITS[metric])
             small = f"{'95% interval; ' if texts['interval'] else ''}{over}; {better}"
             add(title, texts["mean"], texts["interval"] or "no interval: fewer than two cases", small)
     if parameters := run.record.get("parameters"):
@@ -147,14 +142,13 @@ def _key_numbers(run: RunFolder) -> list[dict[str, str]]:
     return cards
 
 
-def _case_table(evaluation: Evaluation) -> list[dict[str, Any]]:
+def _case_table(evaluation: Evaluation | None) -> list[dict[str, Any]]:
     """Return the cases, worst first, each with its rows; a case without any defined DSC comes last."""
-    dsc = evaluation.case_dsc()
+    if evaluation is None:
+        return []
+    dsc, rows = evaluation.case_dsc(), evaluation.rows
     ranked = sorted(evaluation.cases, key=lambda case: (dsc.get(case, 2.0), case))
-    return [
-        {"case": case, "dsc": dsc.get(case), "rows": [row for row in evaluation.rows if row.case == case]}
-        for case in ranked
-    ]
+    return [{"case": case, "dsc": dsc.get(case), "rows": [r for r in rows if r.case == case]} for case in ranked]
 
 
 def _facts(run: RunFolder) -> dict[str, list[tuple[str, str]]]:
@@ -196,16 +190,8 @@ def _facts(run: RunFolder) -> dict[str, list[tuple[str, str]]]:
             ("Split drawn", _join({k: run.split[k] for k in ("kind", "seed", "fold") if run.split.get(k) is not None})),
         ],
     }
-    shown = {
-        title: [(name, str(value)) for name, value in rows if value not in (None, "", [], {})]
-        for title, rows in groups.items()
-    }
+    shown = {t: [(name, str(v)) for name, v in rows if v not in (None, "", [], {})] for t, rows in groups.items()}
     return {title: rows for title, rows in shown.items() if rows}
-
-
-def _documents(run: RunFolder) -> list[tuple[str, str]]:
-    names = ("config.yaml", "plan.yaml", "split.json")
-    return [(n, (run.path / n).read_text(encoding="utf-8")) for n in names if (run.path / n).is_file()]
 
 
 def _join(value: Any, separator: str = ", ") -> str:

@@ -30,16 +30,15 @@ def surfaces_figure(
 ) -> Figure:
     """Draw the label (the first) and predictions as shaded surfaces from the same viewpoint, to scale in millimetres.
 
-    Arrays are (Z, Y, X) of one shape in closest-RAS orientation; the view is from the front, the patient's right on
-    the left. Masks are averaged down to a coarse grid of at most `max_voxels` along an axis first and cut where the
-    volume stays the same, so that thin structures survive; the picture shows shape, not detail. A class that others
-    lie inside is drawn translucent.
+    Arrays are (Z, Y, X) of one shape in closest-RAS orientation, seen from the front, the patient's right on the left.
+    Masks are averaged down to at most `max_voxels` per axis and cut where the volume stays the same, so that thin
+    structures survive; the picture shows shape, not detail. A class that others lie inside is drawn translucent.
     """
     values = list(classes.values())
     box = bounding_box(np.logical_or.reduce([np.isin(array, values) for array in masks.values()]))
     masks = {title: array[box] for title, array in masks.items()}
     label = next(iter(masks.values()))
-    extent = np.array([n * s for n, s in zip(label.shape, spacing_mm, strict=True)])
+    extent = np.multiply(label.shape, spacing_mm)
     step = float(extent.max()) / max_voxels
     factors = tuple(max(1, round(step / s)) for s in spacing_mm)
     alphas = _alphas(label, values)
@@ -88,7 +87,7 @@ def mesh_mm(
     ranked = np.sort(coarse, axis=None)[::-1]
     count = max(1, round(float(mask.sum()) / float(np.prod(factors))))
     level = float(np.clip(ranked[min(count, ranked.size) - 1] * 0.999, 0.1 * ranked[0], 0.5 * ranked[0]))
-    step = np.array([f * s for f, s in zip(factors, spacing_mm, strict=True)])
+    step = np.multiply(factors, spacing_mm)
     vertices, faces, _, _ = marching_cubes(coarse, level, spacing=tuple(step))
     z, y, x = (vertices - 1.5 * step).T
     return np.stack([-x, -y, z], axis=1)[faces].astype(np.float64)

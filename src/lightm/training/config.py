@@ -121,7 +121,7 @@ class TrainConfig(Recipe):
     The fields of `Recipe` (loss, lr, epochs, ...) override the recipe that `recipe` names; `resolved` fills in those
     that were not given. A run keeps its resolved configuration as `config.yaml`, which `--config` takes too. Without
     `epochs` a time budget alone ends the training. The nested form of earlier versions (`settings: {lr: ...}`) is
-    read as well.
+    read too.
 
     >>> config = lightm.TrainConfig(recipe="arsl", lr=1e-3)
     >>> resolved = config.resolved(spatial_dims=3)
@@ -163,9 +163,8 @@ class TrainConfig(Recipe):
         if (settings := values.pop("settings", None)) is not None:
             if not isinstance(settings, Mapping):
                 raise ValueError(f"settings: expected keys and values, got {settings!r}")
-            for key in settings:
-                if key not in Recipe.model_fields:
-                    raise ValueError(f"unknown key 'settings.{key}'{did_you_mean(str(key), Recipe.model_fields)}")
+            for key in (key for key in settings if key not in Recipe.model_fields):
+                raise ValueError(f"unknown key 'settings.{key}'{did_you_mean(str(key), Recipe.model_fields)}")
             values = {**settings, **values}
         if "max_time_s" in values:
             values.setdefault("max_time", values.pop("max_time_s"))
@@ -202,12 +201,8 @@ class TrainConfig(Recipe):
 
 
 def resolve_config(dataset: str, spatial_dims: int, **fields: Any) -> TrainConfig:
-    """Return a full configuration for a data set; `fields` as in TrainConfig.
-
-    Raises InputError for unknown keys (with the nearest known one) and impossible values.
-    """
-    config = validated(TrainConfig, {**fields, "dataset": dataset}, "training configuration")
-    return config.resolved(spatial_dims)
+    """Return a full configuration of the fields of TrainConfig; InputError names unknown keys and impossible values."""
+    return validated(TrainConfig, {**fields, "dataset": dataset}, "training configuration").resolved(spatial_dims)
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -4,61 +4,33 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 
-from lightm.datasets.cases import Dataset
-from lightm.datasets.split import Split
 from lightm.device import resolve_device
 from lightm.errors import InputError
 from lightm.files import disk_refusals
 from lightm.losses import SegmentationLoss, create_loss
 from lightm.losses.custom import CustomLoss
 from lightm.nets import create, save_model
-from lightm.preparation.plan import Plan
 from lightm.progress import Progress
 from lightm.training.checkpoint_io import BEST, load_checkpoint, newest_checkpoint
-from lightm.training.config import TrainConfig
 from lightm.training.loaders import PatchLoaders
 from lightm.training.loop import Training
+from lightm.training.record import Run
 
 _log = logging.getLogger(__name__)
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits (B, K, *S), target (B, *S) class indices, 255 for voxels that must not count) -> scalar."""
+@dataclass(frozen=True, kw_only=True)
+class TrainResult(Run):
+    """A finished training: what it was, and how it ended."""
 
-
-@dataclass(frozen=True)
-class Run:
-    """A training that can begin or be resumed. network, loss: objects of one's own; None: what the config names."""
-
-    run_dir: Path
-    config: TrainConfig
-    fabric: Fabric
-    data: Dataset
-    plan: Plan
-    split: Split
-    network: nn.Module | None = None
-    loss: Loss | None = None
-    resume: bool = False
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished training: its folder, what it was, and how it ended."""
-
-    run_dir: Path
-    config: TrainConfig
-    plan: Plan
-    split: Split
     epochs: int
     best_pseudo_dice: float | None
     train_seconds: float
@@ -67,18 +39,12 @@ class TrainResult:
 
 
 def build_fabric(
-    device: str | torch.device = "cpu",
-    precision: str = "32-true",
-    *,
-    devices: int | str = 1,
-    num_nodes: int = 1,
-    strategy: str = "auto",
+    device: str | torch.device = "cpu", precision: str = "32-true", *, devices: int | str = 1, strategy: str = "auto"
 ) -> Fabric:
-    """Return the Fabric that a training runs on: where, on how many devices and machines, and how precisely.
+    """Return the Fabric that a training runs on: where, on how many devices, and how precisely.
 
     device: as in `resolve_device`; with a number ("cuda:1") that device alone. precision: "32-true", "bf16-mixed", ...;
-    devices, num_nodes, strategy: as in Fabric.
-    Raises InputError for what this machine does not have.
+    devices, strategy: as in Fabric. Raises InputError for what this machine does not have.
 
     >>> build_fabric("cpu").device
     device(type='cpu')
@@ -86,7 +52,7 @@ def build_fabric(
     where = resolve_device(device)
     chosen: Any = {"devices": devices if where.index is None else [where.index], "precision": precision}
     try:
-        return Fabric(accelerator=where.type, num_nodes=num_nodes, strategy=strategy, **chosen)
+        return Fabric(accelerator=where.type, strategy=strategy, **chosen)
     except (ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"device '{device}' with precision '{precision}': {error}") from error
 
@@ -100,13 +66,11 @@ def fit(
     """
     config, plan, run_dir = run.config, run.plan, run.run_dir
     with disk_refusals(run_dir):  # of TensorBoard's files; all others name themselves
-        training = Training(run.fabric, run_dir, config, list(plan.labels)[1:], network, criterion, patches)
-        if run.resume:
-            start = newest_checkpoint(training.folder)
-            if start is None:
-                _log.warning("%s: no checkpoint was kept before the interruption; the run starts anew", run_dir)
-            else:
-                training.load(start)
+        training = Training(run, network, criterion, patches)
+        if run.resume and (start := newest_checkpoint(training.folder)) is not None:
+            training.load(start)
+        elif run.resume:
+            _log.warning("%s: no checkpoint was kept before the interruption; the run starts anew", run_dir)
         reason = training.run(progress)
     state = training.state
     if run.fabric.is_global_zero:
@@ -131,10 +95,7 @@ def fit(
         )
     run.fabric.barrier()
     return TrainResult(
-        run_dir=run_dir,
-        config=config,
-        plan=plan,
-        split=run.split,
+        **vars(run),
         epochs=state.epoch,
         best_pseudo_dice=state.best_dice,
         train_seconds=state.elapsed_s,

@@ -26,10 +26,10 @@ class Interrupted(LightMError):
 
 
 class NanGuard:
-    """Stop at a loss or gradient that is NaN or infinite, or skip such steps and count them.
+    """Stop at a loss or gradient that is NaN or infinite (LightMError), or skip such steps and count them.
 
-    policy: "stop" raises LightMError; "skip" leaves the weights as they are, until `limit` steps were skipped in the
-    run, then raises as well. Every step skipped is logged as a warning.
+    policy: "stop", or "skip", which raises only when more than `limit` steps of the run were skipped. Every step
+    skipped is logged as a warning.
     """
 
     def __init__(self, policy: str = "stop", limit: int = 10) -> None:

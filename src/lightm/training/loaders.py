@@ -14,9 +14,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from lightm.errors import LightMError
 from lightm.preparation.patches import EpochSampler, PatchDataset
-from lightm.preparation.plan import Plan
 from lightm.preparation.preprocess import PreprocessedCase
-from lightm.training.config import TrainConfig
+from lightm.training.record import Run
 
 VALIDATION_SEED = 20_221_231  # the validation patches are the same for every seed of a run
 Batch = dict[str, Any]
@@ -37,33 +36,28 @@ class RankSampler(EpochSampler):
 
 
 class PatchLoaders:
-    """The batches of a run: training patches that depend on (seed, index) alone, and validation patches.
+    """The batches of one rank: training patches that depend on (seed, index) alone, and validation patches.
 
-    The batch size of the plan is that of one rank. A batch is {"image": float32 (B, C, *patch), "label": int64
-    (B, *patch), "case": B ids}.
+    With several ranks, validation patches are added so that all have equally many. A batch is {"image": float32
+    (B, C, *patch), "label": int64 (B, *patch), "case": B ids}.
     """
 
-    def __init__(
-        self, train: Sequence[PreprocessedCase], val: Sequence[PreprocessedCase], config: TrainConfig, plan: Plan
-    ) -> None:
-        self.config, self.batch_size = config, plan.batch_size
+    def __init__(self, run: Run, train: Sequence[PreprocessedCase], val: Sequence[PreprocessedCase]) -> None:
+        config, plan, ranks = run.config, run.plan, run.fabric.world_size
         common: dict[str, Any] = {"patch_size": plan.patch_size, "foreground_fraction": config.foreground_fraction}
         augment = config.augment if config.augment.enabled else None
         drawn = PatchDataset(train, seed=config.seed, augment=augment, **common)
         self.watched = WatchedPatches(drawn, config.workers)
-        self.held_out = PatchDataset(val, seed=VALIDATION_SEED, **common)
-
-    def open(self, rank: int = 0, ranks: int = 1, pin_memory: bool = False) -> None:
-        """Make the loaders of one rank; with several, validation patches are added so that all have equally many."""
-        config, whole = self.config, self.batch_size * ranks
+        held_out = PatchDataset(val, seed=VALIDATION_SEED, **common)
+        self._whole = whole = plan.batch_size * ranks
         val_patches = config.val_patches if ranks == 1 else -(-config.val_patches // whole) * whole
-        self._train_sampler = RankSampler(config.steps_per_epoch * whole, rank, ranks)
-        self._val_sampler = RankSampler(val_patches, rank, ranks)
+        self._train_sampler = RankSampler(config.steps_per_epoch * whole, run.fabric.global_rank, ranks)
+        self._val_sampler = RankSampler(val_patches, run.fabric.global_rank, ranks)
 
         def loader(patches: TorchDataset[Batch], sampler: RankSampler, **more: Any) -> DataLoader[Batch]:
             generator = torch.Generator().manual_seed(config.seed)  # its own: the global ones are the steps' alone
-            common: dict[str, Any] = {"batch_size": self.batch_size, "pin_memory": pin_memory, "generator": generator}
-            return DataLoader(patches, sampler=sampler, **common, **more)
+            more.update(pin_memory=run.fabric.device.type == "cuda", generator=generator)
+            return DataLoader(patches, batch_size=plan.batch_size, sampler=sampler, **more)
 
         self._train_loader = loader(
             self.watched,
@@ -73,12 +67,12 @@ class PatchLoaders:
             collate_fn=_collate,
             worker_init_fn=_start_worker,
         )
-        self._val_loader = loader(self.held_out, self._val_sampler)
+        self._val_loader = loader(held_out, self._val_sampler)
 
     def training(self, epoch: int, done: int) -> Iterator[Batch]:
         """The batches of an epoch but the first `done`; LightMError where a patch cannot be prepared."""
         self._train_sampler.set_epoch(epoch)
-        self._train_sampler.used = done * self.batch_size * self._train_sampler.ranks
+        self._train_sampler.used = done * self._whole
         for batch in self._train_loader:
             if "error" in batch:
                 raise LightMError(batch["error"])
@@ -100,8 +94,7 @@ class PatchLoaders:
 class WatchedPatches(TorchDataset[Batch]):
     """The patches of a PatchDataset; an error names its case, whether it raises or kills the worker process.
 
-    What is raised in a worker travels as an item {"error": message}; for an error that kills, each worker notes in
-    shared memory the item it is at.
+    What a worker raises travels as an item {"error": message}; each notes in shared memory which item it is at.
     """
 
     def __init__(self, patches: PatchDataset, workers: int) -> None:

@@ -22,9 +22,9 @@ from lightm.preparation.plan import Plan, load_plan, make_plan
 from lightm.preparation.preprocess import PreprocessedCase, default_cache_dir, preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.config import Duration, TrainConfig, load_config
-from lightm.training.fit import Loss, Run, TrainResult, build, build_fabric, fit
+from lightm.training.fit import TrainResult, build, build_fabric, fit
 from lightm.training.loaders import PatchLoaders
-from lightm.training.record import run_record, write_json
+from lightm.training.record import Loss, Run, run_record, write_json
 
 
 class ResumeOptions(Options):
@@ -137,10 +137,10 @@ def run_training(run: Run, progress: Progress | None = None) -> TrainResult:
             plan.save(run_dir / "plan.yaml")
             split.save(run_dir / "split.json")
         config.save(run_dir / "config.yaml")  # the last of the three: with it the run can be resumed
-        record = run_record(config, plan, net, started, run_dir if run.resume else None)
+        record = run_record(run, net, started)
         write_json(run_dir / "run.json", record)
         try:
-            result = fit(run, net, criterion, PatchLoaders(train, val, config, plan), progress)
+            result = fit(run, net, criterion, PatchLoaders(run, train, val), progress)
         except BaseException:
             with contextlib.suppress(LightMError):  # a full disk; what ended the training is what to report
                 write_json(run_dir / "run.json", {**record, "status": "interrupted"})
@@ -165,21 +165,18 @@ def own_name(thing: object) -> str:
 def check_own(where: Path, what: str, name: str, given: object | None) -> None:
     """Raise InputError where a run's network or loss is an object that was not given, or the other way round."""
     if name.startswith(OWN) and given is None:
-        raise InputError(
-            f"{where}: its {what} '{name.removeprefix(OWN)}' is an object of your own, which no file holds; make it "
-            f"again as it was and give it: {what}=... (in Python)"
-        )
+        thing = f"{what} '{name.removeprefix(OWN)}' is an object of your own, which no file holds"
+        raise InputError(f"{where}: its {thing}; make it again as it was and give it: {what}=... (in Python)")
     if given is not None and name != own_name(given):
         raise InputError(f"{where}: its {what} is '{name.removeprefix(OWN)}', not {own_name(given).removeprefix(OWN)}")
 
 
 def choose_plan(data: Dataset, given: Plan | Path | str | None, progress: Progress | None) -> Plan:
     """The plan given, else the data set's own `plan.yaml`, else a fresh one."""
-    beside = data.root / "plan.yaml"
-    if given is None and beside.is_file():
-        given = beside
     if given is None:
-        return make_plan(data, progress=progress)
+        given = data.root / "plan.yaml"
+        if not given.is_file():
+            return make_plan(data, progress=progress)
     plan = given if isinstance(given, Plan) else load_plan(given)
     if plan.labels != data.labels or list(plan.channels) != list(data.channels):
         where = "the plan" if isinstance(given, Plan) else given
