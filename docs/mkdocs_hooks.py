@@ -158,7 +158,7 @@ OPTIONS = {
     "api.bench": "api.BenchOptions",
     "api.import_released": "api.ImportOptions",
     "training.config.TrainConfig": "training.config.TrainConfig",
-    "pipeline.resume": "training.run.ResumeOptions",
+    "pipeline.resume": "training.config.ResumeOptions",
     "inference.record.PredictOptions": "inference.record.PredictOptions",
     "evaluation.folder.EvaluateOptions": "evaluation.folder.EvaluateOptions",
 }

@@ -26,9 +26,9 @@ from lightm.nets.folder import set_postprocess
 from lightm.preparation.plan import Plan
 from lightm.progress import Progress
 from lightm.training import TrainResult
-from lightm.training.config import TrainConfig, load_config
+from lightm.training.config import ResumeOptions, TrainConfig, load_config
 from lightm.training.record import Run
-from lightm.training.run import ResumeOptions, earlier_run, new_run, run_training
+from lightm.training.run import earlier_run, new_run, run_training
 
 _log = logging.getLogger(__name__)
 

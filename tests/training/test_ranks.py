@@ -14,9 +14,9 @@ from lightm.datasets.split import make_split
 from lightm.preparation.plan import make_plan
 from lightm.preparation.preprocess import preprocess_dataset
 from lightm.training.config import resolve_config
-from lightm.training.fit import build, build_fabric, fit
 from lightm.training.loaders import PatchLoaders, RankSampler
 from lightm.training.record import Run
+from lightm.training.run import build, build_fabric, fit
 from tests.helpers import make_balls
 from tests.training.test_train import SMALL, history
 

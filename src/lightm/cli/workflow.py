@@ -123,7 +123,7 @@ def train(
     Example: lightm train data/Dataset004_Hippocampus -o runs/hippocampus --max-time 15m
     """
     if resume is not None:
-        from lightm.training.run import ResumeOptions
+        from lightm.training.config import ResumeOptions
 
         can_change = ResumeOptions.model_fields
         wrong = sorted(set(given) - set(can_change))
@@ -142,7 +142,7 @@ def train(
     print_run(result, as_json=as_json)
 
 
-@command("lightm.training.run:ResumeOptions")
+@command("lightm.training.config:ResumeOptions")
 def resume(
     run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Json = False, *, given: dict[str, Any]
 ) -> None:

@@ -200,6 +200,17 @@ class TrainConfig(Recipe):
         write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
+class ResumeOptions(Options):
+    """What may change when a run is resumed; all else is as it was started."""
+
+    epochs: int | None = Field(None, ge=1, description="Epochs of the whole run.")
+    max_time: Duration | None = Field(None, description="Time budget of the whole run: 90s, 15m, 2h.")
+    patience: int | None = Field(None, ge=1, description="Epochs without a better EMA pseudo Dice before stopping.")
+    workers: int | None = Field(None, ge=0, description="Processes that prepare patches.")
+    postprocess: bool | None = Field(None, description="Choose post-processing on the validation cases.")
+    test: bool | None = Field(None, description="Predict and score the test cases and write the report.")
+
+
 def resolve_config(dataset: str, spatial_dims: int, **fields: Any) -> TrainConfig:
     """Return a full configuration of the fields of TrainConfig; InputError names unknown keys and impossible values."""
     return validated(TrainConfig, {**fields, "dataset": dataset}, "training configuration").resolved(spatial_dims)

@@ -50,6 +50,17 @@ class Run:
     resume: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainResult(Run):
+    """A finished training: what it was, and how it ended."""
+
+    epochs: int
+    best_pseudo_dice: float | None
+    train_seconds: float
+    reason: str
+    skipped_steps: int = 0
+
+
 COLUMNS = ["epoch", "step", "train_loss", "val_loss", "pseudo_dice", "pseudo_dice_ema", "lr", "epoch_seconds"]
 
 
