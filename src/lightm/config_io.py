@@ -19,7 +19,7 @@ MAX_JSON_BYTES = 16 << 20
 _MAX_RECORD_BYTES = 512 << 20  # results of many thousand cases
 # What PyYAML lets through for values that their tag does not fit, such as `!!int x`.
 _MAX_DEPTH = 50
-_SHOWN = 20  # faults in one message
+_SHOWN = 20  # errors in one message
 _FAULTS = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -62,21 +62,17 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
-
-
 def is_temporary(path: Path) -> bool:
     """Whether a file is what `replacing` writes to, by its name: it can be left by a killed process alone."""
-    return _TEMPORARY.fullmatch(path.name) is not None and path.is_file()
+    return re.fullmatch(r"\..+\.[0-9a-f]{12}\.tmp", path.name) is not None and path.is_file()
 
 
 def remove_temporaries(folder: Path | str) -> None:
     """Remove the temporary files that a killed process left in `folder`; only for a folder that nobody writes to."""
     with contextlib.suppress(OSError):
-        for path in Path(folder).iterdir():
-            if is_temporary(path):
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        for path in filter(is_temporary, Path(folder).iterdir()):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 @contextlib.contextmanager
@@ -94,12 +90,12 @@ def write_text(path: Path | str, text: str) -> None:
 
 def file_hash(path: Path | str) -> str:
     """Return size and SHA-256 of a file's content, as "size:hex"; raises InputError where it cannot be read."""
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     try:
         with open(path, "rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
-                size += len(chunk)
+            size = stream.tell()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
     return f"{size}:{digest.hexdigest()}"

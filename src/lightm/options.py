@@ -30,16 +30,15 @@ class Options(BaseModel):
         In `more` None stands for an option that was not given. Raises InputError naming `where` (or the file), the
         key and, for an unknown one, the nearest known.
         """
-        if given is None:
-            values: dict[str, Any] = {}
-        elif isinstance(given, cls):
+        values: dict[str, Any] = {}
+        if isinstance(given, cls):
             values = {name: getattr(given, name) for name in given.model_fields_set}
         elif isinstance(given, Mapping):
             values = dict(given)
         elif isinstance(given, str | Path):
             values = read_yaml(given)
             validated(cls, values, str(given))
-        else:
+        elif given is not None:
             raise InputError(f"{where}: got {type(given).__name__}; expected {cls.__name__}, a mapping or a YAML file")
         return validated(cls, {**values, **{k: v for k, v in more.items() if v is not None}}, where)
 

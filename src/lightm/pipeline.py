@@ -16,10 +16,11 @@ from lightm.datasets.dataset import open_dataset
 from lightm.datasets.phantoms import make_phantoms
 from lightm.datasets.split import Split, load_split
 from lightm.errors import InputError
-from lightm.evaluation import Evaluation, evaluate_folder, write_report
+from lightm.evaluation.evaluation import Evaluation
+from lightm.evaluation.folder import evaluate_folder
+from lightm.evaluation.report import write_report
 from lightm.images.io import read_volume
-from lightm.inference import Predictor, predict_folder
-from lightm.inference.folder import PredictOptions, load_predictor
+from lightm.inference.folder import PredictOptions, Predictor, load_predictor, predict_folder
 from lightm.inference.postprocess import Postprocess, describe
 from lightm.inference.postprocess_choice import CaseLabels, choose_rules
 from lightm.nets.folder import set_postprocess
@@ -127,17 +128,14 @@ def finish_run(training: TrainResult, *, progress: Progress | None = None) -> Ru
     What the training's configuration switches off (`postprocess`, `test`) is left out.
     """
     config, run_dir, test = training.config, training.run_dir, training.split.test
-    if not config.postprocess and not config.test:
-        return RunResult(training, None, None)
-    predictor = load_predictor(run_dir / "model", PredictOptions(device=config.device), training.network)
-    if config.postprocess:
-        choose_postprocess(training, predictor=predictor, progress=progress)
-    if not config.test:
-        return RunResult(training, None, None)
     evaluation = None
-    if test:
-        evaluation = score_cases(training.data, run_dir, test, predictor=predictor, progress=progress)
-    return RunResult(training, evaluation, write_report(run_dir))
+    if config.postprocess or config.test:
+        predictor = load_predictor(run_dir / "model", PredictOptions(device=config.device), training.network)
+        if config.postprocess:
+            choose_postprocess(training, predictor=predictor, progress=progress)
+        if config.test and test:
+            evaluation = score_cases(training.data, run_dir, test, predictor, progress=progress)
+    return RunResult(training, evaluation, write_report(run_dir) if config.test else None)
 
 
 MOST_VALIDATION_CASES = 20  # enough to choose post-processing
@@ -190,16 +188,13 @@ def score_run(run_dir: Path | str, *, nsd_tolerance_mm: float = 1.0, progress: P
     if not split.test:
         raise InputError(f"{run_dir / 'split.json'}: the split has no test cases")
     predictor = load_predictor(run_dir, PredictOptions(device=config.device))
-    return score_cases(
-        data, run_dir, split.test, predictor=predictor, nsd_tolerance_mm=nsd_tolerance_mm, progress=progress
-    )
+    return score_cases(data, run_dir, split.test, predictor, nsd_tolerance_mm, progress)
 
 
 def score_cases(
     data: Dataset,
     run_dir: Path,
     case_ids: Sequence[str],
-    *,
     predictor: Predictor,
     nsd_tolerance_mm: float = 1.0,
     progress: Progress | None = None,
@@ -234,10 +229,10 @@ def demo(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> RunResult:
-    """Make liver phantoms, train on them, predict and score the test cases, and write `OUT/report.html`.
+    """Make liver phantoms in `OUT-data`, train on them, predict and score the test cases, and write `OUT/report.html`.
 
-    The phantoms go to the folder `OUT-data` beside it. Takes about `max_time` (of the training) and one minute more
-    on two cores. With `overwrite` an earlier demo in `out` is replaced; anything else there is refused.
+    Takes about `max_time` (of the training) and one minute more on two cores. With `overwrite` an earlier demo in `out`
+    is replaced; anything else there is refused.
     """
     out = Path(out)
     data = out.with_name(out.name + "-data")

@@ -14,8 +14,7 @@ from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from lightm.errors import InputError
 from lightm.evaluation.evaluation import CaseRow, summarize
 from lightm.evaluation.figures import CLASS_COLOURS, case_strip, curves, read_history, to_png
-from lightm.evaluation.overlays import MISSED, SPURIOUS, WRONG_CLASS, best_slice, overlay
-from lightm.evaluation.surfaces import mesh_mm, surfaces_figure
+from lightm.evaluation.pictures import MISSED, SPURIOUS, WRONG_CLASS, best_slice, mesh_mm, overlay, surfaces_figure
 
 CLASSES = {"organ": 1, "lesion": 2}
 HISTORY = {

@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from lightm.config_io import parse_yaml
 
 if TYPE_CHECKING:
-    from lightm.evaluation import Evaluation
+    from lightm.evaluation.evaluation import Evaluation
     from lightm.pipeline import RunResult
 
 # in the order of the help; the last two are earlier names
@@ -105,7 +105,7 @@ def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from lightm.evaluation import format_table
+    from lightm.evaluation.evaluation import format_table
 
     Console(width=None if sys.stdout.isatty() else 120).print(format_table(evaluation))
 
@@ -188,13 +188,8 @@ def _members(annotation: Any) -> list[Any]:
 
 def _parsed(name: str, field: FieldInfo, value: Any) -> Any:
     """What the text of a mapping stands for in YAML; everything else the model reads itself."""
-    if (
-        isinstance(value, str)
-        and not _extra(field).get("text")
-        and any(
-            get_origin(part) is dict or (isinstance(part, type) and issubclass(part, BaseModel))
-            for part in _members(field.annotation)
-        )
-    ):
-        return parse_yaml(value, f"--{name.replace('_', '-')}")
-    return value
+    if not isinstance(value, str) or _extra(field).get("text"):
+        return value
+    kinds = [get_origin(part) or part for part in _members(field.annotation)]
+    mapping = any(isinstance(kind, type) and issubclass(kind, dict | BaseModel) for kind in kinds)
+    return parse_yaml(value, f"--{name.replace('_', '-')}") if mapping else value

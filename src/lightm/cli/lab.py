@@ -7,16 +7,13 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import lightm
 from lightm.cli.common import Json, app, command, echo, print_json, progress_bar
 from lightm.errors import InputError
-
-if TYPE_CHECKING:
-    from lightm.lab.bench import Row
 
 
 @app.command()
@@ -77,17 +74,10 @@ def bench(
 
     Example: lightm bench network --size 64 --networks lightm-unet,dynunet --out bench.csv
     """
-    with progress_bar() as progress:
-        rows = lightm.bench(what, progress=progress, **given)
-    _print(rows, as_json)
-    for path in (given.get("out"), given.get("plot")):
-        if path is not None:
-            echo(f"written: {path}")
-
-
-def _print(rows: list[Row], as_json: bool) -> None:
     from lightm.lab.bench.records import HEADINGS, cells, format_json, format_markdown
 
+    with progress_bar() as progress:
+        rows = lightm.bench(what, progress=progress, **given)
     if as_json:
         typer.echo(format_json(rows))
     elif not sys.stdout.isatty() or not rows:
@@ -102,6 +92,9 @@ def _print(rows: list[Row], as_json: bool) -> None:
         for row in rows:
             table.add_row(*cells(row))
         Console().print(table)
+    for path in (given.get("out"), given.get("plot")):
+        if path is not None:
+            echo(f"written: {path}")
 
 
 @app.command()

@@ -110,8 +110,7 @@ class Evaluation(_Strict):
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         for row in self.rows:
-            values = row.model_dump()
-            values["class"] = values.pop("class_name")
+            values = {**row.model_dump(), "class": row.class_name}
             writer.writerow({key: "" if values[key] is None else values[key] for key in names})
         write_text(path, text.getvalue())
 

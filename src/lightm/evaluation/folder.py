@@ -53,15 +53,14 @@ def evaluate_folder(
 ) -> Evaluation:
     """Measure every class in every case of a folder of predictions, and summarise over cases.
 
-    `labels` holds one label file per case, `predictions` one file of the same name (its suffix may differ).
-    Options, as an object or their fields as `more`: `cases` names the cases to score; `None` means every label,
-    "predicted" every prediction. `labels_map` gives class names and values (background, value 0, is left out);
-    without it they are read from the `dataset.json` in `labels` or the folder above it, which also says which value
-    to ignore. With `out`, `metrics.json` and `metrics.csv` are written there, after the last case. Metrics are those
-    of `case_metrics`; intervals are percentile bootstraps over cases.
+    `labels` holds one label file per case, `predictions` one file of the same name (its suffix may differ). Options, as
+    an object or their fields as `more`: `cases` names the cases to score; `None` means every label, "predicted" every
+    prediction. `labels_map` gives class names and values (background, value 0, is left out); without it they are read
+    from the `dataset.json` in `labels` or the folder above it, which also says which value to ignore. `out`: folder for
+    `metrics.json` and `metrics.csv`. Metrics are those of `case_metrics`; intervals are bootstraps over cases.
 
-    Raises `InputError` naming the files for a case without prediction or label, for shapes or affines that
-    differ, and for values that are no class. Holds one case in memory at a time.
+    Raises `InputError` naming the files for a case without prediction or label, for shapes or affines that differ, and
+    for values that are no class. Holds one case in memory at a time.
     """
     chosen = EvaluateOptions.of(options, more, "evaluate")
     predictions, labels = Path(predictions), Path(labels)
@@ -142,10 +141,8 @@ def _pair_files(
         near = did_you_mean(missing[0], predicted) if cases is not None else ""
         raise InputError(f"{predictions}: no prediction for {_list(missing)}{near}{subset}")
     if missing := [case for case in wanted if case not in labelled]:
-        raise InputError(
-            f"{labels}: no label for {_list(missing)}{did_you_mean(missing[0], labelled)} "
-            f"(predicted: {predicted[missing[0]]}); add it, or name the cases to evaluate"
-        )
+        near = f"{did_you_mean(missing[0], labelled)} (predicted: {predicted[missing[0]]})"
+        raise InputError(f"{labels}: no label for {_list(missing)}{near}; add it, or name the cases to evaluate")
     return {case: (predicted[case], labelled[case]) for case in wanted}
 
 
@@ -157,10 +154,8 @@ def _class_values(
     if given is None:
         path = next((p for p in (labels / "dataset.json", labels.parent / "dataset.json") if p.is_file()), None)
         if path is None:
-            raise InputError(
-                f"{labels}: no dataset.json in it or in the folder above to name the classes; "
-                "give labels_map, for example {'liver': 1}"
-            )
+            remedy = "give labels_map, for example {'liver': 1}"
+            raise InputError(f"{labels}: no dataset.json in it or in the folder above to name the classes; {remedy}")
         description = read_description(path)
         given = description.labels
         if ignore_label is None:

@@ -13,9 +13,8 @@ from lightm.errors import LightMError
 from lightm.evaluation.evaluation import DIGITS, METRICS, Evaluation, Statistic
 from lightm.evaluation.figures import case_strip, curves, to_png
 from lightm.evaluation.metrics import STATUSES
-from lightm.evaluation.overlays import overlay
+from lightm.evaluation.pictures import overlay, surfaces_figure
 from lightm.evaluation.run_folder import RunFolder, case_loader, read_run
-from lightm.evaluation.surfaces import surfaces_figure
 from lightm.files import write_text
 from lightm.progress import Progress
 
@@ -157,12 +156,10 @@ def _facts(run: RunFolder) -> dict[str, list[tuple[str, str]]]:
     train, val, test = (len(run.split.get(part) or []) for part in ("train", "val", "test"))
     fingerprint = plan.get("fingerprint") if isinstance(plan.get("fingerprint"), dict) else {}
     normalisation = [c.get("scheme", "?") for c in plan.get("normalization") or [] if isinstance(c, dict)]
+    events = ("status", "stopped because", "started", "finished")
     groups: dict[str, list[tuple[str, Any]]] = {
         "Run": [
-            ("Status", record.get("status")),
-            ("Stopped because", record.get("stopped_because")),
-            ("Started", record.get("started")),
-            ("Finished", record.get("finished")),
+            *((name.capitalize(), record.get(name.replace(" ", "_"))) for name in events),
             ("Seed", record.get("seed", config.get("seed"))),
             ("Machine", record.get("machine")),
             ("Backend", record.get("backend")),

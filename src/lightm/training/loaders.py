@@ -86,7 +86,6 @@ class PatchLoaders:
             self._train_loader._iterator = None
 
     def validation(self, epoch: int) -> Iterator[Batch]:
-        """The validation batches of an epoch."""
         self._val_sampler.set_epoch(epoch)
         return iter(self._val_loader)
 

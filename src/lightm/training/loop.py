@@ -80,10 +80,7 @@ class Training:
         self._adaptive = next((part for part in criterion.modules() if isinstance(part, AdaptiveRegion)), None)
 
     def run(self, progress: Progress | None = None) -> str:
-        """Train to the end and return why it ended; `Interrupted` at Ctrl-C and SIGTERM, with a checkpoint kept.
-
-        progress(what, done, total) is called after every step.
-        """
+        """Train to the end and return why it ended; `Interrupted` at Ctrl-C and SIGTERM, with a checkpoint kept."""
         state = self.state
         self._started, self._saved = time.monotonic() - state.elapsed_s, time.monotonic()
         if state.random is not None:  # only now: what came before may have drawn numbers
@@ -168,7 +165,6 @@ class Training:
         optimizer.step()
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """The loss of a training batch."""
         loss: Tensor = self.criterion(self.network(batch["image"]), batch["label"])
         return loss
 

@@ -177,7 +177,7 @@ def fit(
         weights = best["state_dict"].items()
         save_model(
             run_dir / "model",
-            network=_description(run),
+            network={**_description(run), "options": config.network_options},
             state_dict={k.removeprefix("network."): tensor for k, tensor in weights if k.startswith("network.")},
             plan=plan.model_dump(mode="json"),
             training={
@@ -204,14 +204,13 @@ def fit(
 
 
 def _description(run: Run) -> dict[str, Any]:
-    """The arguments of `lightm.nets.create` for this run, as kept in model.json."""
+    """The arguments of `lightm.nets.create` for this run but for the network's options."""
     return {
         "name": run.config.network,
         "spatial_dims": run.plan.spatial_dims,
         "in_channels": len(run.plan.channels),
         "out_channels": len(run.plan.labels),
         "image_size": run.plan.patch_size,
-        "options": run.config.network_options,
     }
 
 
@@ -222,9 +221,7 @@ def build(run: Run) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(run.config.seed)
     network, loss = run.network, run.loss
     if network is None:
-        described = _description(run)
-        options = described.pop("options")
-        network = create(**described, **options)
+        network = create(**_description(run), **run.config.network_options)
     sizes = {"spatial_dims": run.plan.spatial_dims, "num_classes": len(run.plan.labels)}
     if loss is None:
         return network, create_loss(run.config.loss, **sizes, **run.config.loss_options)

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from lightm.evaluation.figures import INK, class_colour, new_figure, plain
-from lightm.evaluation.overlays import (
+from lightm.evaluation.pictures import (
     _ERRORS,
     PLANES,
     _contours,
@@ -25,8 +25,8 @@ from lightm.evaluation.overlays import (
     _show,
     _View,
     best_slice,
+    surfaces_figure,
 )
-from lightm.evaluation.surfaces import surfaces_figure
 from lightm.lab.compare.figures import case_table
 from lightm.lab.compare.style import short
 from lightm.lab.compare.summary import Summary
