@@ -151,6 +151,38 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return "".join(part if part.startswith("```") else LINK.sub(moved, part) for part in parts)
 
 
+# what lists the fields of an options model: the model itself where it is public, else the verb that takes them
+OPTIONS = {
+    "api.plan": "api.PlanOptions",
+    "api.convert": "api.ConvertOptions",
+    "api.bench": "api.BenchOptions",
+    "api.import_released": "api.ImportOptions",
+    "training.config.TrainConfig": "training.config.TrainConfig",
+    "pipeline.resume": "training.config.ResumeOptions",
+    "inference.record.PredictOptions": "inference.record.PredictOptions",
+    "evaluation.folder.EvaluateOptions": "evaluation.folder.EvaluateOptions",
+}
+
+
+def fields(model: griffe.Class) -> Iterator[str]:
+    """Yield a line per field of a pydantic model, inherited ones first: name, type and description."""
+    for owner in reversed([model, *model.mro()]):
+        for name, attribute in owner.attributes.items():
+            if isinstance(attribute.value, griffe.ExprCall) and str(attribute.value.function) == "Field":
+                given = {a.name: str(a.value) for a in attribute.value.arguments if isinstance(a, griffe.ExprKeyword)}
+                kind = re.sub(r"Annotated\[(.+), \w+\(\w+\)\]", r"\1", str(attribute.annotation))
+                yield f"- `{name}` (`{kind}`): {ast.literal_eval(given['description'])}"
+
+
+class OptionFields(griffe.Extension):
+    """List the options of every verb, which are the fields of its model."""
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        for place, model in OPTIONS.items() if pkg.path == "lightm" else ():
+            documented = pkg[place]
+            documented.docstring.value += "\n\nOptions:\n\n" + "\n".join(fields(pkg[model]))
+
+
 class Doctests(griffe.Extension):
     """Fence the examples of docstrings, which Markdown would take for quotations."""
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lightm import read_volume
+from lightm.cli import main
 from tests.helpers import make_balls
 
 CONFIG = """\
@@ -120,36 +121,56 @@ def test_check_names_every_fault(place: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("train", "nowhere"), "nowhere"),
-        (("train",), "no data set"),
-        (("train", "Dataset001_Balls", "-o", "run"), "already holds a run"),
-        (("train", "Dataset001_Balls", "-o", "new", "--network", "lightm-unit"), "did you mean"),
-        (("train", "Dataset001_Balls", "-o", "new", "--max-time", "soon"), "soon"),
-        (("train", "--resume", "run", "--lr", "1"), "lr cannot change"),
-        (("predict", "-i", "Dataset001_Balls", "-o", "x", "-m", "Dataset001_Balls"), "not a model folder"),
-        (("predict", "-i", "nowhere", "-o", "x", "-m", "run"), "nowhere"),
-        (("predict", "-i", "Dataset001_Balls", "-o", "x", "-m", "run", "--max-memory", "lots"), "memory 'lots'"),
-        (("predict", "-i", "Dataset001_Balls", "-o", "x", "-m", "run", "--window", "half"), "'patch' or 'whole'"),
-        (("evaluate", "nowhere", "--labels", "Dataset001_Balls/labelsTr"), "nowhere"),
-        (("evaluate", "Dataset001_Balls"), "no trained run"),
-        (("report", "Dataset001_Balls"), "Dataset001_Balls"),
-        (("phantom", "livr", "x"), "did you mean"),
-        (("check", "small.yaml"), "small.yaml"),
-        (("plan", "Dataset001_Balls", "--patch-size", "a,b"), "a,b"),
-        (("train", "Dataset001_Balls", "--nonsense"), "nonsense"),
-    ],
-)
-def test_bad_usage_exits_with_2_and_one_message(place: Path, arguments: tuple[str, ...], words: str) -> None:
-    done = lightm(*arguments, cwd=place)
-    assert done.returncode == 2, done.stderr
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+BAD_USAGE: list[tuple[tuple[str, ...], str]] = [
+    (("train", "nowhere"), "nowhere"),
+    (("train",), "no data set"),
+    (("train", "Dataset001_Balls", "-o", "run"), "already holds a run"),
+    (("train", "Dataset001_Balls", "-o", "new", "--network", "lightm-unit"), "did you mean"),
+    (("train", "Dataset001_Balls", "-o", "new", "--max-time", "soon"), "soon"),
+    (("train", "--resume", "run", "--lr", "1"), "lr cannot change"),
+    (("predict", "-i", "Dataset001_Balls", "-o", "x", "-m", "Dataset001_Balls"), "not a model folder"),
+    (("predict", "-i", "nowhere", "-o", "x", "-m", "run"), "nowhere"),
+    (("predict", "-i", "Dataset001_Balls", "-o", "x", "-m", "run", "--max-memory", "lots"), "memory 'lots'"),
+    (("predict", "-i", "Dataset001_Balls", "-o", "x", "-m", "run", "--window", "half"), "'patch' or 'whole'"),
+    (("evaluate", "nowhere", "--labels", "Dataset001_Balls/labelsTr"), "nowhere"),
+    (("evaluate", "Dataset001_Balls"), "no trained run"),
+    (("report", "Dataset001_Balls"), "Dataset001_Balls"),
+    (("phantom", "livr", "x"), "did you mean"),
+    (("check", "small.yaml"), "small.yaml"),
+    (("plan", "Dataset001_Balls", "--patch-size", "a,b"), "a,b"),
+    (("train", "Dataset001_Balls", "--nonsense"), "nonsense"),
+]
+
+
+def assert_refused(code: object, errors: str, words: str, place: Path) -> None:
+    assert code == 2, errors
+    assert words in errors
+    assert "Traceback" not in errors
     assert not (place / "new").exists()
     assert not (place / "x").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "words"), BAD_USAGE)
+def test_bad_usage_exits_with_2_and_one_message(
+    place: Path,
+    arguments: tuple[str, ...],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["lightm", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert_refused(ended.value.code, capsys.readouterr().err, words, place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "words"), [BAD_USAGE[0], BAD_USAGE[6], BAD_USAGE[-1]])
+def test_a_process_ends_as_the_function_does(place: Path, arguments: tuple[str, ...], words: str) -> None:
+    done = lightm(*arguments, cwd=place)
+    assert_refused(done.returncode, done.stderr, words, place)
 
 
 @pytest.mark.slow

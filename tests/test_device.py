@@ -7,7 +7,7 @@ import torch
 
 from lightm.device import resolve_device
 from lightm.errors import InputError
-from lightm.training.fit import build_fabric
+from lightm.training.run import build_fabric
 
 
 @pytest.mark.parametrize(

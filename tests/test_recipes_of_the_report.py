@@ -13,7 +13,7 @@ from lightm.losses import create_loss
 from lightm.nets import create
 from lightm.preparation.plan import make_plan
 from lightm.training.config import TrainConfig
-from lightm.training.prepare import choose_split, with_sizes
+from lightm.training.run import choose_split, with_sizes
 from tests.datasets.test_convert import make_lits, make_msd, make_xrays
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,14 +33,13 @@ def test_the_example_resolves_on_the_converted_data(name: str, tmp_path: Path) -
     given = TrainConfig.of(ROOT / "examples" / f"{name}.yaml", {}, "train")
     config = given.resolved(plan.spatial_dims)
     plan = with_sizes(plan, config)
-    recipe = config.settings
     assert (plan.patch_size, plan.batch_size) == (patch, batch)
-    assert (recipe.loss, recipe.optimizer, recipe.lr, recipe.schedule) == ("ce+arsl", "sgd", 1e-4, "poly")
-    assert recipe.epochs == 100
+    assert (config.loss, config.optimizer, config.lr, config.schedule) == ("ce+arsl", "sgd", 1e-4, "poly")
+    assert config.epochs == 100
     assert config.folds is None
     split = choose_split(data, config)
     assert split.kind == "7:1:2"
     if name == "lits":
         assert [len(part) for part in (split.train, split.val, split.test)] == [7, 1, 2]
     create(config.network, plan.spatial_dims, len(plan.channels), len(plan.labels), **config.network_options)
-    create_loss(recipe.loss, spatial_dims=plan.spatial_dims, num_classes=len(plan.labels), **recipe.loss_options)
+    create_loss(config.loss, spatial_dims=plan.spatial_dims, num_classes=len(plan.labels), **config.loss_options)

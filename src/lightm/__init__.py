@@ -10,8 +10,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# name: module, and the name there where it differs
-_PUBLIC = {
+_PUBLIC = {  # name: module
     # verbs; each is a command too
     "bench": "lightm.api",
     "check": "lightm.api",
@@ -56,8 +55,7 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        module, _, attribute = _PUBLIC[name].partition(":")
-        return getattr(importlib.import_module(module), attribute or name)
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'lightm' has no attribute '{name}'")
 
 

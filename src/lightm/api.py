@@ -1,6 +1,6 @@
-"""The verbs as functions: `lightm.check`, `lightm.predict`, ...; `lightm.train` and `lightm.resume` are in `pipeline`.
+"""The verbs as functions, as the commands of their names; `lightm.train` and `lightm.resume` are in `pipeline`.
 
-Each does what the command of its name does. The examples run in a test; `folder` is an empty folder there.
+The examples run in a test; `folder` is an empty folder there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from pydantic import BeforeValidator, Field
 from torch import nn
 
@@ -19,8 +20,9 @@ from lightm.datasets.convert import Converted, convert_dataset
 from lightm.datasets.dataset import open_dataset
 from lightm.datasets.phantoms import make_phantoms
 from lightm.errors import InputError, LightMError
-from lightm.evaluation import Evaluation, evaluate_folder, write_report
-from lightm.evaluation.folder import EvaluateOptions
+from lightm.evaluation.evaluation import Evaluation
+from lightm.evaluation.folder import EvaluateOptions, evaluate_folder
+from lightm.evaluation.report import write_report
 from lightm.inference.folder import PredictOptions, load_predictor, predict_folder
 from lightm.inference.predictor import Predictor
 from lightm.nets.folder import pack_model
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from lightm.lab.bench import Row
     from lightm.lab.compare import CompareResult, Experiment
     from lightm.lab.complexity import Account
-
 
 _log = logging.getLogger(__name__)
 
@@ -80,8 +81,7 @@ def _as_labels(given: Any) -> Any:
     if not isinstance(given, str):
         return given
     labels: dict[str, int] = {}
-    for part in given.split(","):
-        name, _, value = part.rpartition("=")
+    for name, _, value in (part.rpartition("=") for part in given.split(",")):
         if not name.strip() or not value.strip().isdigit() or name.strip() in labels:
             raise ValueError(f"labels '{given}': write each name once with its value, as background=0,lung=1")
         labels[name.strip()] = int(value)
@@ -108,10 +108,10 @@ class ImportOptions(Options):
 def check(
     dataset: Dataset | Path | str, *, labels: Path | str | None = None, progress: Progress | None = None
 ) -> CheckResult:
-    """Read every file of a data set and return every problem, with file, case and remedy, and a summary.
+    """Read every file of a data set once, on all cores; return every problem, with its file and remedy, and a summary.
 
     dataset: folder in the nnU-Net raw or MSD layout, or a folder of images with `labels` beside it. Raises InputError
-    only where there is no data set to check. Cost: each file read once, on all cores.
+    only where there is no data set to check.
 
     >>> data = lightm.phantoms("xray", folder / "data", cases=2, size=32)
     >>> result = lightm.check(data)
@@ -144,6 +144,9 @@ def plan(
     return made
 
 
+_LOADING = ("device", "overlap", "tta", "window", "postprocess", "max_memory")
+
+
 def load(model: Path | str, *, network: nn.Module | None = None, **options: Any) -> Predictor:
     """Return a model ready to segment: `predictor("scan.nii.gz")` is a label map, `predictor.network` the module.
 
@@ -160,9 +163,8 @@ def load(model: Path | str, *, network: nn.Module | None = None, **options: Any)
     (32, 32)
     """
     chosen = PredictOptions.of(None, options, "load")
-    loading = ("device", "overlap", "tta", "window", "postprocess", "max_memory")
-    if wrong := sorted(chosen.model_fields_set.difference(loading)):
-        raise InputError(f"load: {', '.join(wrong)} belong to lightm.predict; expected some of {', '.join(loading)}")
+    if wrong := sorted(chosen.model_fields_set.difference(_LOADING)):
+        raise InputError(f"load: {', '.join(wrong)} belong to lightm.predict; expected some of {', '.join(_LOADING)}")
     return load_predictor(model, chosen, network)
 
 
@@ -195,15 +197,10 @@ def predict(
         from lightm.interchange.dicom_seg import seg_writer_of_model
 
         if not isinstance(model, Predictor):
-            model, chosen = load_predictor(model, chosen), _outputs(chosen)
+            model = load_predictor(model, chosen)
+            chosen = PredictOptions(**chosen.model_dump(exclude_unset=True, exclude=set(_LOADING)))
         writer = seg_writer_of_model(model)
     return predict_folder(model, inputs, out, options=chosen, progress=progress, extra_writer=writer)
-
-
-def _outputs(options: PredictOptions) -> PredictOptions:
-    """The options without those that went into a Predictor."""
-    gone = ("device", "overlap", "tta", "window", "postprocess", "max_memory")
-    return PredictOptions(**{k: v for k, v in options.model_dump(exclude_unset=True).items() if k not in gone})
 
 
 def evaluate(
@@ -229,9 +226,7 @@ def evaluate(
     if labels is not None:
         return evaluate_folder(predictions, labels, options=chosen, progress=progress)
     if wrong := sorted(chosen.model_fields_set - {"nsd_tolerance_mm"}):
-        raise InputError(
-            f"{', '.join(wrong)}: for a folder of label maps alone; give it and its labels, or a run alone"
-        )
+        raise InputError(f"{', '.join(wrong)}: only for a folder of label maps; give it and its labels, or a run alone")
     tolerance = chosen.nsd_tolerance_mm
     if isinstance(tolerance, dict):
         raise InputError("nsd_tolerance_mm: one number for a run; tolerances per class need label maps and labels")
@@ -279,15 +274,8 @@ def compare(
 
     if isinstance(experiment, str | Path) and Path(experiment).is_dir():
         experiment, out = Path(experiment) / "experiment.yaml", experiment if out is None else out
-    return compare_experiment(
-        experiment,
-        out,
-        dataset=dataset,
-        jobs=jobs,
-        total_time=total_time,
-        retry=retry,
-        progress=progress,
-    )
+    asked: dict[str, Any] = {"dataset": dataset, "jobs": jobs, "total_time": total_time, "retry": retry}
+    return compare_experiment(experiment, out, **asked, progress=progress)
 
 
 def convert(
@@ -383,14 +371,8 @@ def info(
     """
     from lightm.lab.complexity import account
 
-    return account(
-        network,
-        spatial=spatial,
-        in_channels=in_channels,
-        out_channels=out_channels,
-        options=options,
-        latency=latency,
-    )
+    image: dict[str, Any] = {"spatial": spatial, "in_channels": in_channels, "out_channels": out_channels}
+    return account(network, **image, options=options, latency=latency)
 
 
 def bench(what: str = "network", *, progress: Progress | None = None, **options: Any) -> list[Row]:
@@ -407,11 +389,7 @@ def bench(what: str = "network", *, progress: Progress | None = None, **options:
     chosen = BenchOptions.of(None, options, "bench")
     from lightm.lab.bench import run
 
-    arguments = chosen.model_dump(exclude={"threads"})
-    if chosen.sizes is None:
-        del arguments["sizes"]
     if chosen.threads is not None:
-        import torch
-
         torch.set_num_threads(chosen.threads)
+    arguments = chosen.model_dump(exclude={"threads", "sizes"} if chosen.sizes is None else {"threads"})
     return run(what, **arguments, progress=progress)

@@ -11,15 +11,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lightm.errors import InputError, did_you_mean
-from lightm.files import atomic_file
+from lightm.files import write_text
 
-# Ours are some kilobytes; PyYAML takes about ten seconds a megabyte.
+# Ours are some kilobytes; PyYAML takes about ten seconds per megabyte.
 MAX_YAML_BYTES = 256 << 10
 MAX_JSON_BYTES = 16 << 20
 _MAX_RECORD_BYTES = 512 << 20  # results of many thousand cases
 # What PyYAML lets through for values that their tag does not fit, such as `!!int x`.
 _MAX_DEPTH = 50
-_SHOWN = 20  # faults in one message
+_SHOWN = 20  # errors in one message
 _FAULTS = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -54,9 +54,7 @@ def parse_json(content: bytes, where: str, max_bytes: int = MAX_JSON_BYTES) -> A
 
 
 def load_json(path: Path | str, model: type[Model], what: str, remedy: str) -> Model:
-    """Read a JSON file into a model; raises InputError that names the file, `what` it should be, each wrong key and the
-    `remedy`.
-    """
+    """Read JSON into a model; InputError names the file, `what` it should be, each wrong key and the `remedy`."""
     try:
         content = read_json(Path(path), _MAX_RECORD_BYTES)
     except InputError as error:
@@ -79,9 +77,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         with path.open("rb") as stream:
             start = stream.read(MAX_YAML_BYTES + 1)
         if len(start) > MAX_YAML_BYTES:
-            raise InputError(
-                f"{path}: longer than {MAX_YAML_BYTES >> 10} kB, which no settings are; is it another file?"
-            )
+            raise InputError(f"{path}: longer than {MAX_YAML_BYTES >> 10} kB, as no settings are; is it another file?")
         content = yaml.load(start.decode("utf-8"), Loader=_Loader)
     except OSError as error:
         raise InputError(f"{path}: cannot be opened ({error.strerror or error}); check the path") from None
@@ -106,20 +102,13 @@ def parse_yaml(text: str, where: str) -> Any:
 def save_yaml(path: Path | str, model: BaseModel, heading: str) -> None:
     """Write a model, its keys in the order of the fields, below `heading` as comment lines; atomic."""
     comment = "".join(f"# {line}".rstrip() + "\n" for line in heading.splitlines())
-    body = yaml.dump(
-        model.model_dump(mode="json", exclude_none=True),
-        Dumper=_Dumper,
-        sort_keys=False,
-        default_flow_style=None,
-        width=100,
-        allow_unicode=True,
-    )
-    with atomic_file(path) as stream:
-        stream.write((comment + body).encode("utf-8"))
+    content = model.model_dump(mode="json", exclude_none=True)
+    style: dict[str, Any] = {"sort_keys": False, "default_flow_style": None, "width": 100, "allow_unicode": True}
+    write_text(path, comment + yaml.dump(content, Dumper=_Dumper, **style))
 
 
 def validated(model: type[Model], content: Any, where: str) -> Model:
-    """Return the model of the content; raises InputError that names `where`, each wrong key and the cure."""
+    """Return the model of the content; raises InputError that names `where`, each wrong key and the remedy."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -132,8 +121,7 @@ def validated(model: type[Model], content: Any, where: str) -> Model:
 def _fault(fault: Any, model: type[BaseModel]) -> str:
     keys = ".".join(str(key) for key in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        owner = _owner(model, fault["loc"][:-1])
-        known = list(owner.model_fields)
+        known = list(_owner(model, fault["loc"][:-1]).model_fields)
         near = did_you_mean(str(fault["loc"][-1]), known)
         return f"unknown key '{keys}'{near or '; known are ' + ', '.join(known)}"
     if fault["type"] == "missing":
@@ -173,8 +161,7 @@ class _Loader(yaml.SafeLoader):
             )
         self._depth += 1
         if self._depth > _MAX_DEPTH:  # PyYAML takes time by the square of the depth, and Python's stack
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "nested too deeply", mark)
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", self.peek_event().start_mark)
         try:
             return super().compose_node(parent, index)
         finally:
@@ -184,9 +171,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' is given twice", node.start_mark
-                )
+                twice = f"the key '{key.value}' is given twice"
+                raise yaml.constructor.ConstructorError(None, None, twice, node.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 

@@ -13,8 +13,8 @@ def resolve_device(name: str | torch.device) -> torch.device:
     """Return the device of that name; PyTorch can use it on this machine.
 
     name: "cpu"; "cuda" or "cuda:1", an NVIDIA or ROCm GPU; "mps", an Apple GPU; "gpu", whichever of the two there is;
-    "auto", a CUDA device if there is one, else the CPU.
-    Raises InputError for an unknown name and for a device that this machine or this build of PyTorch does not have.
+    "auto", a CUDA device if there is one, else the CPU. Raises InputError for an unknown name, and for a device that
+    this machine or this build of PyTorch does not have.
 
     >>> resolve_device("cpu")
     device(type='cpu')
@@ -30,12 +30,10 @@ def resolve_device(name: str | torch.device) -> torch.device:
         device = torch.device(text)
     except RuntimeError:
         raise InputError(f"device '{name}': unknown; give {_KNOWN}") from None
-    if device.type == "cpu":
-        return torch.device("cpu")
+    if device.type == "cpu" or (device.type == "mps" and apple):
+        return torch.device(device.type)
     if device.type == "cuda" and (device.index or 0) < count:
         return device
-    if device.type == "mps" and apple:
-        return torch.device("mps")
     if device.type == "cuda" and count:
         raise InputError(f"device '{name}': this machine has {count} CUDA device(s), numbered from cuda:0")
     if device.type in ("cuda", "mps"):

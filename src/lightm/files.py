@@ -21,8 +21,8 @@ from lightm.errors import InputError, LightMError
 def replacing(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it is synced and renamed to `path`, else removed.
 
-    Missing folders are made; the folder is synced too where the platform can, so that the new name outlives a loss of
-    power. Raises LightMError, naming the file, when the disk refuses.
+    Missing folders are made; the folder is synced too where possible, so that the new name outlives a loss of power.
+    Raises LightMError, naming the file, when the disk refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -62,21 +62,17 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
-
-
 def is_temporary(path: Path) -> bool:
     """Whether a file is what `replacing` writes to, by its name: it can be left by a killed process alone."""
-    return _TEMPORARY.fullmatch(path.name) is not None and path.is_file()
+    return re.fullmatch(r"\..+\.[0-9a-f]{12}\.tmp", path.name) is not None and path.is_file()
 
 
 def remove_temporaries(folder: Path | str) -> None:
     """Remove the temporary files that a killed process left in `folder`; only for a folder that nobody writes to."""
     with contextlib.suppress(OSError):
-        for path in Path(folder).iterdir():
-            if is_temporary(path):
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        for path in filter(is_temporary, Path(folder).iterdir()):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 @contextlib.contextmanager
@@ -94,12 +90,12 @@ def write_text(path: Path | str, text: str) -> None:
 
 def file_hash(path: Path | str) -> str:
     """Return size and SHA-256 of a file's content, as "size:hex"; raises InputError where it cannot be read."""
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     try:
         with open(path, "rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
-                size += len(chunk)
+            size = stream.tell()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
     return f"{size}:{digest.hexdigest()}"
@@ -113,11 +109,10 @@ _YOUNG_S = 10.0
 def locked_folder(folder: Path | str, work: str) -> Iterator[None]:
     """Hold `folder`, made if missing, for this process: another LightM process that wants it is refused meanwhile.
 
-    The lock is the file `.lightm.lock` with process id, host, start of the process and `work` ("training"), made in
-    one exclusive step on every platform and removed at the end. One whose process on this host is gone is taken over;
-    whether a process of another host still lives cannot be told, so its lock stands until it is deleted by hand.
-    Raises InputError, naming the holder, while another process (or another thread) holds it; LightMError when the disk
-    refuses.
+    The lock is the file `.lightm.lock` with process id, host, start of the process and `work` ("training"), created
+    exclusively and removed at the end. One whose process on this host is gone is taken over; that of another host,
+    whose process cannot be checked, stands until it is deleted by hand. Raises InputError, naming the holder, while
+    another process (or another thread) holds it; LightMError when the disk refuses.
     """
     path = Path(folder) / LOCK
     mine = json.dumps({"pid": os.getpid(), "host": platform.node(), "start": _start(os.getpid()), "work": work,
@@ -190,9 +185,7 @@ def _lives(path: Path, held: str) -> bool:
             return time.time() - path.stat().st_mtime < _YOUNG_S
         except OSError:
             return True
-    if host != platform.node():
-        return True
-    return _alive(pid) and start in ("", _start(pid))
+    return host != platform.node() or (_alive(pid) and start in ("", _start(pid)))
 
 
 def _refusal(path: Path, held: str) -> str:
@@ -217,18 +210,14 @@ def _start(pid: int) -> str:
 
 
 def _alive(pid: int) -> bool:
-    if os.name == "nt":
-        return _alive_on_windows(pid)
-    try:
-        os.kill(pid, 0)  # asks, sends nothing
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
+    if os.name != "nt":
+        try:
+            os.kill(pid, 0)  # asks, sends nothing
+        except ProcessLookupError:
+            return False
+        except (PermissionError, OverflowError):
+            return True
         return True
-    return True
-
-
-def _alive_on_windows(pid: int) -> bool:
     import ctypes
 
     windows: Any = ctypes  # its Windows parts are unknown to type checkers elsewhere

@@ -1,10 +1,9 @@
 """Memory of the machine and of this process: what there is, what it holds now, the most it held, the peak of one call.
 
-The peak is the resident set's high-water mark during the call, less the resident set just before it, when network and
-input exist and kernels are compiled. Linux: the high-water mark is reset before the call (/proc/self/clear_refs).
-Elsewhere, or where that is forbidden, the growth of the process's all-time peak and samples every millisecond serve:
-Windows through GetProcessMemoryInfo, other systems through getrusage alone, which can then only tell a growth beyond
-the earlier peak. Where nothing can be read the answer is None: not measured.
+The peak of a call is the resident set's high-water mark during it, less the resident set just before. Linux resets the
+mark before the call (/proc/self/clear_refs). Elsewhere, or where that is forbidden, the growth of the process's
+all-time peak and samples every millisecond serve: Windows through GetProcessMemoryInfo, other systems through getrusage
+alone, which can only tell a growth beyond the earlier peak. Where nothing can be read the answer is None.
 """
 
 from __future__ import annotations
@@ -85,15 +84,10 @@ def _windows_counters() -> tuple[int, int]:
     """(peak, current) working set in bytes."""
     from ctypes import wintypes
 
-    sizes = ("PeakWorkingSetSize", "WorkingSetSize", "QuotaPeakPagedPoolUsage", "QuotaPagedPoolUsage",
-             "QuotaPeakNonPagedPoolUsage", "QuotaNonPagedPoolUsage", "PagefileUsage", "PeakPagefileUsage")  # fmt: skip
-
-    class Counters(ctypes.Structure):
-        _fields_ = (
-            ("cb", wintypes.DWORD),
-            ("PageFaultCount", wintypes.DWORD),
-            *((name, ctypes.c_size_t) for name in sizes),
-        )
+    class Counters(
+        ctypes.Structure
+    ):  # PROCESS_MEMORY_COUNTERS; the first two sizes are PeakWorkingSetSize and WorkingSetSize
+        _fields_ = (("cb", wintypes.DWORD), ("PageFaultCount", wintypes.DWORD), ("sizes", ctypes.c_size_t * 8))
 
     counters = Counters()
     counters.cb = ctypes.sizeof(counters)
@@ -103,11 +97,11 @@ def _windows_counters() -> tuple[int, int]:
     ask.argtypes = [wintypes.HANDLE, ctypes.c_void_p, wintypes.DWORD]
     if not ask(kernel32.GetCurrentProcess(), ctypes.byref(counters), counters.cb):
         raise OSError("GetProcessMemoryInfo failed")
-    return counters.PeakWorkingSetSize, counters.WorkingSetSize
+    return counters.sizes[0], counters.sizes[1]
 
 
 def give_back() -> None:
-    """Return freed memory to the system, so that the call cannot live on what is left over (GNU C library)."""
+    """Return freed memory to the system, so that a measured call cannot use what is left over (GNU C library)."""
     gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

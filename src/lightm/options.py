@@ -30,32 +30,31 @@ class Options(BaseModel):
         In `more` None stands for an option that was not given. Raises InputError naming `where` (or the file), the
         key and, for an unknown one, the nearest known.
         """
-        if given is None:
-            values: dict[str, Any] = {}
-        elif isinstance(given, cls):
+        values: dict[str, Any] = {}
+        if isinstance(given, cls):
             values = {name: getattr(given, name) for name in given.model_fields_set}
         elif isinstance(given, Mapping):
             values = dict(given)
         elif isinstance(given, str | Path):
             values = read_yaml(given)
             validated(cls, values, str(given))
-        else:
+        elif given is not None:
             raise InputError(f"{where}: got {type(given).__name__}; expected {cls.__name__}, a mapping or a YAML file")
         return validated(cls, {**values, **{k: v for k, v in more.items() if v is not None}}, where)
 
 
-def _as_text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+def _numbers(kind: type[int] | type[float], how: str) -> BeforeValidator:
+    """What reads text as numbers of a kind; other values are left to the model."""
 
+    def read(value: Any) -> Any:
+        if not isinstance(value, str):
+            return list(value) if isinstance(value, tuple) else value
+        try:
+            return [kind(part) for part in re.split(r"\s*[,x]\s*|\s+", value.strip())]  # an empty part is an error
+        except ValueError:
+            raise ValueError(f"'{value}': write {how}") from None
 
-def _as_sizes(value: Any) -> Any:
-    if isinstance(value, str):
-        return [int(part) for part in _split(value, int, "whole numbers as 40,56,40")]
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _as_numbers(value: Any) -> Any:
-    return _split(value, float, "numbers as 1,0.8,0.8") if isinstance(value, str) else value
+    return BeforeValidator(read)
 
 
 def _as_names(value: Any) -> Any:
@@ -64,21 +63,11 @@ def _as_names(value: Any) -> Any:
     return list(value) if isinstance(value, Iterable) else value
 
 
-def _split(text: str, kind: type[int] | type[float], how: str) -> list[Any]:
-    try:
-        parts = [kind(part) for part in re.split(r"\s*[,x]\s*|\s+", text.strip())]  # an empty part is an error
-    except ValueError:
-        parts = []
-    if not parts:
-        raise ValueError(f"'{text}': write {how}")
-    return parts
-
-
-PathText = Annotated[str, BeforeValidator(_as_text)]
+PathText = Annotated[str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)]
 """A path, kept as text so that it can be written to a file."""
-Sizes = Annotated[list[int], BeforeValidator(_as_sizes)]
+Sizes = Annotated[list[int], _numbers(int, "whole numbers as 40,56,40")]
 """Whole numbers for each axis, (z, y, x) or (y, x); text such as "40,56,40" is read too."""
-Numbers = Annotated[list[float], BeforeValidator(_as_numbers)]
+Numbers = Annotated[list[float], _numbers(float, "numbers as 1,0.8,0.8")]
 """Numbers for each axis; text such as "1,0.8,0.8" is read too."""
 Names = Annotated[list[str], BeforeValidator(_as_names)]
 """Names; text such as "one,two" is read too."""

@@ -16,18 +16,20 @@ from lightm.datasets.dataset import open_dataset
 from lightm.datasets.phantoms import make_phantoms
 from lightm.datasets.split import Split, load_split
 from lightm.errors import InputError
-from lightm.evaluation import Evaluation, evaluate_folder, write_report
+from lightm.evaluation.evaluation import Evaluation
+from lightm.evaluation.folder import evaluate_folder
+from lightm.evaluation.report import write_report
 from lightm.images.io import read_volume
-from lightm.inference import Predictor, predict_folder
-from lightm.inference.folder import PredictOptions, load_predictor
+from lightm.inference.folder import PredictOptions, Predictor, load_predictor, predict_folder
 from lightm.inference.postprocess import Postprocess, describe
 from lightm.inference.postprocess_choice import CaseLabels, choose_rules
 from lightm.nets.folder import set_postprocess
 from lightm.preparation.plan import Plan
 from lightm.progress import Progress
 from lightm.training import TrainResult
-from lightm.training.config import TrainConfig, load_config
-from lightm.training.run import ResumeOptions, Run, earlier_run, new_run, run_training
+from lightm.training.config import ResumeOptions, TrainConfig, load_config
+from lightm.training.record import Run
+from lightm.training.run import earlier_run, new_run, run_training
 
 _log = logging.getLogger(__name__)
 
@@ -85,10 +87,8 @@ def train(
     >>> run.training.epochs, run.report.name
     (1, 'report.html')
     """
-    run = new_run(
-        dataset, out, config=config, network=network, loss=loss, plan=plan, split=split, progress=progress, **options
-    )
-    return _finished(run, progress)
+    given: dict[str, Any] = {"network": network, "loss": loss, "plan": plan, "split": split}
+    return _finished(new_run(dataset, out, config=config, progress=progress, **given, **options), progress)
 
 
 def resume(
@@ -119,60 +119,43 @@ def resume(
 def _finished(run: Run, progress: Progress | None) -> RunResult:
     training = run_training(run, progress)
     _log.info("trained %d epochs in %.0f s (%s)", training.epochs, training.train_seconds, training.reason)
-    return finish_run(training, data=run.data, network=run.network, progress=progress)
+    return finish_run(training, progress=progress)
 
 
-def finish_run(
-    training: TrainResult,
-    *,
-    data: Dataset | None = None,
-    network: nn.Module | None = None,
-    progress: Progress | None = None,
-) -> RunResult:
+def finish_run(training: TrainResult, *, progress: Progress | None = None) -> RunResult:
     """Choose the model's post-processing on the validation cases, predict and score the test cases, write the report.
 
-    data, network: those of the training, where they are at hand. What its configuration switches off (`postprocess`,
-    `test`) is left out.
+    What the training's configuration switches off (`postprocess`, `test`) is left out.
     """
-    config = training.config
-    if not config.postprocess and not config.test:
-        return RunResult(training, None, None)
-    data = _data(config) if data is None else data
-    model = training.run_dir / "model"
-    predictor = load_predictor(model, PredictOptions(device=config.device), network)
-    if config.postprocess:
-        choose_postprocess(training, data=data, predictor=predictor, progress=progress)
-    if not config.test:
-        return RunResult(training, None, None)
+    config, run_dir, test = training.config, training.run_dir, training.split.test
     evaluation = None
-    if training.split.test:
-        evaluation = score_cases(data, training.run_dir, training.split.test, predictor=predictor, progress=progress)
-    return RunResult(training, evaluation, write_report(training.run_dir))
+    if config.postprocess or config.test:
+        predictor = load_predictor(run_dir / "model", PredictOptions(device=config.device), training.network)
+        if config.postprocess:
+            choose_postprocess(training, predictor=predictor, progress=progress)
+        if config.test and test:
+            evaluation = score_cases(training.data, run_dir, test, predictor, progress=progress)
+    return RunResult(training, evaluation, write_report(run_dir) if config.test else None)
 
 
 MOST_VALIDATION_CASES = 20  # enough to choose post-processing
 
 
 def choose_postprocess(
-    training: TrainResult,
-    *,
-    data: Dataset | None = None,
-    predictor: Predictor | None = None,
-    progress: Progress | None = None,
+    training: TrainResult, *, predictor: Predictor | None = None, progress: Progress | None = None
 ) -> Postprocess:
     """Keep with the model the post-processing that helps on the validation cases, at most 20 of them; it is logged.
 
-    data, predictor: the training's data set and its model, where they are at hand; the predictor has the steps then.
-    Memory: that of one prediction; of the others their deflated label maps are kept.
+    predictor: the training's model, where it is at hand; it has the steps then. Memory: that of one prediction; of the
+    others their deflated label maps are kept.
     """
     model, plan = training.run_dir / "model", training.plan
-    data = _data(training.config) if data is None else data
     if predictor is None:
-        predictor = load_predictor(model, PredictOptions(device=training.config.device))
+        predictor = load_predictor(model, PredictOptions(device=training.config.device), training.network)
     predictor.rules = ()
     cases = []
     ids = training.split.val[:MOST_VALIDATION_CASES]
-    for done, case in enumerate(map(data.case, ids)):
+    for done, case in enumerate(map(training.data.case, ids)):
         if case.label is not None:
             predicted = predictor.predict_volumes([read_volume(path) for path in case.images])
             truth = read_volume(case.label, kind="label")
@@ -200,21 +183,18 @@ def score_run(run_dir: Path | str, *, nsd_tolerance_mm: float = 1.0, progress: P
     if not (run_dir / "model" / "model.json").is_file():
         raise InputError(f"{run_dir}: holds no trained run (model/model.json is missing); finish its training first")
     config = load_config(run_dir / "config.yaml")
-    data = _data(config)
+    data = open_dataset(config.dataset, labels=config.labels)
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
     if not split.test:
         raise InputError(f"{run_dir / 'split.json'}: the split has no test cases")
     predictor = load_predictor(run_dir, PredictOptions(device=config.device))
-    return score_cases(
-        data, run_dir, split.test, predictor=predictor, nsd_tolerance_mm=nsd_tolerance_mm, progress=progress
-    )
+    return score_cases(data, run_dir, split.test, predictor, nsd_tolerance_mm, progress)
 
 
 def score_cases(
     data: Dataset,
     run_dir: Path,
     case_ids: Sequence[str],
-    *,
     predictor: Predictor,
     nsd_tolerance_mm: float = 1.0,
     progress: Progress | None = None,
@@ -239,27 +219,20 @@ def score_cases(
     )
 
 
-def _data(config: TrainConfig) -> Dataset:
-    return open_dataset(Path(config.dataset), labels=None if config.labels is None else Path(config.labels))
-
-
-DEMO_CASES, DEMO_SIZE, DEMO_TIME = 60, 64, "6m"
-
-
 def demo(
     out: Path | str = "runs/demo",
     *,
-    max_time: str | float = DEMO_TIME,
-    cases: int = DEMO_CASES,
-    size: int = DEMO_SIZE,
+    max_time: str | float = "6m",
+    cases: int = 60,
+    size: int = 64,
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> RunResult:
-    """Make liver phantoms, train on them, predict and score the test cases, and write `OUT/report.html`.
+    """Make liver phantoms in `OUT-data`, train on them, predict and score the test cases, and write `OUT/report.html`.
 
-    The phantoms go to the folder `OUT-data` beside it. Takes about `max_time` (of the training) and one minute more
-    on two cores. With `overwrite` an earlier demo in `out` is replaced; anything else there is refused.
+    Takes about `max_time` (of the training) and one minute more on two cores. With `overwrite` an earlier demo in `out`
+    is replaced; anything else there is refused.
     """
     out = Path(out)
     data = out.with_name(out.name + "-data")

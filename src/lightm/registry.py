@@ -21,12 +21,10 @@ def _installed(group: str) -> dict[str, EntryPoint]:
 class Registry(Generic[Item]):
     """Names and what they stand for.
 
-    Arguments: `what` the things are called in messages ("network"); `group` of the entry points through which
-    installed packages add theirs; `wrap`: makes an item of what a program or an entry point gives, and raises
-    InputError for what it cannot use; `hint`: what else a name may be, for the message about unknown ones.
-
-    Built-in names cannot be replaced: files that name them would mean something else elsewhere. An entry point is
-    imported when its name is asked for, not before.
+    Arguments: `what` the things are called in messages ("network"); `group` of the entry points by which installed
+    packages add theirs, imported when first asked for; `wrap`: makes an item of what a program or an entry point gives,
+    and raises InputError for what it cannot use; `hint`: what else a name may be, for the message about unknown ones.
+    Built-in names cannot be replaced: files that name them would mean something else elsewhere.
 
     >>> colours = Registry("colour", "example.colours", wrap=str)
     >>> colours.register("red", "#f00")
@@ -77,11 +75,8 @@ class Registry(Generic[Item]):
         if name not in self._items:
             entry = self._entry_points().get(name)
             if entry is None:
-                hint = f" {self.hint}" if self.hint else ""
-                raise InputError(
-                    f"unknown {self.what} '{name}'{did_you_mean(name, self.names()) or '.'} Known: "
-                    f"{', '.join(sorted(self.names()))}.{hint}"
-                )
+                near, known = did_you_mean(name, self.names()) or ".", ", ".join(sorted(self.names()))
+                raise InputError(f"unknown {self.what} '{name}'{near} Known: {known}. {self.hint}".rstrip())
             try:
                 self._items[name] = self.wrap(entry.load())
             except Exception as error:  # what an installed package raises when it is imported can be anything

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lightm.datasets.split import load_split, make_split
 from lightm.errors import InputError
-from lightm.training import load_split, make_split
 
 IDS = [f"case_{i:02d}" for i in range(20)]
 

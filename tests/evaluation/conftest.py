@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from lightm.evaluation import evaluate_folder
+from lightm.evaluation.folder import evaluate_folder
 from lightm.images.io import write_volume
 from lightm.images.volume import Volume
 

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from lightm.errors import InputError
-from lightm.evaluation import Evaluation, evaluate_folder, format_table, load_evaluation
-from lightm.evaluation.evaluation import CaseRow, summarize
+from lightm.evaluation.evaluation import CaseRow, Evaluation, format_table, load_evaluation, summarize
+from lightm.evaluation.folder import evaluate_folder
 from lightm.images.io import write_volume
 from lightm.images.volume import Volume
 

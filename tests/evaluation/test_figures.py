@@ -14,8 +14,7 @@ from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from lightm.errors import InputError
 from lightm.evaluation.evaluation import CaseRow, summarize
 from lightm.evaluation.figures import CLASS_COLOURS, case_strip, curves, read_history, to_png
-from lightm.evaluation.overlays import MISSED, SPURIOUS, WRONG_CLASS, best_slice, overlay
-from lightm.evaluation.surfaces import mesh_mm, surface_figure
+from lightm.evaluation.pictures import MISSED, SPURIOUS, WRONG_CLASS, best_slice, mesh_mm, overlay, surfaces_figure
 
 CLASSES = {"organ": 1, "lesion": 2}
 HISTORY = {
@@ -190,7 +189,7 @@ def balls(shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> n
 def test_surfaces_have_the_size_of_the_structures_in_millimetres() -> None:
     spacing = (3.0, 0.7, 0.7)
     label = balls((24, 100, 100), spacing)
-    figure = surface_figure(label, np.where(label == 2, 0, label), spacing, CLASSES)
+    figure = surfaces_figure({"label": label, "prediction": np.where(label == 2, 0, label)}, spacing, CLASSES)
     first, second = figure.axes
     assert (first.get_title(), second.get_title()) == ("label", "prediction")
     assert first.get_xlim() == second.get_xlim()
@@ -221,7 +220,7 @@ def test_mesh_lies_where_the_structure_is(factors: tuple[int, int, int]) -> None
 def test_surfaces_survive_thin_structures_and_empty_predictions() -> None:
     label = np.zeros((96, 96, 96), np.uint8)
     label[:, 40, 40] = label[50, :, 50] = label[10, 20, :] = 1  # one voxel wide, half a block of the coarse grid
-    figure = surface_figure(label, np.zeros_like(label), (1.0, 1.0, 1.0), {"vessel": 1})
+    figure = surfaces_figure({"label": label, "prediction": np.zeros_like(label)}, (1.0, 1.0, 1.0), {"vessel": 1})
     first, second = figure.axes
     assert len(first.collections) == 1
     mesh = mesh_mm(label > 0, (1.0, 1.0, 1.0), (2, 2, 2))
@@ -234,7 +233,7 @@ def test_surfaces_survive_thin_structures_and_empty_predictions() -> None:
 @pytest.mark.slow
 def test_surfaces_of_a_large_scan_are_coarse_enough_for_a_report() -> None:
     label = balls((80, 160, 160), (1.0, 0.5, 0.5))
-    assert len(to_png(surface_figure(label, label, (1.0, 0.5, 0.5), CLASSES))) < 600_000
+    assert len(to_png(surfaces_figure({"label": label, "prediction": label}, (1.0, 0.5, 0.5), CLASSES))) < 600_000
 
 
 def test_figures_leave_pyplot_and_its_settings_alone() -> None:

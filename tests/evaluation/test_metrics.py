@@ -9,8 +9,7 @@ import pytest
 from scipy import ndimage
 
 from lightm.errors import InputError
-from lightm.evaluation import ClassMetrics, case_metrics
-from lightm.evaluation.metrics import surface, surface_distances
+from lightm.evaluation.metrics import ClassMetrics, case_metrics, surface, surface_distances
 
 ONE = {"organ": 1}
 

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from lightm.errors import InputError
-from lightm.evaluation import load_evaluation, write_report
-from lightm.evaluation.report import representative_cases
+from lightm.evaluation.evaluation import load_evaluation
+from lightm.evaluation.report import representative_cases, write_report
 from lightm.evaluation.run_folder import case_loader, read_run
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lightm.evaluation.figures import class_colour
-from lightm.evaluation.overlays import overlay_prediction
+from lightm.evaluation.pictures import overlay_prediction
 from lightm.images.volume import Volume
 from lightm.inference.preview import preview_png
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from lightm.errors import InputError, LightMError
-from lightm.evaluation import evaluate_folder
+from lightm.evaluation.folder import evaluate_folder
 from lightm.images.io import read_volume
 from lightm.inference import predict_folder
 from lightm.inference.predictor import Predictor

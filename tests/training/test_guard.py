@@ -22,10 +22,16 @@ from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, _start, locked_folder
 from lightm.preparation.patches import PatchDataset
 from lightm.training import resume_training, train_model
-from lightm.training.checkpoint_io import load_checkpoint, newest_checkpoint, save_checkpoint, save_rotating
+from lightm.training.checkpoint_io import (
+    load_checkpoint,
+    newest_checkpoint,
+    random_states,
+    save_checkpoint,
+    save_rotating,
+    set_random_states,
+)
 from lightm.training.guard import Interrupted, NanGuard, gradients_are_finite
 from lightm.training.loop import Training
-from lightm.training.random_states import random_states, set_random_states
 from tests.helpers import make_balls
 from tests.messages import on_message
 from tests.training.test_train import SMALL, history, weights

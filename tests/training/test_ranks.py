@@ -10,12 +10,13 @@ import pytest
 from lightning_fabric import Fabric
 
 from lightm import open_dataset
+from lightm.datasets.split import make_split
 from lightm.preparation.plan import make_plan
 from lightm.preparation.preprocess import preprocess_dataset
-from lightm.training import make_split
 from lightm.training.config import resolve_config
-from lightm.training.fit import build, build_fabric, fit
 from lightm.training.loaders import PatchLoaders, RankSampler
+from lightm.training.record import Run
+from lightm.training.run import build, build_fabric, fit
 from tests.helpers import make_balls
 from tests.training.test_train import SMALL, history
 
@@ -36,18 +37,11 @@ def _train(fabric: Fabric, root: str, batch_size: int) -> None:
     plan, split = make_plan(data), make_split([case.id for case in data.cases], seed=0)
     options: dict[str, Any] = {**SMALL, "settings": {**SMALL["settings"], "epochs": 1}, "val_patches": 4}
     config = resolve_config(str(data.root), 3, **options)
+    plan = plan.model_copy(update={"patch_size": [16, 16, 16], "batch_size": batch_size})
     cases = {case.id: case for case in preprocess_dataset(data, plan, Path(root) / "cache")}
-    patches = PatchLoaders(
-        [cases[i] for i in split.train],
-        [cases[i] for i in split.val],
-        config.settings,
-        patch_size=[16, 16, 16],
-        batch_size=batch_size,
-        seed=0,
-        val_patches=4,
-    )
-    run = Path(root) / f"run{fabric.world_size}"
-    fit(fabric, run, config, plan, split, *build(config, plan), patches, resume=False)
+    run = Run(Path(root) / f"run{fabric.world_size}", config, fabric, data, plan, split)
+    patches = PatchLoaders(run, [cases[i] for i in split.train], [cases[i] for i in split.val])
+    fit(run, *build(run), patches)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no gloo by files there")

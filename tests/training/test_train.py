@@ -20,9 +20,8 @@ from lightm.nets import load_model
 from lightm.preparation.plan import make_plan
 from lightm.training import resume_training, train_model
 from lightm.training.checkpoint_io import load_checkpoint
-from lightm.training.config import TrainConfig, load_config, parse_duration
+from lightm.training.config import Recipe, TrainConfig, load_config, parse_duration
 from lightm.training.loop import Training
-from lightm.training.recipes import Recipe
 from tests.helpers import make_balls
 from tests.messages import on_message
 

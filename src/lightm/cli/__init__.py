@@ -14,20 +14,11 @@ from typing import Annotated
 import typer
 
 from lightm import __version__
+from lightm.cli import exchange, lab, workflow
 from lightm.cli.common import app, echo
 from lightm.errors import LightMError
 
-# the order of these imports is the order of the verbs in the help
-from lightm.cli import runs  # isort: skip
-from lightm.cli import results  # isort: skip
-from lightm.cli import compare  # isort: skip
-from lightm.cli import bench  # isort: skip
-from lightm.cli import weights  # isort: skip
-from lightm.cli import info  # isort: skip
-from lightm.cli import pack  # isort: skip
-from lightm.cli import convert  # isort: skip
-
-__all__ = ["app", "bench", "compare", "convert", "info", "main", "pack", "results", "runs", "weights"]
+__all__ = ["app", "exchange", "lab", "main", "workflow"]
 
 _state = {"debug": False}
 
@@ -64,9 +55,7 @@ class _Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = self.format(record)
-            prefix = "lightm: warning: " if record.levelno >= logging.WARNING else ""
-            echo(prefix + text)
+            echo(("lightm: warning: " if record.levelno >= logging.WARNING else "") + self.format(record))
         except Exception:
             self.handleError(record)
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 METRICS = ("dsc", "iou", "hd95_mm", "nsd")
+DIGITS = {"dsc": 3, "iou": 3, "hd95_mm": 2, "nsd": 3}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
 
 
 class CaseRow(ClassMetrics):
@@ -29,14 +34,12 @@ class CaseRow(ClassMetrics):
     class_name: str
 
 
-class Statistic(BaseModel):
+class Statistic(_Strict):
     """Centre and spread of one metric over the `n` cases in which it is defined.
 
-    `low` and `high` bound the 95% bootstrap interval of the mean (percentile method, cases resampled); they
-    are `None` for fewer than two cases, and so is `sd` (with n - 1 in the denominator).
+    `low` and `high` bound the 95% bootstrap interval of the mean (percentile method, cases resampled); they are `None`
+    for fewer than two cases, and so is `sd` (with n - 1 in the denominator).
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     n: int
     mean: float | None
@@ -46,14 +49,11 @@ class Statistic(BaseModel):
     high: float | None
 
 
-class ClassSummary(BaseModel):
+class ClassSummary(_Strict):
     """All metrics of one class over all cases, and in how many cases it had which status.
 
-    HD95 is undefined in missed and spurious cases and all four are in absent ones: each statistic's `n` says
-    over how many cases it was taken.
+    HD95 is undefined in missed and spurious cases, and all four in absent ones: see each statistic's `n`.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     class_name: str
     counts: dict[Status, int]
@@ -63,10 +63,8 @@ class ClassSummary(BaseModel):
     nsd: Statistic
 
 
-class Overall(BaseModel):
+class Overall(_Strict):
     """The mean over classes of the class means (for IoU: mIoU); `n` counts the classes that have one."""
-
-    model_config = ConfigDict(extra="forbid")
 
     dsc: Statistic
     iou: Statistic
@@ -74,10 +72,8 @@ class Overall(BaseModel):
     nsd: Statistic
 
 
-class Evaluation(BaseModel):
+class Evaluation(_Strict):
     """Every number of one evaluation; written as `metrics.json` and `metrics.csv`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     schema_version: Literal[1] = 1
     spatial_dims: Literal[2, 3]
@@ -104,7 +100,7 @@ class Evaluation(BaseModel):
         return {case: float(np.mean(dsc)) for case, dsc in values.items()}
 
     def to_json(self, path: Path) -> None:
-        """Write everything as JSON, whole or not at all."""
+        """Write everything as JSON, atomically."""
         write_text(path, self.model_dump_json(indent=2) + "\n")
 
     def to_csv(self, path: Path) -> None:
@@ -114,8 +110,7 @@ class Evaluation(BaseModel):
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         for row in self.rows:
-            values = row.model_dump()
-            values["class"] = values.pop("class_name")
+            values = {**row.model_dump(), "class": row.class_name}
             writer.writerow({key: "" if values[key] is None else values[key] for key in names})
         write_text(path, text.getvalue())
 
@@ -137,7 +132,7 @@ def summarize(
 ) -> Evaluation:
     """Summarise rows per class and over classes; every interval comes from the same resampled cases.
 
-    `bootstrap` is the number of resamples; 0 leaves the intervals out. Equal seeds give equal intervals.
+    `bootstrap`: resamples; 0 leaves the intervals out. Equal seeds give equal intervals.
     """
     cases = list(dict.fromkeys(row.case for row in rows))
     weights = bootstrap_weights(len(cases), bootstrap, seed)
@@ -145,24 +140,17 @@ def summarize(
     statistics: dict[str, list[Statistic]] = {}
     overall: dict[str, Statistic] = {}
     for metric in METRICS:
-        table = np.array(
-            [[as_number(getattr(at[case, name], metric)) for name in labels] for case in cases],
-            dtype=np.float64,
-        ).reshape(len(cases), len(labels))
+        values = [[as_number(getattr(at[case, name], metric)) for name in labels] for case in cases]
+        table = np.array(values, dtype=np.float64).reshape(len(cases), len(labels))
         draws = resampled_means(table, weights)
         statistics[metric] = [statistic_of(table[:, k], draws[:, k]) for k in range(len(labels))]
         means = np.array([as_number(s.mean) for s in statistics[metric]])
         overall[metric] = statistic_of(means, row_means(draws), several=len(cases) > 1)
-    classes = [
-        ClassSummary(
-            class_name=name,
-            counts={
-                status: sum(row.class_name == name and row.status == status for row in rows) for status in STATUSES
-            },
-            **{metric: statistics[metric][k] for metric in METRICS},
-        )
-        for k, name in enumerate(labels)
-    ]
+    classes = []
+    for k, name in enumerate(labels):
+        found = [row.status for row in rows if row.class_name == name]
+        counts = {status: found.count(status) for status in STATUSES}
+        classes.append(ClassSummary(class_name=name, counts=counts, **{m: statistics[m][k] for m in METRICS}))
     return Evaluation(
         spatial_dims=spatial_dims,
         distance_unit=distance_unit,
@@ -187,18 +175,17 @@ def format_table(evaluation: Evaluation) -> Table:
         caption="absent: neither in label nor in prediction. HD95 is taken over the present cases.",
     )
     table.add_column("class")
-    for heading in ("DSC", "IoU", f"HD95 ({unit})", "NSD"):
+    for heading in ("DSC", "IoU", f"HD95 ({unit})", "NSD", *STATUSES):
         table.add_column(heading, justify="right")
-    for heading in STATUSES:
-        table.add_column(heading, justify="right")
+
+    def cells(summary: ClassSummary | Overall) -> list[str]:
+        return [escape(format_statistic(getattr(summary, m), DIGITS[m])) for m in METRICS]
+
     for summary in evaluation.classes:
-        cells = [escape(format_statistic(getattr(summary, m), 2 if m == "hd95_mm" else 3)) for m in METRICS]
-        counts = [str(summary.counts[status]) for status in STATUSES]
-        table.add_row(escape(summary.class_name), *cells, *counts)
+        table.add_row(escape(summary.class_name), *cells(summary), *(str(summary.counts[s]) for s in STATUSES))
     if len(evaluation.classes) > 1:
-        cells = [escape(format_statistic(getattr(evaluation.overall, m), 2 if m == "hd95_mm" else 3)) for m in METRICS]
         table.add_section()
-        table.add_row("mean over classes", *cells, "", "", "", "")
+        table.add_row("mean over classes", *cells(evaluation.overall), *[""] * len(STATUSES))
     return table
 
 
@@ -206,10 +193,9 @@ def format_statistic(statistic: Statistic, digits: int = 3) -> str:
     """Return `mean [low, high]`, without the interval where there is none, or a dash."""
     if statistic.mean is None:
         return "–"
-    text = f"{statistic.mean:.{digits}f}"
-    if statistic.low is None or statistic.high is None:
-        return text
-    return f"{text} [{statistic.low:.{digits}f}, {statistic.high:.{digits}f}]"
+    known = statistic.low is not None and statistic.high is not None
+    interval = f" [{statistic.low:.{digits}f}, {statistic.high:.{digits}f}]" if known else ""
+    return f"{statistic.mean:.{digits}f}{interval}"
 
 
 def as_number(value: float | None) -> float:
@@ -242,13 +228,10 @@ def row_means(table: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def statistic_of(values: NDArray[np.float64], draws: NDArray[np.float64], *, several: bool | None = None) -> Statistic:
-    values = values[np.isfinite(values)]
-    draws = draws[np.isfinite(draws)]
-    if several is None:
-        several = values.size > 1
+    values, draws = values[np.isfinite(values)], draws[np.isfinite(draws)]
     low = high = None
     # One case resampled is always itself: an interval of width zero would claim a certainty nobody has.
-    if several and values.size and draws.size:
+    if (values.size > 1 if several is None else several) and values.size and draws.size:
         low, high = (float(v) for v in np.percentile(draws, [2.5, 97.5]))
     return Statistic(
         n=int(values.size),

@@ -9,28 +9,22 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from lightm.errors import InputError
 from lightm.evaluation.evaluation import Evaluation
 
-BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, YELLOW = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#E69F00",
-    "#56B4E9",
-    "#CC79A7",
-    "#F0E442",
-)
+BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+SKY, PURPLE, YELLOW = "#56B4E9", "#CC79A7", "#F0E442"
 # The last three mark errors in the overlays, so that they come last here.
 CLASS_COLOURS = (ORANGE, GREEN, BLUE, YELLOW, SKY, PURPLE, VERMILION)
 INK, MUTED, GRID = "#1F2933", "#6B7785", "#E3E7EB"
@@ -43,6 +37,16 @@ _REQUIRED = ("epoch", "train_loss")
 def class_colour(index: int) -> str:
     """Return the colour of the class at this position among the foreground classes."""
     return CLASS_COLOURS[index % len(CLASS_COLOURS)]
+
+
+def class_patches(classes: Iterable[str]) -> list[Any]:
+    """Return what a legend shows of each class."""
+    return [Patch(facecolor=class_colour(i), label=plain(name)) for i, name in enumerate(classes)]
+
+
+def legend_below(figure: Figure, handles: list[Any], *, columns: int, fontsize: float = 8, **more: Any) -> None:
+    """Give the figure a legend without a frame below its axes."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=fontsize, **more)
 
 
 def read_history(path: Path) -> History:
@@ -73,23 +77,14 @@ def curves(history: History) -> Figure:
     axes = figure.subplots(2, 2)
     epoch = history["epoch"]
     loss, dice, rate, seconds = axes.flat
-    _lines(
-        loss,
-        epoch,
-        [
-            ("training", history.get("train_loss"), BLUE, "-"),
-            ("validation", history.get("val_loss"), VERMILION, "--"),
-        ],
-    )
+    train, val = history.get("train_loss"), history.get("val_loss")
+    _lines(loss, epoch, [("training", train, BLUE, "-"), ("validation", val, VERMILION, "--")])
     _finish(loss, "Loss", "loss", legend=True)
 
     classes = [name for name in history if name.startswith("pseudo_dice/")]
-    lines: list[tuple[str, Sequence[float] | None, str, str]] = [
-        (name.split("/", 1)[1], history[name], class_colour(i), ":")
-        for i, name in enumerate(classes if 1 < len(classes) <= 6 else [])
-    ]
-    lines.append(("mean", history.get("pseudo_dice"), MUTED, "-"))
-    _lines(dice, epoch, lines, width=1.0)
+    shown = classes if 1 < len(classes) <= 6 else []
+    lines = [(name.split("/", 1)[1], history[name], class_colour(i), ":") for i, name in enumerate(shown)]
+    _lines(dice, epoch, [*lines, ("mean", history.get("pseudo_dice"), MUTED, "-")], width=1.0)
     _lines(dice, epoch, [("moving average", history.get("pseudo_dice_ema"), INK, "-")], width=2.2)
     _finish(dice, "Pseudo Dice on validation patches", "Dice", legend=True)
     dice.set_ylim(0, 1)
@@ -118,18 +113,13 @@ def case_strip(evaluation: Evaluation) -> Figure:
             axes.text(0.5, position, "absent in every case", ha="center", va="center", color=MUTED)
             continue
         colour = class_colour(position)
-        axes.boxplot(
-            values,
-            positions=[position],
-            orientation="horizontal",
-            widths=0.5,
-            showfliers=False,
-            patch_artist=True,
-            boxprops={"facecolor": colour, "alpha": 0.25, "edgecolor": colour},
-            medianprops={"color": INK, "linewidth": 2},
-            whiskerprops={"color": colour},
-            capprops={"color": colour},
-        )
+        style: dict[str, Any] = {
+            "boxprops": {"facecolor": colour, "alpha": 0.25, "edgecolor": colour},
+            "medianprops": {"color": INK, "linewidth": 2},
+            **{part: {"color": colour} for part in ("whiskerprops", "capprops")},
+        }
+        box: dict[str, Any] = {"orientation": "horizontal", "widths": 0.5, "showfliers": False, "patch_artist": True}
+        axes.boxplot(values, positions=[position], **box, **style)
         jitter = position + random.uniform(-0.16, 0.16, values.size)
         found = np.array([row.status == "present" for row in rows])
         axes.scatter(values[found], jitter[found], s=20, color=colour, edgecolor=INK, linewidth=0.4, zorder=3)
@@ -165,13 +155,10 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _lines(
-    axes: Axes,
-    epoch: Sequence[float],
-    series: Sequence[tuple[str, Sequence[float] | None, str, str]],
-    *,
-    width: float = 1.6,
-) -> None:
+_Series = tuple[str, Sequence[float] | None, str, str]  # name, values, colour, line
+
+
+def _lines(axes: Axes, epoch: Sequence[float], series: Sequence[_Series], *, width: float = 1.6) -> None:
     for name, values, colour, style in series:
         if values is None:
             continue

@@ -14,7 +14,7 @@ from lightm.errors import InputError, did_you_mean
 from lightm.evaluation.evaluation import CaseRow, Evaluation, summarize
 from lightm.evaluation.metrics import case_metrics, resolve_tolerances
 from lightm.images.io import SUFFIXES, file_suffix, read_volume
-from lightm.images.volume import Volume, geometry_difference
+from lightm.images.volume import geometry_difference
 from lightm.options import Names, Options, PathText
 from lightm.progress import Progress
 
@@ -53,24 +53,21 @@ def evaluate_folder(
 ) -> Evaluation:
     """Measure every class in every case of a folder of predictions, and summarise over cases.
 
-    `labels` holds one label file per case, `predictions` one file of the same name (its suffix may differ).
-    Options, as an object or their fields as `more`: `cases` names the cases to score; `None` means every label,
-    "predicted" every prediction. `labels_map`
-    gives class names and values (background, value 0, is left out); without it they are read from the
-    `dataset.json` in `labels` or the folder above it, which also says which value to ignore. With `out`,
-    `metrics.json` and `metrics.csv` are written there, after the last case. Metrics are those of
-    `case_metrics`; intervals are percentile bootstraps over cases.
+    `labels` holds one label file per case, `predictions` one file of the same name (its suffix may differ). Options, as
+    an object or their fields as `more`: `cases` names the cases to score; `None` means every label, "predicted" every
+    prediction. `labels_map` gives class names and values (background, value 0, is left out); without it they are read
+    from the `dataset.json` in `labels` or the folder above it, which also says which value to ignore. `out`: folder for
+    `metrics.json` and `metrics.csv`. Metrics are those of `case_metrics`; intervals are bootstraps over cases.
 
-    Raises `InputError` naming the files for a case without prediction or label, for shapes or affines that
-    differ, and for values that are no class. Holds one case in memory at a time.
+    Raises `InputError` naming the files for a case without prediction or label, for shapes or affines that differ, and
+    for values that are no class. Holds one case in memory at a time.
     """
     chosen = EvaluateOptions.of(options, more, "evaluate")
-    bootstrap = chosen.bootstrap
     predictions, labels = Path(predictions), Path(labels)
     classes, ignore = _class_values(labels, chosen.labels_map, chosen.ignore_label)
     tolerances = resolve_tolerances(chosen.nsd_tolerance_mm, classes)
-    if bootstrap < 0:
-        raise InputError(f"bootstrap is {bootstrap}: expected a number of resamples, or 0 for no intervals")
+    if chosen.bootstrap < 0:
+        raise InputError(f"bootstrap is {chosen.bootstrap}: expected a number of resamples, or 0 for no intervals")
     pairs = _pair_files(predictions, labels, chosen.cases)
     rows: list[CaseRow] = []
     dims: dict[int, Path] = {}
@@ -78,31 +75,29 @@ def evaluate_folder(
         if progress is not None:
             progress("evaluating", done, len(pairs))
         pred, label = read_volume(pred_path, kind="label"), read_volume(label_path, kind="label")
-        _check_geometry(case, pred, pred_path, label, label_path)
+        if difference := geometry_difference(pred, label):
+            raise InputError(
+                f"case {case}: prediction {pred_path} and label {label_path} do not cover the same voxels: "
+                f"{difference}; write the prediction in the label's own geometry, as `lightm predict` does"
+            )
         _check_values(case, pred.data, pred_path, classes, None, "prediction")
         _check_values(case, label.data, label_path, classes, ignore, "label")
         dims.setdefault(label.data.ndim, label_path)
         metrics = case_metrics(
-            pred.data,
-            label.data,
-            label.spacing_mm,
-            classes,
-            ignore_label=ignore,
-            nsd_tolerance_mm=tolerances,
+            pred.data, label.data, label.spacing_mm, classes, ignore_label=ignore, nsd_tolerance_mm=tolerances
         )
         rows += [CaseRow(case=case, class_name=name, **m.model_dump()) for name, m in metrics.items()]
     if progress is not None:
         progress("evaluating", len(pairs), len(pairs))
     if len(dims) > 1:
         raise InputError(f"2D and 3D labels in one folder: {dims[2]} and {dims[3]}; evaluate them separately")
-    pixels = all(label.suffix.lower() == ".png" for _, label in pairs.values())
     evaluation = summarize(
         rows,
         classes,
         spatial_dims=2 if 2 in dims else 3,
-        distance_unit="px" if pixels else "mm",
+        distance_unit="px" if all(label.suffix.lower() == ".png" for _, label in pairs.values()) else "mm",
         nsd_tolerance_mm=tolerances,
-        bootstrap=bootstrap,
+        bootstrap=chosen.bootstrap,
         seed=chosen.seed,
     )
     if chosen.out is not None:
@@ -137,23 +132,17 @@ def _pair_files(
         raise InputError(f"{labels}: holds no label file{hint}")
     if not predicted:
         raise InputError(f"{predictions}: holds no prediction; write some with `lightm predict`")
-    if cases is None:
-        wanted = sorted(set(labelled) | set(predicted))
-    elif cases == "predicted":
-        wanted = sorted(predicted)
-    else:
-        wanted = sorted(set(cases))
-        if not wanted:
-            raise InputError("no case to evaluate: the list of cases is empty")
+    every = {*labelled, *predicted} if cases is None else predicted if cases == "predicted" else cases
+    wanted = sorted(set(every))
+    if not wanted:
+        raise InputError("no case to evaluate: the list of cases is empty")
     if missing := [case for case in wanted if case not in predicted]:
         subset = '; to score the predicted ones only, pass cases="predicted"' if cases is None else ""
         near = did_you_mean(missing[0], predicted) if cases is not None else ""
         raise InputError(f"{predictions}: no prediction for {_list(missing)}{near}{subset}")
     if missing := [case for case in wanted if case not in labelled]:
-        raise InputError(
-            f"{labels}: no label for {_list(missing)}{did_you_mean(missing[0], labelled)} "
-            f"(predicted: {predicted[missing[0]]}); add it, or name the cases to evaluate"
-        )
+        near = f"{did_you_mean(missing[0], labelled)} (predicted: {predicted[missing[0]]})"
+        raise InputError(f"{labels}: no label for {_list(missing)}{near}; add it, or name the cases to evaluate")
     return {case: (predicted[case], labelled[case]) for case in wanted}
 
 
@@ -161,20 +150,16 @@ def _class_values(
     labels: Path, labels_map: Mapping[str, int] | None, ignore_label: int | None
 ) -> tuple[dict[str, int], int | None]:
     """Return foreground classes sorted by value and the value to ignore."""
-    given: Mapping[str, Any]
-    if labels_map is None:
+    given: Mapping[str, Any] | None = labels_map
+    if given is None:
         path = next((p for p in (labels / "dataset.json", labels.parent / "dataset.json") if p.is_file()), None)
         if path is None:
-            raise InputError(
-                f"{labels}: no dataset.json in it or in the folder above to name the classes; "
-                "give labels_map, for example {'liver': 1}"
-            )
+            remedy = "give labels_map, for example {'liver': 1}"
+            raise InputError(f"{labels}: no dataset.json in it or in the folder above to name the classes; {remedy}")
         description = read_description(path)
         given = description.labels
         if ignore_label is None:
             ignore_label = description.ignore_label
-    else:
-        given = labels_map
     classes: dict[str, int] = {}
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -190,13 +175,6 @@ def _class_values(
     return dict(sorted(classes.items(), key=lambda item: item[1])), ignore_label
 
 
-def _check_geometry(case: str, pred: Volume, pred_path: Path, label: Volume, label_path: Path) -> None:
-    where = f"case {case}: prediction {pred_path} and label {label_path}"
-    cure = "write the prediction in the label's own geometry, as `lightm predict` does"
-    if difference := geometry_difference(pred, label):
-        raise InputError(f"{where} do not cover the same voxels: {difference}; {cure}")
-
-
 def _check_values(
     case: str, data: np.ndarray[Any, Any], path: Path, classes: dict[str, int], ignore: int | None, what: str
 ) -> None:
@@ -209,6 +187,5 @@ def _check_values(
         )
 
 
-def _list(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

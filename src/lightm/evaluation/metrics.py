@@ -55,24 +55,23 @@ def case_metrics(
 ) -> dict[str, ClassMetrics]:
     """Return DSC, IoU, HD95, NSD, volumes and status of every class of one case.
 
-    DSC = 2|P & G| / (|P| + |G|) and IoU = |P & G| / |P | G|. The surface of a mask is its voxels with at
-    least one face neighbour outside the mask; beyond the image's edge counts as outside; an axis along which
-    the image holds one voxel only is left out. With A = {d(x, dG) : x in dP} and B = {d(x, dP) : x in dG}:
+    DSC = 2|P & G| / (|P| + |G|) and IoU = |P & G| / |P | G|. The surface of a mask is its voxels with at least one
+    face neighbour outside the mask; beyond the image's edge counts as outside; an axis along which the image holds
+    one voxel only is left out. With A = {d(x, dG) : x in dP} and B = {d(x, dP) : x in dG}:
 
         HD95 = max(percentile(A, 95), percentile(B, 95))           (linear interpolation between ranks)
         NSD  = (#{a in A : a <= t} + #{b in B : b <= t}) / (|A| + |B|)
 
-    HD95 takes the larger of the two directed percentiles, as MONAI and most challenges do; pooling both
-    directions first gives smaller numbers. NSD (Nikolov et al., arXiv 1809.04430) counts surface voxels and
-    does not weigh them by their area. A class in neither array has all four `None` and status "absent"; a
-    class in one of them only has DSC, IoU and NSD 0 and HD95 `None`, as no distance to an empty surface
-    exists.
+    HD95 takes the larger of the two directed percentiles, as MONAI and most challenges do; pooling both directions
+    first gives smaller numbers. NSD (Nikolov et al., arXiv 1809.04430) counts surface voxels, whatever their area. A
+    class in neither array has all four `None` and status "absent"; a class in only one of them has DSC, IoU and NSD 0
+    and HD95 `None`, as no distance to an empty surface exists.
 
-    `pred` and `label` are integer arrays (Z, Y, X) or (Y, X) of label values; `spacing_mm` follows their
-    axes; `labels` names the foreground values; `nsd_tolerance_mm` is t, one for all classes or one each.
-    Voxels whose label is `ignore_label` count in neither array. Raises `InputError` for shapes, spacings or
-    tolerances that do not fit. Cost: per class one erosion of its bounding box and two nearest-neighbour
-    queries over its surface, O(S log S) for S surface voxels.
+    `pred` and `label` are integer arrays (Z, Y, X) or (Y, X) of label values; `spacing_mm` follows their axes; `labels`
+    names the foreground values; `nsd_tolerance_mm` is t, one for all classes or one each. Voxels whose label is
+    `ignore_label` count in neither array. Raises `InputError` for shapes, spacings or tolerances that do not fit.
+    Cost: per class one erosion of its bounding box and two nearest-neighbour queries over its surface, O(S log S) for
+    S surface voxels.
     """
     if pred.shape != label.shape or label.ndim not in (2, 3):
         raise InputError(
@@ -90,7 +89,11 @@ def case_metrics(
     kept = [axis for axis, size in enumerate(label.shape) if size > 1] or [0]
     shape = [label.shape[axis] for axis in kept]
     pred, label, spacing = pred.reshape(shape), label.reshape(shape), tuple(spacing[axis] for axis in kept)
-    pred, label = _crop(pred, label, [v for v in labels.values() if v != ignore_label])
+    # Most of a scan is background. Beyond the box there is no foreground, so its edge means "outside" just as the
+    # image's edge does.
+    values = [v for v in labels.values() if v != ignore_label]
+    box = bounding_box(np.isin(pred, values) | np.isin(label, values))
+    pred, label = pred[box], label[box]
     valid = None if ignore_label is None else label != ignore_label
     return {
         name: _class_metrics(pred == value, label == value, valid, spacing, tolerances[name], voxel_ml)
@@ -103,15 +106,12 @@ def resolve_tolerances(tolerance: float | Mapping[str, float], labels: Mapping[s
     if isinstance(tolerance, Mapping):
         for name in tolerance:
             if name not in labels:
-                raise InputError(
-                    f"NSD tolerance for '{name}', which is no class{did_you_mean(name, labels)}; "
-                    f"classes: {', '.join(labels)}"
-                )
+                near = did_you_mean(name, labels)
+                raise InputError(f"NSD tolerance for '{name}', which is no class{near}; classes: {', '.join(labels)}")
         if missing := [name for name in labels if name not in tolerance]:
             raise InputError(f"no NSD tolerance for {', '.join(missing)}: give one for each class, or one number")
-        resolved = {name: float(tolerance[name]) for name in labels}
-    else:
-        resolved = {name: float(tolerance) for name in labels}
+    each = tolerance if isinstance(tolerance, Mapping) else dict.fromkeys(labels, tolerance)
+    resolved = {name: float(each[name]) for name in labels}
     for name, value in resolved.items():
         if not (np.isfinite(value) and value >= 0):
             raise InputError(f"NSD tolerance of '{name}' is {value}: expected a number of millimetres >= 0")
@@ -128,8 +128,7 @@ def surface_distances(
     if not (a.any() and b.any()):
         raise InputError("surface distance to an empty mask does not exist; test for it before the call")
     scale = np.asarray(spacing_mm, dtype=np.float64)
-    points_a = np.argwhere(surface(a)) * scale
-    points_b = np.argwhere(surface(b)) * scale
+    points_a, points_b = np.argwhere(surface(a)) * scale, np.argwhere(surface(b)) * scale
     to_b, _ = cKDTree(points_b).query(points_a)
     to_a, _ = cKDTree(points_a).query(points_b)
     return to_b, to_a
@@ -152,12 +151,10 @@ def _class_metrics(
     if valid is not None:
         pred, label = pred & valid, label & valid
     common, n_pred, n_label = overlap_counts(pred, label)
-    sizes: dict[str, Any] = {
-        "voxels_label": n_label,
-        "voxels_pred": n_pred,
-        "volume_label_ml": None if voxel_ml is None else n_label * voxel_ml,
-        "volume_pred_ml": None if voxel_ml is None else n_pred * voxel_ml,
-    }
+    sizes: dict[str, Any] = {"volume_label_ml": None, "volume_pred_ml": None}
+    if voxel_ml is not None:
+        sizes = {"volume_label_ml": n_label * voxel_ml, "volume_pred_ml": n_pred * voxel_ml}
+    sizes.update(voxels_label=n_label, voxels_pred=n_pred)
     if not n_pred and not n_label:
         return ClassMetrics(status="absent", dsc=None, iou=None, hd95_mm=None, nsd=None, **sizes)
     if not n_pred or not n_label:
@@ -175,13 +172,3 @@ def _class_metrics(
         nsd=within / (to_label.size + to_pred.size),
         **sizes,
     )
-
-
-def _crop(pred: NDArray[Any], label: NDArray[Any], values: Sequence[int]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Cut both arrays to the box around all classes: most of a scan is background."""
-    found = np.isin(pred, values) | np.isin(label, values)
-    if not found.any():
-        return pred, label
-    # Beyond a box there is no foreground, so its edge means "outside" just as the image's edge does.
-    box = bounding_box(found)
-    return pred[box], label[box]

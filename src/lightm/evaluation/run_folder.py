@@ -46,9 +46,7 @@ class RunFolder:
         channels = self.plan.get("normalization") or [{}]
         first = channels[0] if isinstance(channels[0], dict) else {}
         low, high = first.get("clip_low"), first.get("clip_high")
-        return (
-            (float(low), float(high)) if first.get("scheme") == "ct" and low is not None and high is not None else None
-        )
+        return None if first.get("scheme") != "ct" or low is None or high is None else (float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,11 @@ def read_run(run_dir: Path) -> RunFolder:
     predictions = run_dir / "predictions"
     return RunFolder(
         path=run_dir,
-        config=_mapping(run_dir / "config.yaml", yaml.safe_load),
-        plan=_mapping(run_dir / "plan.yaml", yaml.safe_load),
-        split=_mapping(run_dir / "split.json", json.loads),
-        record=_mapping(run_dir / "run.json", json.loads),
-        model=_mapping(run_dir / "model" / "model.json", json.loads),
+        config=_mapping(run_dir / "config.yaml"),
+        plan=_mapping(run_dir / "plan.yaml"),
+        split=_mapping(run_dir / "split.json"),
+        record=_mapping(run_dir / "run.json"),
+        model=_mapping(run_dir / "model" / "model.json"),
         history=read_history(history) if history.is_file() else {},
         evaluation=load_evaluation(metrics) if metrics.is_file() else None,
         predictions=case_files(predictions) if predictions.is_dir() else {},
@@ -88,11 +86,10 @@ def case_loader(run: RunFolder) -> Callable[[str], CaseImages]:
     from lightm.datasets.dataset import open_dataset
     from lightm.images.io import read_volume
 
-    given = run.config.get("dataset")
+    given, labels = run.config.get("dataset"), run.config.get("labels")
     if not given:
         raise InputError("config.yaml names no data set")
-    labels = run.config.get("labels")
-    dataset = open_dataset(Path(given), labels=Path(labels) if isinstance(labels, str) else None)
+    dataset = open_dataset(given, labels=labels if isinstance(labels, str) else None)
 
     def load(case_id: str) -> CaseImages:
         case = dataset.case(case_id)
@@ -100,28 +97,25 @@ def case_loader(run: RunFolder) -> Callable[[str], CaseImages]:
             raise InputError(f"case {case_id}: no prediction in {run.path / 'predictions'}")
         if case.label is None:
             raise InputError(f"case {case_id}: has no label")
-        native = (
-            read_volume(case.images[0]),
-            read_volume(case.label, kind="label"),
-            read_volume(run.predictions[case_id], kind="label"),
-        )
-        image, label, pred = (volume.to_canonical() for volume in native)
-        if not image.data.shape == label.data.shape == pred.data.shape:
+        masks = (read_volume(path, kind="label") for path in (case.label, run.predictions[case_id]))
+        volumes = [volume.to_canonical() for volume in (read_volume(case.images[0]), *masks)]
+        image, label, pred = (np.ascontiguousarray(volume.data) for volume in volumes)
+        if not image.shape == label.shape == pred.shape:
             raise InputError(
-                f"case {case_id}: image, label and prediction have shapes {image.data.shape}, {label.data.shape} "
-                f"and {pred.data.shape}; predict and evaluate it again"
+                f"case {case_id}: image, label and prediction have shapes {image.shape}, {label.shape} and "
+                f"{pred.shape}; predict and evaluate it again"
             )
-        data = [np.ascontiguousarray(volume.data) for volume in (image, label, pred)]
-        return CaseImages(data[0], data[1], data[2], tuple(label.spacing_mm))
+        return CaseImages(image, label, pred, tuple(volumes[1].spacing_mm))
 
     return load
 
 
-def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+def _mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lightm.evaluation.figures import to_png
-from lightm.evaluation.overlays import PLANES, best_slice, overlay_prediction
+from lightm.evaluation.pictures import PLANES, best_slice, overlay_prediction
 from lightm.images.lazy import LazyVolume
 from lightm.images.volume import Volume
 

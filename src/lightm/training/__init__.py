@@ -1,17 +1,6 @@
-"""Training: recipes, splits, the Lightning modules, and `train_model`, which joins them."""
+"""Training: recipes, the loop, checkpoints, and `train_model`, which joins them."""
 
-from lightm.datasets.split import Split, load_split, make_split
-from lightm.training.recipes import RECIPES, Recipe, get_recipe
+from lightm.training.config import RECIPES, Recipe, get_recipe
 from lightm.training.run import TrainResult, resume_training, train_model
 
-__all__ = [
-    "RECIPES",
-    "Recipe",
-    "Split",
-    "TrainResult",
-    "get_recipe",
-    "load_split",
-    "make_split",
-    "resume_training",
-    "train_model",
-]
+__all__ = ["RECIPES", "Recipe", "TrainResult", "get_recipe", "resume_training", "train_model"]

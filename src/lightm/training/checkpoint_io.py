@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -57,15 +58,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _without_trainer(old: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of Lightning's Trainer, which counts in loops and keeps the state of callbacks, as one of ours."""
+    """Convert a checkpoint of Lightning's Trainer, which counts in loops and keeps the state of callbacks."""
     epochs, state = old["loops"]["fit_loop"]["epoch_progress"]["current"], old["lightm"]
     ended = epochs["processed"] == epochs["ready"]  # written at the end of an epoch, else within it
     losses, coefficients = state.get("losses"), state.get("coefficients")
     return {
-        "epoch": old["epoch"],
-        "global_step": old["global_step"],
-        "state_dict": old["state_dict"],
-        "optimizer_states": old["optimizer_states"],
+        **{key: old[key] for key in ("epoch", "global_step", "state_dict", "optimizer_states")},
         "precision": old.get("MixedPrecision", {}),
         "lightm": {
             "epoch": epochs["processed"],
@@ -84,12 +82,11 @@ def _without_trainer(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_rotating(folder: Path, save: Callable[[Path], object]) -> None:
-    """Write `last.ckpt` by save(path), and keep the one before it as `previous.ckpt`.
+    """Write `last.ckpt` by save(path), keeping the one before as `previous.ckpt`: one of the two is always whole.
 
-    From the first one on, a whole checkpoint has one of the two names at every moment. Raises LightMError when the disk
-    refuses.
+    Raises LightMError when the disk refuses.
     """
-    last = Path(folder) / LAST
+    last = folder / LAST
     with replacing(last) as temporary:
         save(temporary)
         with temporary.open("rb+") as file:  # before the older one gives its name away
@@ -104,17 +101,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises InputError when there are checkpoints, but no readable one.
     """
     errors = []
-    for name in (LAST, PREVIOUS):
-        path = Path(folder) / name
-        if not path.is_file():
-            continue
+    for path in (path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()):
         try:
             load_checkpoint(path)
         except InputError as error:
             errors.append(str(error))
             continue
-        if name == PREVIOUS:
-            reason = errors[0] if errors else f"{Path(folder) / LAST} is missing"
+        if path.name == PREVIOUS:
+            reason = errors[0] if errors else f"{folder / LAST} is missing"
             _log.warning("%s; the run resumes from the checkpoint before it, %s", reason, path)
         return path
     if errors:
@@ -136,20 +130,18 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, torch.Tensor | np.ndarray):
+    if isinstance(value, np.ndarray):
+        return ["array", _encode(torch.from_numpy(np.ascontiguousarray(value)), tensors, where)[1]]
+    if isinstance(value, torch.Tensor):
         name = str(len(tensors))
-        is_tensor = isinstance(value, torch.Tensor)
-        tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
-        tensors[name] = tensor.detach().cpu().clone().contiguous()  # safetensors refuses shared memory
-        return ["tensor" if is_tensor else "array", name]
+        tensors[name] = value.detach().cpu().clone().contiguous()  # safetensors refuses shared memory
+        return ["tensor", name]
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, dict):
-        kind = "odict" if isinstance(value, OrderedDict) else "dict"
-        items = [
-            [_encode(key, tensors, where), _encode(item, tensors, f"{where}.{key}")] for key, item in value.items()
-        ]
-        return [kind, items]
+        items = value.items()
+        pairs = [[_encode(key, tensors, where), _encode(item, tensors, f"{where}.{key}")] for key, item in items]
+        return ["odict" if isinstance(value, OrderedDict) else "dict", pairs]
     if isinstance(value, list | tuple | set):
         kind = type(value).__name__ if type(value) in (list, set) else "tuple"
         return [kind, [_encode(item, tensors, f"{where}[{i}]") for i, item in enumerate(value)]]
@@ -160,11 +152,37 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if not isinstance(value, list):
         return value
     kind, content = value
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "array":
-        return tensors[content].numpy()
+    if kind in ("tensor", "array"):
+        return tensors[content] if kind == "tensor" else tensors[content].numpy()
     if kind in ("dict", "odict"):
-        pairs = [(_decode(key, tensors), _decode(item, tensors)) for key, item in content]
-        return OrderedDict(pairs) if kind == "odict" else dict(pairs)
+        return {"dict": dict, "odict": OrderedDict}[kind](
+            (_decode(key, tensors), _decode(item, tensors)) for key, item in content
+        )
     return {"list": list, "tuple": tuple, "set": set}[kind](_decode(item, tensors) for item in content)
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of PyTorch's generators (CPU and, in use, CUDA), NumPy's global one and Python's.
+
+    These are all that a training step may draw from: each patch depends on (seed, index) alone, in whichever worker it
+    is made, and the data loaders draw their workers' seeds from generators of their own. So a run resumes at any step.
+    """
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 (networks may use it)
+    version, numbers, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, torch.tensor(numbers), next_gauss],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the generators into states returned by `random_states`."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    version, numbers, next_gauss = states["python"]
+    random.setstate((version, tuple(numbers.tolist()), next_gauss))

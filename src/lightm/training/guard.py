@@ -26,10 +26,10 @@ class Interrupted(LightMError):
 
 
 class NanGuard:
-    """Stop at a loss or gradient that is NaN or infinite, or skip such steps and count them.
+    """Stop at a loss or gradient that is NaN or infinite (LightMError), or skip such steps and count them.
 
-    policy: "stop" raises LightMError; "skip" leaves the weights as they are, until `limit` steps were skipped in the
-    run, then raises as well. Every step skipped is logged as a warning.
+    policy: "stop", or "skip", which raises only when more than `limit` steps of the run were skipped. Every step
+    skipped is logged as a warning.
     """
 
     def __init__(self, policy: str = "stop", limit: int = 10) -> None:
@@ -53,11 +53,9 @@ class NanGuard:
 
 def gradients_are_finite(network: nn.Module) -> bool:
     """Whether no gradient holds NaN or an infinite value; one pass over them."""
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    if not gradients:
-        return True
-    sums = torch.stack([gradient.abs().amax().float() for gradient in gradients if gradient.numel()])
-    return bool(torch.isfinite(sums).all())
+    gradients = [p.grad for p in network.parameters() if p.grad is not None and p.grad.numel()]
+    largest = [gradient.abs().amax().float() for gradient in gradients]
+    return not largest or bool(torch.isfinite(torch.stack(largest)).all())
 
 
 class Signals:

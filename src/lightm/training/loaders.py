@@ -15,7 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 from lightm.errors import LightMError
 from lightm.preparation.patches import EpochSampler, PatchDataset
 from lightm.preparation.preprocess import PreprocessedCase
-from lightm.training.recipes import Recipe
+from lightm.training.record import Run
 
 VALIDATION_SEED = 20_221_231  # the validation patches are the same for every seed of a run
 Batch = dict[str, Any]
@@ -36,61 +36,43 @@ class RankSampler(EpochSampler):
 
 
 class PatchLoaders:
-    """The batches of a run: training patches that depend on (seed, index) alone, and validation patches.
+    """The batches of one rank: training patches that depend on (seed, index) alone, and validation patches.
 
-    batch_size: of one rank. A batch is {"image": float32 (B, C, *patch), "label": int64 (B, *patch), "case": B ids}.
+    With several ranks, validation patches are added so that all have equally many. A batch is {"image": float32
+    (B, C, *patch), "label": int64 (B, *patch), "case": B ids}.
     """
 
-    def __init__(
-        self,
-        train: Sequence[PreprocessedCase],
-        val: Sequence[PreprocessedCase],
-        recipe: Recipe,
-        *,
-        patch_size: Sequence[int],
-        batch_size: int,
-        seed: int,
-        val_patches: int,
-        workers: int = 0,
-    ) -> None:
-        self.batch_size, self.workers, self.seed = batch_size, workers, seed
-        self.steps_per_epoch, self.val_patches = recipe.steps_per_epoch, val_patches
-        fraction, augment = recipe.foreground_fraction, recipe.augment if recipe.augment.enabled else None
-        self.watched = WatchedPatches(
-            PatchDataset(train, patch_size=patch_size, seed=seed, augment=augment, foreground_fraction=fraction),
-            workers,
-        )
-        self.held_out = PatchDataset(val, patch_size=patch_size, seed=VALIDATION_SEED, foreground_fraction=fraction)
+    def __init__(self, run: Run, train: Sequence[PreprocessedCase], val: Sequence[PreprocessedCase]) -> None:
+        config, plan, ranks = run.config, run.plan, run.fabric.world_size
+        common: dict[str, Any] = {"patch_size": plan.patch_size, "foreground_fraction": config.foreground_fraction}
+        augment = config.augment if config.augment.enabled else None
+        drawn = PatchDataset(train, seed=config.seed, augment=augment, **common)
+        self.watched = WatchedPatches(drawn, config.workers)
+        held_out = PatchDataset(val, seed=VALIDATION_SEED, **common)
+        self._whole = whole = plan.batch_size * ranks
+        val_patches = config.val_patches if ranks == 1 else -(-config.val_patches // whole) * whole
+        self._train_sampler = RankSampler(config.steps_per_epoch * whole, run.fabric.global_rank, ranks)
+        self._val_sampler = RankSampler(val_patches, run.fabric.global_rank, ranks)
 
-    def open(self, rank: int = 0, ranks: int = 1, pin_memory: bool = False) -> None:
-        """Make the loaders of one rank; with several, validation patches are added so that all have equally many."""
-        whole = self.batch_size * ranks
-        val_patches = self.val_patches if ranks == 1 else -(-self.val_patches // whole) * whole
-        self._train_sampler = RankSampler(self.steps_per_epoch * whole, rank, ranks)
-        self._val_sampler = RankSampler(val_patches, rank, ranks)
-        self._train_loader = DataLoader(
+        def loader(patches: TorchDataset[Batch], sampler: RankSampler, **more: Any) -> DataLoader[Batch]:
+            generator = torch.Generator().manual_seed(config.seed)  # its own: the global ones are the steps' alone
+            more.update(pin_memory=run.fabric.device.type == "cuda", generator=generator)
+            return DataLoader(patches, batch_size=plan.batch_size, sampler=sampler, **more)
+
+        self._train_loader = loader(
             self.watched,
-            batch_size=self.batch_size,
-            sampler=self._train_sampler,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
+            self._train_sampler,
+            num_workers=config.workers,
+            persistent_workers=config.workers > 0,
             collate_fn=_collate,
             worker_init_fn=_start_worker,
-            pin_memory=pin_memory,
-            generator=torch.Generator().manual_seed(self.seed),  # its own: the global ones are the steps' alone
         )
-        self._val_loader = DataLoader(
-            self.held_out,
-            batch_size=self.batch_size,
-            sampler=self._val_sampler,
-            pin_memory=pin_memory,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        self._val_loader = loader(held_out, self._val_sampler)
 
     def training(self, epoch: int, done: int) -> Iterator[Batch]:
         """The batches of an epoch but the first `done`; LightMError where a patch cannot be prepared."""
         self._train_sampler.set_epoch(epoch)
-        self._train_sampler.used = done * self.batch_size * self._train_sampler.ranks
+        self._train_sampler.used = done * self._whole
         for batch in self._train_loader:
             if "error" in batch:
                 raise LightMError(batch["error"])
@@ -104,7 +86,6 @@ class PatchLoaders:
             self._train_loader._iterator = None
 
     def validation(self, epoch: int) -> Iterator[Batch]:
-        """The validation batches of an epoch."""
         self._val_sampler.set_epoch(epoch)
         return iter(self._val_loader)
 
@@ -112,8 +93,7 @@ class PatchLoaders:
 class WatchedPatches(TorchDataset[Batch]):
     """The patches of a PatchDataset; an error names its case, whether it raises or kills the worker process.
 
-    What is raised in a worker travels as an item {"error": message}; for an error that kills, each worker notes in
-    shared memory the item it is at.
+    What a worker raises travels as an item {"error": message}; each notes in shared memory which item it is at.
     """
 
     def __init__(self, patches: PatchDataset, workers: int) -> None:
@@ -163,14 +143,12 @@ class WatchedPatches(TorchDataset[Batch]):
 
 
 def _collate(items: list[Batch]) -> Batch:
-    """Join items into a batch; one with an error makes the whole batch one."""
-    errors = [item for item in items if "error" in item]
-    batch: Batch = errors[0] if errors else default_collate(items)
-    return batch
+    """Join items into a batch; one with an error takes the place of the whole batch."""
+    return next((item for item in items if "error" in item), None) or default_collate(items)
 
 
 def _start_worker(worker: int) -> None:
-    """Leave signals sent to the whole group of processes to the main one: it writes a checkpoint and ends this one."""
+    """Leave signals sent to the whole process group to the main process: it writes a checkpoint and ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # half a minute for the main process; SIGALRM then ends this one
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))

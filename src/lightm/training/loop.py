@@ -1,11 +1,8 @@
 """The training loop: epochs, steps, validation, checkpoints and the end, from top to bottom.
 
-`Training.run` is the loop. What changes while it runs is in `State`; a checkpoint holds that, the weights, the
-optimizer's state and those of the global random generators, so that a run resumed after any step ends as one that
-nothing interrupted, bit for bit.
-
-With several ranks (processes) every rank runs this loop on its share of the patches. They agree after each step on the
-clock and the signals of rank 0, which alone writes files.
+A checkpoint holds `State`, the weights and the states of optimizer and global random generators, so that a run resumed
+after any step ends as one that nothing interrupted, bit for bit. With several ranks (processes) each runs this loop on
+its share of the patches; after each step they agree on clock and signals of rank 0, which alone writes files.
 """
 
 from __future__ import annotations
@@ -20,20 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from lightm.errors import InputError, LightMError
 from lightm.labels import IGNORE_INDEX, overlap_counts
 from lightm.losses import AdaptiveRegion
+from lightm.nets import parameter_groups
 from lightm.progress import Progress
-from lightm.training.checkpoint_io import BEST, load_checkpoint, save_checkpoint, save_rotating
-from lightm.training.config import TrainConfig
+from lightm.training.checkpoint_io import (
+    BEST,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+    save_rotating,
+    set_random_states,
+)
+from lightm.training.config import Recipe
 from lightm.training.guard import Interrupted, NanGuard, Signals, gradients_are_finite
-from lightm.training.history import History
 from lightm.training.loaders import Batch, PatchLoaders
-from lightm.training.optimizer import create_optimizer, learning_rate
-from lightm.training.random_states import random_states, set_random_states
+from lightm.training.record import History, Run
 
 EMA = 0.9  # weight of the past in the exponential moving average (EMA) of the pseudo Dice, as in nnU-Net
 
@@ -65,38 +67,28 @@ class Training:
 
     checkpoint_every_s = 600.0
 
-    def __init__(
-        self,
-        fabric: Fabric,
-        run_dir: Path,
-        config: TrainConfig,
-        class_names: list[str],
-        network: nn.Module,
-        criterion: nn.Module,
-        patches: PatchLoaders,
-    ) -> None:
-        self.fabric, self.run_dir, self.config, self.recipe = fabric, run_dir, config, config.settings
-        self.class_names, self.patches = class_names, patches
-        self.criterion = fabric.to_device(criterion)
-        self.network, self.optimizer = fabric.setup(network, create_optimizer(network, self.recipe))
-        patches.open(fabric.global_rank, fabric.world_size, pin_memory=fabric.device.type == "cuda")
+    def __init__(self, run: Run, network: nn.Module, criterion: nn.Module, patches: PatchLoaders) -> None:
+        self.fabric, self.run_dir, self.patches, self.config = run.fabric, run.run_dir, patches, run.config
+        self.class_names, config = list(run.plan.labels)[1:], run.config
+        self.criterion = self.fabric.to_device(criterion)
+        self.network, self.optimizer = self.fabric.setup(network, create_optimizer(network, config))
         by_time_alone = config.max_time_s is not None and not config.epochs_given
-        self.epochs = None if by_time_alone else self.recipe.epochs
+        self.epochs = None if by_time_alone else config.epochs
         self.guard = NanGuard(config.on_nan, config.nan_limit)
         self.signals, self.state = Signals(), State()
-        self.folder = run_dir / "checkpoints"
+        self.folder = run.run_dir / "checkpoints"
         self._adaptive = next((part for part in criterion.modules() if isinstance(part, AdaptiveRegion)), None)
 
     def run(self, progress: Progress | None = None) -> str:
-        """Train to the end and return why it ended; `Interrupted` at Ctrl-C and SIGTERM, with a checkpoint kept.
-
-        progress(what, done, total) is called after every step.
-        """
+        """Train to the end and return why it ended; `Interrupted` at Ctrl-C and SIGTERM, with a checkpoint kept."""
         state = self.state
         self._started, self._saved = time.monotonic() - state.elapsed_s, time.monotonic()
         if state.random is not None:  # only now: what came before may have drawn numbers
             set_random_states(state.random)
-        with self.open_history() as history, self.signals:
+        columns = [*(f"pseudo_dice/{name}" for name in self.class_names), *self.coefficient_names()]
+        writes = self.fabric.is_global_zero
+        records = History(self.run_dir, columns, state.epoch) if writes else contextlib.nullcontext()
+        with records as history, self.signals:
             try:
                 while state.batch or not (reason := self.finished()):
                     epoch_started = time.monotonic()
@@ -117,9 +109,8 @@ class Training:
             except RuntimeError as error:
                 if (death := self.patches.watched.death(str(error))) is None:
                     raise
-                raise LightMError(
-                    f"{death}; `lightm train --resume {self.run_dir}` resumes from the last checkpoint"
-                ) from error
+                remedy = f"`lightm train --resume {self.run_dir}` resumes from the last checkpoint"
+                raise LightMError(f"{death}; {remedy}") from error
             finally:
                 self.patches.close()
         return reason
@@ -137,7 +128,7 @@ class Training:
 
     def train_epoch(self, progress: Progress | None) -> None:
         """The steps of the epoch that are not done yet, up to the end of the time budget."""
-        state, steps, max_time_s = self.state, self.recipe.steps_per_epoch, self.config.max_time_s
+        state, steps, max_time_s = self.state, self.config.steps_per_epoch, self.config.max_time_s
         what = f"epoch {state.epoch}" + ("" if self.epochs is None else f"/{self.epochs - 1}")
         for batch in self.patches.training(state.epoch, state.batch):
             self.step(self.fabric.to_device(batch))
@@ -169,23 +160,26 @@ class Training:
         scaled = getattr(self.fabric.strategy.precision, "scaler", None) is not None  # it skips infinite ones itself
         if not scaled and not gradients_are_finite(network):
             return self.guard.handle("a gradient is NaN or infinite", state.step, batch["case"], network)
-        if self.recipe.clip_norm is not None:
-            self.fabric.clip_gradients(network, optimizer, max_norm=self.recipe.clip_norm, error_if_nonfinite=False)
+        if self.config.clip_norm is not None:
+            self.fabric.clip_gradients(network, optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False)
         optimizer.step()
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """The loss of a training batch."""
         loss: Tensor = self.criterion(self.network(batch["image"]), batch["label"])
         return loss
 
     def learning_rate(self) -> float:
-        """The rate of the next step; the run is as far as the further of its steps and its time."""
-        state, parts = self.state, [0.0]
+        """The rate of the next step: warm-up, then the schedule's fall to 0 with the further of steps and time."""
+        config, state, parts = self.config, self.state, [0.0]
         if self.epochs is not None:
-            parts.append(state.step / (self.epochs * self.recipe.steps_per_epoch))
-        if self.config.max_time_s is not None:
-            parts.append(state.elapsed_s / self.config.max_time_s)
-        return learning_rate(self.recipe, state.step, min(1.0, max(parts)))
+            parts.append(state.step / (self.epochs * config.steps_per_epoch))
+        if config.max_time_s is not None:
+            parts.append(state.elapsed_s / config.max_time_s)
+        left = 1.0 - min(1.0, max(parts))
+        cosine = 0.5 * (1 + math.cos(math.pi * (1 - left)))
+        factor = {"poly": left**0.9, "cosine": cosine, "constant": 1.0}[config.schedule]
+        warm = min(1.0, (state.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        return config.lr * factor * warm
 
     def agree(self) -> bool:
         """Take over the time and the signals of rank 0; returns whether a checkpoint is due."""
@@ -199,10 +193,8 @@ class Training:
     def train_metrics(self) -> dict[str, float]:
         """The epoch's mean loss, last learning rate and, with the adaptive region-specific loss, mean coefficients."""
         state, names = self.state, self.coefficient_names()
-        metrics = {
-            "train_loss": float(torch.stack(state.losses).mean()) if state.losses else math.nan,
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
+        mean_loss = float(torch.stack(state.losses).mean()) if state.losses else math.nan
+        metrics = {"train_loss": mean_loss, "lr": self.optimizer.param_groups[0]["lr"]}
         if names:  # a step without a region of a class has none (NaN); an epoch of such steps neither
             nothing = torch.full((len(names),), math.nan)
             means = torch.stack(state.coefficients).nanmean(0) if state.coefficients else nothing
@@ -253,37 +245,26 @@ class Training:
         state.waited = 0 if is_best else state.waited + 1
         return is_best
 
-    def open_history(self) -> contextlib.AbstractContextManager[History | None]:
-        """The records of the run on rank 0, None on the others."""
-        if not self.fabric.is_global_zero:
-            return contextlib.nullcontext()
-        columns = [*(f"pseudo_dice/{name}" for name in self.class_names), *self.coefficient_names()]
-        return History(self.run_dir, columns, self.state.epoch)
-
     # ---- checkpoints --------------------------------------------------------------------------------------
 
     def save(self, is_best: bool = False) -> None:
-        """Write `last.ckpt`, keeping the one before as `previous.ckpt`, and `best.ckpt` when it is the best or first.
-
-        Called after every epoch, within one when the last checkpoint is older than ten minutes, and at a signal.
-        """
+        """Write `last.ckpt`, keeping the one before as `previous.ckpt`; the best and the first as `best.ckpt` too."""
         self.state.skipped, self.state.random = self.guard.skipped, random_states()
         best = self.folder / BEST
         if self.fabric.is_global_zero:
+            kept = {"losses": self.state.losses, "coefficients": self.state.coefficients}
+            lists: dict[str, Any] = {name: torch.stack(values) if values else [] for name, values in kept.items()}
             checkpoint = {
                 "epoch": self.state.epoch if self.state.batch else self.state.epoch - 1,
                 "global_step": self.state.step,
                 "state_dict": {
-                    **{f"network.{name}": value for name, value in self.network.state_dict().items()},
-                    **{f"loss.{name}": value for name, value in self.criterion.state_dict().items()},
+                    f"{part}.{name}": value
+                    for part, module in (("network", self.network), ("loss", self.criterion))
+                    for name, value in module.state_dict().items()
                 },
                 "optimizer_states": [self.optimizer.state_dict()],
                 "precision": self.fabric.strategy.precision.state_dict(),
-                "lightm": {
-                    **vars(self.state),
-                    "losses": torch.stack(self.state.losses) if self.state.losses else [],
-                    "coefficients": torch.stack(self.state.coefficients) if self.state.coefficients else [],
-                },
+                "lightm": {**vars(self.state), **lists},
             }
             if not self.state.batch and (is_best or not best.exists()):
                 # The best one first: a run killed between the two does this epoch again, and finds it the best again.
@@ -310,17 +291,24 @@ class Training:
             lists = {name: list(self.fabric.to_device(state[name])) for name in ("losses", "coefficients")}
             self.state = State(**{**state, **lists})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{path}: does not fit this run ({error}); resume it with the LightM that wrote it, or start a new run"
-            ) from error
+            remedy = "resume it with the LightM that wrote it, or start a new run"
+            raise InputError(f"{path}: does not fit this run ({error}); {remedy}") from error
         self.guard.skipped = self.state.skipped
 
     def stop_if_asked(self) -> None:
         """Raise Interrupted after a signal."""
-        if self.signals.received is not None:
-            state = self.state
-            raise Interrupted(
-                f"training was interrupted in epoch {state.epoch if state.batch else max(0, state.epoch - 1)}, after "
-                f"step {state.step}; resume it with `lightm train --resume {self.run_dir}`",
-                self.signals.received,
-            )
+        state, signum = self.state, self.signals.received
+        if signum is not None:
+            epoch = state.epoch if state.batch else max(0, state.epoch - 1)
+            where = f"in epoch {epoch}, after step {state.step}"
+            remedy = f"resume it with `lightm train --resume {self.run_dir}`"
+            raise Interrupted(f"training was interrupted {where}; {remedy}", signum)
+
+
+def create_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer; weight decay acts on matrices alone, see `lightm.nets.parameter_groups`."""
+    groups = parameter_groups(network, recipe.weight_decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=recipe.lr, eps=recipe.eps)

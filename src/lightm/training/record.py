@@ -1,10 +1,15 @@
-"""The record of a run: run.json."""
+"""A run and what it records: run.json, and per epoch a row of history.csv, TensorBoard scalars, a line in the log."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import logging
 import platform
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -12,22 +17,93 @@ from typing import Any
 
 import lightning_fabric
 import torch
-from torch import nn
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from lightm import __version__
+from lightm.datasets.cases import Dataset
+from lightm.datasets.split import Split
 from lightm.files import write_text
 from lightm.nets import count_parameters
 from lightm.preparation.plan import Plan
 from lightm.training.config import TrainConfig
 
+_log = logging.getLogger(__name__)
 
-def run_record(
-    config: TrainConfig, plan: Plan, net: nn.Module, started: datetime, resumed: Path | None
-) -> dict[str, Any]:
-    """What a reader needs to repeat the run: command, versions, machine, seed, data hash."""
-    first = started.isoformat(timespec="seconds")
-    if resumed is not None and (resumed / "run.json").is_file():
-        first = json.loads((resumed / "run.json").read_text(encoding="utf-8")).get("started", first)
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits (B, K, *S), target (B, *S) class indices, 255 for voxels that must not count) -> scalar."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that can begin or be resumed. network, loss: objects of one's own; None: what the config names."""
+
+    run_dir: Path
+    config: TrainConfig
+    fabric: Fabric = field(repr=False)
+    data: Dataset = field(repr=False)
+    plan: Plan
+    split: Split
+    network: nn.Module | None = None
+    loss: Loss | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult(Run):
+    """A finished training: what it was, and how it ended."""
+
+    epochs: int
+    best_pseudo_dice: float | None
+    train_seconds: float
+    reason: str
+    skipped_steps: int = 0
+
+
+COLUMNS = ["epoch", "step", "train_loss", "val_loss", "pseudo_dice", "pseudo_dice_ema", "lr", "epoch_seconds"]
+
+
+class History:
+    """The records of a run folder, for a `with` statement; those from `epoch` on, which is done again, are dropped."""
+
+    def __init__(self, run_dir: Path, more_columns: Sequence[str], epoch: int) -> None:
+        self.path, self.columns = run_dir / "history.csv", [*COLUMNS, *more_columns]
+        self.rows: list[dict[str, Any]] = []
+        if self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+        self._board = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def __enter__(self) -> History:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._board.close()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Record an epoch; history.csv is written atomically."""
+        self.rows.append({name: row[name] for name in self.columns})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+        for name in row.keys() - {"step", "epoch_seconds"}:
+            self._board.add_scalar(name, row[name], row["step"] - 1)
+        classes = [name for name in self.columns if "dice/" in name]
+        dice = ", ".join(f"{name.removeprefix('pseudo_dice/')} {row[name]:.3f}" for name in classes)
+        _log.info(
+            f"Epoch {row['epoch']}: train_loss {row['train_loss']:.4f}  val_loss {row['val_loss']:.4f}  "
+            f"pseudo Dice [{dice}]  EMA {row['pseudo_dice_ema']:.3f}  lr {row['lr']:.2e}  {row['epoch_seconds']:.1f} s"
+        )
+
+
+def run_record(run: Run, net: nn.Module, started: datetime) -> dict[str, Any]:
+    """Return what a reader needs to repeat the run: command, versions, machine, seed, data hash."""
+    config, earlier, first = run.config, run.run_dir / "run.json", started.isoformat(timespec="seconds")
+    if run.resume and earlier.is_file():
+        first = json.loads(earlier.read_text(encoding="utf-8")).get("started", first)
     called = Path(sys.argv[0]).stem
     packages = ("torch", "monai", "numba", "numpy", "nibabel")
     return {
@@ -40,7 +116,7 @@ def run_record(
         },
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         "seed": config.seed,
-        "data_hash": plan.fingerprint.data_hash,
+        "data_hash": run.plan.fingerprint.data_hash,
         "backend": f"selective scan: {'numba' if config.device == 'cpu' else 'reference'} on {config.device}",
         "started": first,
         "finished": None,
@@ -52,5 +128,5 @@ def run_record(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write indented JSON in one step."""
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")

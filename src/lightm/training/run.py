@@ -3,72 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import logging
+import random
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lightning_fabric import Fabric
-from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import nn
 
 from lightm.datasets.cases import Dataset
 from lightm.datasets.dataset import open_dataset
-from lightm.datasets.split import Split, load_split
+from lightm.datasets.split import Split, check_split, load_split, make_split
+from lightm.device import resolve_device
 from lightm.errors import InputError, LightMError
-from lightm.files import locked_folder, remove_temporaries
-from lightm.options import Options
-from lightm.preparation.plan import Plan, load_plan
+from lightm.files import LOCK, disk_refusals, is_temporary, locked_folder, remove_temporaries
+from lightm.losses import SegmentationLoss, create_loss
+from lightm.losses.custom import CustomLoss
+from lightm.nets import create, save_model
+from lightm.nets.described import OWN
+from lightm.preparation.plan import Plan, load_plan, make_plan
 from lightm.preparation.preprocess import PreprocessedCase, default_cache_dir, preprocess_dataset
 from lightm.progress import Progress
-from lightm.training.config import TrainConfig, load_config, parse_duration
-from lightm.training.fit import TrainResult, build, build_fabric, fit
+from lightm.training.checkpoint_io import BEST, load_checkpoint, newest_checkpoint
+from lightm.training.config import ResumeOptions, TrainConfig, load_config
 from lightm.training.loaders import PatchLoaders
-from lightm.training.prepare import (
-    check_classes,
-    check_own,
-    choose_plan,
-    choose_split,
-    own_name,
-    refuse_used_folder,
-    with_sizes,
-)
-from lightm.training.record import run_record, write_json
+from lightm.training.loop import Training
+from lightm.training.record import Loss, Run, TrainResult, run_record, write_json
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits (B, K, *S), target (B, *S) class indices, 255 for voxels that must not count) -> scalar."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A training that can begin or be resumed. network, loss: objects of one's own; None: what the config names."""
-
-    run_dir: Path
-    config: TrainConfig
-    fabric: Fabric
-    data: Dataset
-    plan: Plan
-    split: Split
-    network: nn.Module | None = None
-    loss: Loss | None = None
-    resume: bool = False
-
-
-class ResumeOptions(Options):
-    """What may change when a run is resumed; all else is as it was started."""
-
-    epochs: int | None = Field(None, ge=1, description="Epochs of the whole run.")
-    max_time: str | float | None = Field(None, description="Time budget of the whole run: 90s, 15m, 2h.")
-    patience: int | None = Field(None, ge=1, description="Epochs without a better EMA pseudo Dice before stopping.")
-    workers: int | None = Field(None, ge=0, description="Processes that prepare patches.")
-    postprocess: bool | None = Field(None, description="Choose post-processing on the validation cases.")
-    test: bool | None = Field(None, description="Predict and score the test cases and write the report.")
-
-    @field_validator("max_time")
-    @classmethod
-    def _seconds(cls, given: str | float | None) -> float | None:
-        return None if given is None else parse_duration(given)
+_log = logging.getLogger(__name__)
 
 
 def new_run(
@@ -94,11 +60,10 @@ def new_run(
     options.update({key: value for key, value in named.items() if objects[key] is None})
     settings = TrainConfig.of(config, options, "train")
     fabric = build_fabric(settings.device, settings.precision)  # before anything is read
-    labels = None if settings.labels is None else Path(settings.labels)
-    data = open_dataset(Path(dataset), labels=labels)
+    data = open_dataset(dataset, labels=settings.labels)
     update: dict[str, Any] = {
         "dataset": str(Path(dataset).resolve()),
-        "labels": None if labels is None else str(labels.resolve()),
+        "labels": None if settings.labels is None else str(Path(settings.labels).resolve()),
         **{key: None for key in ("plan", "split") if objects[key] is not None},
     }
     for key in ("network", "loss"):
@@ -127,7 +92,7 @@ def earlier_run(
     check_own(run_dir, "loss", config.loss, loss)
     config = config.model_copy(update={k: v for k, v in options.model_dump().items() if v is not None})
     fabric = build_fabric(config.device, config.precision)
-    data = open_dataset(Path(config.dataset), labels=None if config.labels is None else Path(config.labels))
+    data = open_dataset(config.dataset, labels=config.labels)
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
     return Run(run_dir, config, fabric, data, load_plan(run_dir / "plan.yaml"), split, network, loss, resume=True)
 
@@ -150,72 +115,227 @@ def run_training(run: Run, progress: Progress | None = None) -> TrainResult:
     not finite, a full disk, a dead worker process) and Interrupted at Ctrl-C and SIGTERM: the last checkpoint is kept
     then.
     """
+    run_dir, config, plan, split = run.run_dir, run.config, run.plan, run.split
     with contextlib.ExitStack() as stack:
         if run.resume:
-            stack.enter_context(locked_folder(run.run_dir, "training"))
+            stack.enter_context(locked_folder(run_dir, "training"))
         started = datetime.now(timezone.utc)
-        # before the long preprocessing, so that a bad name costs nothing
-        net, criterion = build(run.config, run.plan, run.network, run.loss)
-        cases = preprocess_dataset(
-            run.data,
-            run.plan,
-            default_cache_dir(),
-            case_ids=[*run.split.train, *run.split.val],
-            workers=run.config.workers,
-            progress=progress,
-        )
+        net, criterion = build(run)  # before the long preprocessing, so that a bad name costs nothing
+        ids = [*split.train, *split.val]
+        cache, workers = default_cache_dir(), config.workers
+        cases = preprocess_dataset(run.data, plan, cache, case_ids=ids, workers=workers, progress=progress)
         by_id = {case.id: case for case in cases}
-        train_cases, val_cases = [by_id[i] for i in run.split.train], [by_id[i] for i in run.split.val]
-        check_classes(run.data, train_cases, val_cases)
+        train, val = [by_id[i] for i in split.train], [by_id[i] for i in split.val]
+        check_classes(run.data, train, val)
         if not run.resume:
-            stack.enter_context(locked_folder(run.run_dir, "training"))
-            refuse_used_folder(run.run_dir)  # another run may have come first while the data were prepared
-        return _run_locked(run, net, criterion, train_cases, val_cases, started, progress)
-
-
-def _run_locked(
-    run: Run,
-    net: nn.Module,
-    criterion: nn.Module,
-    train_cases: list[PreprocessedCase],
-    val_cases: list[PreprocessedCase],
-    started: datetime,
-    progress: Progress | None,
-) -> TrainResult:
-    run_dir, config, plan, split = run.run_dir, run.config, run.plan, run.split
-    for folder in (run_dir, run_dir / "checkpoints"):
-        remove_temporaries(folder)
-    if not run.resume:
-        plan.save(run_dir / "plan.yaml")
-        split.save(run_dir / "split.json")
-    config.save(run_dir / "config.yaml")  # the last of the three: with it the run can be resumed
-    record = run_record(config, plan, net, started, run_dir if run.resume else None)
-    write_json(run_dir / "run.json", record)
-    patches = PatchLoaders(
-        train_cases,
-        val_cases,
-        config.settings,
-        patch_size=plan.patch_size,
-        batch_size=plan.batch_size,
-        seed=config.seed,
-        val_patches=config.val_patches,
-        workers=config.workers,
-    )
-    try:
-        result = fit(
-            run.fabric, run_dir, config, plan, split, net, criterion, patches, resume=run.resume, progress=progress
+            stack.enter_context(locked_folder(run_dir, "training"))
+            refuse_used_folder(run_dir)  # another run may have come first while the data were prepared
+        for folder in (run_dir, run_dir / "checkpoints"):
+            remove_temporaries(folder)
+        if not run.resume:
+            plan.save(run_dir / "plan.yaml")
+            split.save(run_dir / "split.json")
+        config.save(run_dir / "config.yaml")  # the last of the three: with it the run can be resumed
+        record = run_record(run, net, started)
+        write_json(run_dir / "run.json", record)
+        try:
+            result = fit(run, net, criterion, PatchLoaders(run, train, val), progress)
+        except BaseException:
+            with contextlib.suppress(LightMError):  # a full disk; what ended the training is what to report
+                write_json(run_dir / "run.json", {**record, "status": "interrupted"})
+            raise
+        record.update(
+            status="finished",
+            finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            train_seconds=round(result.train_seconds, 1),
+            epochs=result.epochs,
+            stopped_because=result.reason,
+            skipped_steps=result.skipped_steps,
         )
-    except BaseException:
-        with contextlib.suppress(LightMError):  # a full disk; what ended the training is what to tell
-            write_json(run_dir / "run.json", {**record, "status": "interrupted"})
-        raise
-    record.update(
-        status="finished",
-        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        train_seconds=round(result.train_seconds, 1),
-        epochs=result.epochs,
-        stopped_because=result.reason,
-        skipped_steps=result.skipped_steps,
+        write_json(run_dir / "run.json", record)
+        return result
+
+
+def fit(
+    run: Run, network: nn.Module, criterion: nn.Module, patches: PatchLoaders, progress: Progress | None = None
+) -> TrainResult:
+    """Fit the network in a prepared run folder and keep its best weights; a resumed run takes its newest checkpoint.
+
+    Raises what `run_training` says.
+    """
+    config, plan, run_dir = run.config, run.plan, run.run_dir
+    with disk_refusals(run_dir):  # of TensorBoard's files; all others name themselves
+        training = Training(run, network, criterion, patches)
+        if run.resume and (start := newest_checkpoint(training.folder)) is not None:
+            training.load(start)
+        elif run.resume:
+            _log.warning("%s: no checkpoint was kept before the interruption; the run starts anew", run_dir)
+        reason = training.run(progress)
+    state = training.state
+    if run.fabric.is_global_zero:
+        best = load_checkpoint(training.folder / BEST)
+        weights = best["state_dict"].items()
+        save_model(
+            run_dir / "model",
+            network={**_description(run), "options": config.network_options},
+            state_dict={k.removeprefix("network."): tensor for k, tensor in weights if k.startswith("network.")},
+            plan=plan.model_dump(mode="json"),
+            training={
+                "recipe": config.recipe,
+                "loss": config.loss,
+                "seed": config.seed,
+                "epochs": state.epoch,
+                "steps": state.step,
+                "train_seconds": round(state.elapsed_s, 1),
+                "best_moving_pseudo_dice": state.best_dice,
+                "best_epoch": best["epoch"],
+                "data_hash": plan.fingerprint.data_hash,
+            },
+        )
+    run.fabric.barrier()
+    return TrainResult(
+        **vars(run),
+        epochs=state.epoch,
+        best_pseudo_dice=state.best_dice,
+        train_seconds=state.elapsed_s,
+        reason=reason,
+        skipped_steps=state.skipped,
     )
-    write_json(run_dir / "run.json", record)
-    return result
+
+
+def _description(run: Run) -> dict[str, Any]:
+    """The arguments of `lightm.nets.create` for this run but for the network's options."""
+    return {
+        "name": run.config.network,
+        "spatial_dims": run.plan.spatial_dims,
+        "in_channels": len(run.plan.channels),
+        "out_channels": len(run.plan.labels),
+        "image_size": run.plan.patch_size,
+    }
+
+
+def build(run: Run) -> tuple[nn.Module, nn.Module]:
+    """Seed the global random generators, and return network and loss of a run: those given, else those it names."""
+    random.seed(run.config.seed)
+    np.random.seed(run.config.seed)  # noqa: NPY002 (networks may use it)
+    torch.manual_seed(run.config.seed)
+    network, loss = run.network, run.loss
+    if network is None:
+        network = create(**_description(run), **run.config.network_options)
+    sizes = {"spatial_dims": run.plan.spatial_dims, "num_classes": len(run.plan.labels)}
+    if loss is None:
+        return network, create_loss(run.config.loss, **sizes, **run.config.loss_options)
+    return network, loss if isinstance(loss, SegmentationLoss) else CustomLoss(loss, **sizes)
+
+
+def build_fabric(
+    device: str | torch.device = "cpu", precision: str = "32-true", *, devices: int | str = 1, strategy: str = "auto"
+) -> Fabric:
+    """Return the Fabric that a training runs on: where, on how many devices, and how precisely.
+
+    device: as in `resolve_device`; with a number ("cuda:1") that device alone. precision: "32-true", "bf16-mixed", ...;
+    devices, strategy: as in Fabric. Raises InputError for what this machine does not have.
+
+    >>> build_fabric("cpu").device
+    device(type='cpu')
+    """
+    where = resolve_device(device)
+    chosen: Any = {"devices": devices if where.index is None else [where.index], "precision": precision}
+    try:
+        return Fabric(accelerator=where.type, strategy=strategy, **chosen)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"device '{device}' with precision '{precision}': {error}") from error
+
+
+def own_name(thing: object) -> str:
+    """The name under which an object of the caller's own stands in the files of its run."""
+    return OWN + str(getattr(thing, "__name__", type(thing).__name__))
+
+
+def check_own(where: Path, what: str, name: str, given: object | None) -> None:
+    """Raise InputError where a run's network or loss is an object that was not given, or the other way round."""
+    if name.startswith(OWN) and given is None:
+        thing = f"{what} '{name.removeprefix(OWN)}' is an object of your own, which no file holds"
+        raise InputError(f"{where}: its {thing}; make it again as it was and give it: {what}=... (in Python)")
+    if given is not None and name != own_name(given):
+        raise InputError(f"{where}: its {what} is '{name.removeprefix(OWN)}', not {own_name(given).removeprefix(OWN)}")
+
+
+def choose_plan(data: Dataset, given: Plan | Path | str | None, progress: Progress | None) -> Plan:
+    """The plan given, else the data set's own `plan.yaml`, else a fresh one."""
+    if given is None:
+        given = data.root / "plan.yaml"
+        if not given.is_file():
+            return make_plan(data, progress=progress)
+    plan = given if isinstance(given, Plan) else load_plan(given)
+    if plan.labels != data.labels or list(plan.channels) != list(data.channels):
+        where = "the plan" if isinstance(given, Plan) else given
+        raise InputError(
+            f"{where}: made for labels {plan.labels} and channels {list(plan.channels)}, but the data set has "
+            f"{data.labels} and {list(data.channels)}; make it anew with `lightm plan {data.root}`"
+        )
+    return plan
+
+
+def with_sizes(plan: Plan, config: TrainConfig, patch: Sequence[int] | None = None, batch: int | None = None) -> Plan:
+    """The plan with the sizes asked for: those given, else the configuration's, else its own."""
+    wanted = patch if patch is not None else config.patch_size
+    if wanted is not None:
+        wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+        sizes = wanted * (plan.spatial_dims if len(wanted) == 1 else 1)
+        if len(sizes) != plan.spatial_dims or any(size < 8 or size % 8 for size in sizes):
+            raise InputError(
+                f"patch size {wanted}: {plan.spatial_dims} sizes are needed, each a multiple of 8 (three poolings by 2)"
+            )
+        plan = plan.model_copy(update={"patch_size": sizes})
+    batch = batch if batch is not None else config.batch_size
+    if batch is not None:
+        if batch < 1:
+            raise InputError(f"batch size {batch}: must be 1 or more")
+        plan = plan.model_copy(update={"batch_size": batch})
+    return plan
+
+
+def choose_split(data: Dataset, config: TrainConfig, given: Split | None = None) -> Split:
+    """The split given, else the one named in the configuration, else a fresh draw over the cases with a label."""
+    labelled = [case.id for case in data.cases if case.label is not None]
+    if given is not None:
+        return check_split(given, labelled, "the split")
+    if config.split is not None:
+        return load_split(Path(config.split), labelled)
+    try:
+        return make_split(labelled, seed=config.split_seed, folds=config.folds, fold=config.fold)
+    except InputError as error:
+        raise InputError(f"{data.root}: {error}") from error
+
+
+def check_classes(data: Dataset, train: Sequence[PreprocessedCase], val: Sequence[PreprocessedCase]) -> None:
+    """Raise InputError when a class occurs in no training case."""
+
+    def found(cases: Sequence[PreprocessedCase]) -> set[int]:
+        return {k for case in cases for k, voxels in case.foreground().items() if len(voxels)}
+
+    in_train, anywhere = found(train), found([*train, *val])
+    for k, name in enumerate(data.classes):
+        if k == 0 or k in in_train:
+            continue
+        where = "only in validation cases" if k in anywhere else "in no training or validation case"
+        raise InputError(
+            f"{data.root / 'dataset.json'}: class '{name}' (label {data.values[k]}) occurs {where}, so it cannot be "
+            "learnt; take it out of the labels, add cases that show it, or draw another split with --split-seed"
+        )
+
+
+def refuse_used_folder(run_dir: Path) -> None:
+    """Raise InputError when a new run cannot be written to `run_dir`."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"{run_dir}: is a file; give a folder for the run")
+    if (run_dir / "config.yaml").exists():
+        raise InputError(
+            f"{run_dir}: already holds a run; resume it with `lightm train --resume {run_dir}`, or give another "
+            "folder with -o"
+        )
+    # A run killed within its first moments leaves its lock, and these before it could be resumed.
+    left = {LOCK, "plan.yaml", "split.json"} if (run_dir / LOCK).exists() else set()
+    if run_dir.exists() and any(path.name not in left and not is_temporary(path) for path in run_dir.iterdir()):
+        raise InputError(f"{run_dir}: is not empty; give a new or an empty folder with -o")

@@ -14,9 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from lightm.evaluation import overlays
+from lightm.evaluation import pictures
 from lightm.evaluation.figures import INK, class_colour, new_figure, plain
-from lightm.evaluation.surfaces import surfaces_figure
 from lightm.lab.compare.figures import case_table, short
 from lightm.lab.compare.results import Summary
 from lightm.lab.compare.statistics import finite_mean
@@ -88,16 +87,16 @@ def case_slices(
     note = letters = ""
     if label.ndim == 3:
         axis = int(np.argmax(np.round(spacing_mm, 3)))
-        name, _, letters = next(plane for plane in overlays.PLANES if plane[1] == axis)
+        name, _, letters = next(plane for plane in pictures.PLANES if plane[1] == axis)
         guide = label if np.isin(label, values).any() else next(iter(predictions.values()), label)
-        index = overlays.best_slice(guide, guide, values, axis)
+        index = pictures.best_slice(guide, guide, values, axis)
         note = f"{name} slice {index + 1} of {label.shape[axis]}"
         image, label = (np.take(array, index, axis=axis)[::-1, ::-1] for array in (image, label))
         predictions = {method: np.take(pred, index, axis=axis)[::-1, ::-1] for method, pred in predictions.items()}
         spacing_mm = [s for i, s in enumerate(spacing_mm) if i != axis]
     spacing = (float(spacing_mm[0]), float(spacing_mm[1]))
     shown = np.logical_or.reduce([np.isin(array, values) for array in (label, *predictions.values())])
-    box = overlays._crop_box(shown, spacing)
+    box = pictures._crop_box(shown, spacing)
     titles = [("label", label), *predictions.items()]
     columns = min(len(titles), 4 if len(titles) < 5 else 5 if len(titles) < 11 else 7)
     blocks = -(-len(titles) // columns)
@@ -110,22 +109,22 @@ def case_slices(
     styles: list[tuple[str, Any]] = [("label", "-"), ("prediction", _DASHES)]
     for number, (title, pred) in enumerate(titles):
         row, column = 2 * (number // columns), number % columns
-        view = overlays._View(image[box], label[box], pred[box], spacing)
+        view = pictures._View(image[box], label[box], pred[box], spacing)
         upper, lower = grid[row, column], grid[row + 1, column]
         heading = title if number == 0 else f"{_broken(title, 100 // columns)}\nDSC {_number(dsc.get(title))}"
-        overlays._show(upper, view, window, heading if number else f"{heading}\n{note}")
-        overlays._contours(upper, view, values, styles if number else styles[:1])
+        pictures._show(upper, view, window, heading if number else f"{heading}\n{note}")
+        pictures._contours(upper, view, values, styles if number else styles[:1])
         if number == 0:
-            overlays._show(lower, view, window, "")  # the bare image, where the others have their errors
+            pictures._show(lower, view, window, "")  # the bare image, where the others have their errors
             if letters:
-                overlays._letters(upper, letters)
+                pictures._letters(upper, letters)
         else:
-            overlays._show(lower, view, window, "", fade=True)
-            overlays._differences(lower, view, values)
+            pictures._show(lower, view, window, "", fade=True)
+            pictures._differences(lower, view, values)
         for axes, anchor in ((upper, "S"), (lower, "N")):
             axes.set_anchor(anchor)
             axes.title.set_fontsize(8.5 if columns < 7 else 7)
-    errors = [(colour, text) for colour, text in overlays._ERRORS if text != "wrong class" or len(classes) > 1]
+    errors = [(colour, text) for colour, text in pictures._ERRORS if text != "wrong class" or len(classes) > 1]
     handles: list[Any] = [Patch(fc=class_colour(i), label=plain(name)) for i, name in enumerate(list(classes)[:7])]
     handles += [Line2D([], [], color=INK, ls=style, label=text) for text, style in styles]
     handles += [Patch(fc=colour, label=text) for colour, text in errors]
@@ -140,7 +139,7 @@ def case_surfaces(
     chosen = dict(list(predictions.items())[:_SURFACES])
     masks = {"label": label, **{short(name, 30): pred for name, pred in chosen.items()}}
     columns = len(masks) if len(masks) <= 4 else 3
-    figure = surfaces_figure(masks, spacing_mm, classes, columns=columns, max_voxels=36)
+    figure = pictures.surfaces_figure(masks, spacing_mm, classes, columns=columns, max_voxels=36)
     return figure, len(predictions) - len(chosen)
 
 

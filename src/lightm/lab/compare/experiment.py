@@ -17,8 +17,7 @@ from lightm.config_io import load_yaml, save_yaml
 from lightm.errors import InputError, did_you_mean
 from lightm.lab.complexity import known_names
 from lightm.losses import create_loss
-from lightm.training.config import parse_duration
-from lightm.training.recipes import RECIPES, RENAMED
+from lightm.training.config import RECIPES, RENAMED, parse_duration
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+(), -]{0,63}")
 _PARTS = ("network", "loss", "recipe")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lightm import __version__
 from lightm.errors import LightMError
-from lightm.evaluation.html import duration, embed, render
+from lightm.evaluation.report import duration, embed, render
 from lightm.files import write_text
 from lightm.lab.compare import figures
 from lightm.lab.compare.cases import ChosenCase, case_slices, case_surfaces, choose_cases

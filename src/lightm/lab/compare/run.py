@@ -31,7 +31,7 @@ from lightm.preparation.plan import Plan, load_plan
 from lightm.preparation.preprocess import default_cache_dir, preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.config import parse_duration, resolve_config
-from lightm.training.prepare import choose_plan, choose_split, with_sizes
+from lightm.training.run import choose_plan, choose_split, with_sizes
 
 _log = logging.getLogger(__name__)
 
