@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.datasets.phantoms import phantom_case
 from lightm.errors import InputError, LightMError
 from lightm.images.io import read_volume, write_volume

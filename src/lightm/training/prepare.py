@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightm.datasets.dataset import Dataset
+from lightm.datasets.cases import Dataset
 from lightm.datasets.split import Split, check_split, load_split, make_split
 from lightm.errors import InputError
 from lightm.files import LOCK, is_temporary

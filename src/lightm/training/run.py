@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lightm.datasets.cases import Dataset
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.datasets.split import Split, load_split
 from lightm.errors import InputError, LightMError
 from lightm.files import locked_folder, remove_temporaries

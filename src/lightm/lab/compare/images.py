@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightm.datasets.cases import Dataset
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.errors import InputError
 from lightm.evaluation.folder import case_files
 from lightm.evaluation.run_folder import RunFolder, read_run

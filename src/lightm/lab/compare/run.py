@@ -14,7 +14,7 @@ from typing import Any
 from lightm import __version__
 from lightm.config_io import load_yaml
 from lightm.datasets.cases import Dataset
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.datasets.phantoms import make_phantoms
 from lightm.datasets.split import Split, load_split
 from lightm.errors import InputError
