@@ -19,9 +19,8 @@ from lightm.images.volume import Volume
 from lightm.inference import Predictor, budget
 from lightm.inference.budget import Holding
 from lightm.inference.sliding import logit_slabs
-from lightm.preparation.grid import NetworkGrid
 from lightm.preparation.plan import ChannelNormalization
-from lightm.preparation.preprocess import preprocess_case
+from lightm.preparation.preprocess import NetworkGrid, preprocess_case
 from lightm.preparation.resample import resample_image
 
 from .factories import PlanMaker

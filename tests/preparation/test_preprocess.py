@@ -14,8 +14,9 @@ from lightm.errors import InputError, LightMError
 from lightm.images.io import read_volume, write_volume
 from lightm.images.volume import Volume
 from lightm.preparation import cache
+from lightm.preparation.cache import default_cache_dir
 from lightm.preparation.plan import ChannelNormalization, make_plan
-from lightm.preparation.preprocess import default_cache_dir, preprocess_case, preprocess_dataset, to_class_indices
+from lightm.preparation.preprocess import preprocess_case, preprocess_dataset, to_class_indices
 from lightm.preparation.resample import resample_image, resample_label, resampled_shape
 
 

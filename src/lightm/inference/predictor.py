@@ -22,9 +22,8 @@ from lightm.inference.probabilities import ProbabilityFile, check_path
 from lightm.inference.sliding import WindowProgress, logit_slabs, window_logits
 from lightm.inference.to_native_space import class_indices
 from lightm.nets import folder as model_folder
-from lightm.preparation.grid import NetworkGrid
 from lightm.preparation.plan import MULTIPLE, Plan
-from lightm.preparation.preprocess import check_fit
+from lightm.preparation.preprocess import NetworkGrid, check_fit
 from lightm.preparation.resample import resampled_shape
 
 _log = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ WindowProgress = Callable[[int, int], None]
 
 
 class WindowSource(Protocol):
-    """An image of which boxes are asked for; `lightm.preparation.grid.NetworkGrid` is one."""
+    """An image of which boxes are asked for; `lightm.preparation.preprocess.NetworkGrid` is one."""
 
     shape: tuple[int, ...]
     """Its spatial axes."""

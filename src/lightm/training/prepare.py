@@ -10,8 +10,8 @@ from lightm.datasets.split import Split, check_split, load_split, make_split
 from lightm.errors import InputError
 from lightm.files import LOCK, is_temporary
 from lightm.nets.described import OWN
+from lightm.preparation.cache import PreprocessedCase
 from lightm.preparation.plan import Plan, load_plan, make_plan
-from lightm.preparation.preprocess import PreprocessedCase
 from lightm.progress import Progress
 from lightm.training.config import TrainConfig
 

@@ -19,8 +19,9 @@ from lightm.datasets.split import Split, load_split
 from lightm.errors import InputError, LightMError
 from lightm.files import locked_folder, remove_temporaries
 from lightm.options import Options
+from lightm.preparation.cache import PreprocessedCase, default_cache_dir
 from lightm.preparation.plan import Plan, load_plan
-from lightm.preparation.preprocess import PreprocessedCase, default_cache_dir, preprocess_dataset
+from lightm.preparation.preprocess import preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.config import TrainConfig, load_config, parse_duration
 from lightm.training.fit import TrainResult, build, build_fabric, fit

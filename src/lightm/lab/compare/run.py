@@ -25,8 +25,9 @@ from lightm.lab.compare.processes import Job, pool, start, wait_for_one
 from lightm.lab.compare.results import CELL, CellRecord, Comparison, read_cell, read_comparison
 from lightm.lab.complexity import build_network
 from lightm.losses import create_loss
+from lightm.preparation.cache import default_cache_dir
 from lightm.preparation.plan import Plan, load_plan
-from lightm.preparation.preprocess import default_cache_dir, preprocess_dataset
+from lightm.preparation.preprocess import preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.config import TrainConfig, parse_duration, resolve_config
 from lightm.training.prepare import choose_plan, choose_split, with_sizes
