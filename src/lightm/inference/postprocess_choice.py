@@ -20,15 +20,15 @@ from lightm.inference.postprocess import (
 )
 from lightm.labels import bounding_box, overlap_counts
 
-QUANTILES = (0.05, 0.25, 0.5)
-"""Of the sizes of a class's components in the labels; these and a tenth of each are tried as smallest size."""
+# Of the sizes of a class's components in the labels; these and a tenth of each are tried as smallest size.
+_QUANTILES = (0.05, 0.25, 0.5)
 
 
 class CaseLabels:
     """Prediction and label of one case, cropped to where either is not background, and deflated.
 
-    predicted, truth: integers of one shape, (Z, Y, X) or (Y, X). Memory: label maps deflate to few percent, so that
-    many cases fit at once. The crop changes no result: beyond it there is background alone.
+    predicted, truth: integers of one shape, (Z, Y, X) or (Y, X). Memory: label maps deflate to a few percent. The crop
+    changes no result: beyond it there is background alone.
     """
 
     def __init__(self, predicted: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> None:
@@ -114,7 +114,7 @@ def _smallest_sizes(cases: Sequence[CaseLabels], value: int) -> list[float]:
     found = np.concatenate(sizes)
     if not found.size:
         return []
-    quantiles = np.quantile(found, QUANTILES, method="lower")
+    quantiles = np.quantile(found, _QUANTILES, method="lower")
     voxel = min(voxel_size(case.spacing_mm) for case in cases)
     rounded = {float(f"{share * size:.2g}") for size in quantiles for share in (0.1, 1.0)}
     return sorted(size for size in rounded if size > voxel)
