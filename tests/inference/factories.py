@@ -31,7 +31,7 @@ class Threshold(nn.Module):
 
 
 class InMemory:
-    """A tensor (C, *spatial) as a `WindowSource`."""
+    """A tensor (C, *spatial) that is read like a `NetworkGrid`."""
 
     def __init__(self, image: Tensor) -> None:
         self.image = image

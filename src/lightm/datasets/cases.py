@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from lightm.errors import InputError
 from lightm.images.io import file_suffix
+from lightm.progress import Progress
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
@@ -85,6 +91,19 @@ warning = partial(Problem, "warning")
 def files_in(folder: Path) -> list[Path]:
     """Return the files directly in a folder, sorted, without hidden ones."""
     return [file for file in sorted(folder.iterdir()) if not file.name.startswith(".") and file.is_file()]
+
+
+def on_all_cores(
+    work: Callable[[Item], Result], items: Sequence[Item], what: str = "", progress: Progress | None = None
+) -> list[Result]:
+    """Return work(item) of all items in their order, done in threads on all cores; progress counts `what`."""
+    done = []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for result in pool.map(work, items):
+            done.append(result)
+            if progress is not None:
+                progress(what, len(done), len(items))
+    return done
 
 
 def split_name(file: Path) -> tuple[str, str]:

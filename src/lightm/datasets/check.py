@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightm.datasets.cases import Case, Dataset, Problem, error, warning
+from lightm.datasets.cases import Case, Dataset, Problem, error, on_all_cores, warning
 from lightm.datasets.discovery import scan
 from lightm.errors import LightMError
 from lightm.images.io import Kind, place_remarks, read_volume, voxel_bytes
@@ -64,19 +61,15 @@ def check_dataset(
     else:
         dataset, problems = scan(Path(dataset), None if labels is None else Path(labels))
     known, jobs, gate = dataset, [*dataset.cases, *dataset.test_cases], MemoryGate()
-    findings: list[_Findings] = []
 
     def check(case: Case) -> _Findings:
         files = [file for file in (case.label, *case.images) if file is not None]
         with gate.hold(sum(voxel_bytes(file) for file in files[:_HELD])):
             return _check_case(case, known)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for found in pool.map(check, jobs):
-            findings.append(found)
-            problems += found.problems
-            if progress is not None:
-                progress("checking", len(findings), len(jobs))
+    findings = on_all_cores(check, jobs, "checking", progress)
+    for found in findings:
+        problems += found.problems
     problems += _check_whole(dataset, jobs, findings)
     problems.sort(key=lambda problem: problem.severity != "error")
     return CheckResult(problems, _summary(dataset, findings, problems))
@@ -105,7 +98,12 @@ def _check_case(case: Case, dataset: Dataset) -> _Findings:
             findings.problems.append(error(case.id, file, message, cure))
         if kind == "label":
             findings.voxels = _counted(volume.data)
-            findings.problems += _unknown_values(case, file, findings.voxels, dataset)
+            allowed = {*dataset.values, *([] if dataset.ignore_label is None else [dataset.ignore_label])}
+            if unknown := sorted(findings.voxels.keys() - allowed):
+                listed = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+                message = f"label value {listed} is not in dataset.json, which names {sorted(allowed)}"
+                cure = "correct the label map, or add the value to dataset.json"
+                findings.problems.append(error(case.id, file, message, cure))
         elif volume.data.min() == volume.data.max():
             cure = "check that the export worked"
             findings.problems.append(warning(case.id, file, "every voxel has the same value", cure))
@@ -118,15 +116,6 @@ def _counted(label: np.ndarray) -> dict[int, int]:
     for part in label:
         counts += np.bincount(part.ravel().astype(np.int32) + (1 << 15), minlength=1 << 16)
     return {int(at) - (1 << 15): int(counts[at]) for at in np.flatnonzero(counts)}
-
-
-def _unknown_values(case: Case, file: Path, voxels: Iterable[int], dataset: Dataset) -> list[Problem]:
-    allowed = {*dataset.values, *([] if dataset.ignore_label is None else [dataset.ignore_label])}
-    if not (unknown := sorted(set(voxels) - allowed)):
-        return []
-    listed = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
-    message = f"label value {listed} is not in dataset.json, which names {sorted(allowed)}"
-    return [error(case.id, file, message, "correct the label map, or add the value to dataset.json")]
 
 
 def _check_whole(dataset: Dataset, jobs: list[Case], findings: list[_Findings]) -> list[Problem]:

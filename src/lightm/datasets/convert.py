@@ -10,14 +10,13 @@ import shutil
 import struct
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightm.datasets.cases import Problem, error
+from lightm.datasets.cases import Problem, error, on_all_cores
 from lightm.datasets.discovery import doubled
 from lightm.datasets.public_layouts import FINDERS, Found, Source
 from lightm.errors import InputError, LightMError, did_you_mean
@@ -86,17 +85,12 @@ def convert_dataset(
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.tmp")
     writer = _Writer(temporary, found, _ending(sources, out), link, trust_image_geometry)
     tests = any(not source.for_training for source in found.sources)
-    done = []
     try:
         for name in ("imagesTr", "labelsTr", *(["imagesTs"] if tests else [])):
             (temporary / name).mkdir(parents=True)
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for number, (case, faults) in enumerate(zip(sources, pool.map(writer.write, sources), strict=True), 1):
-                problems += faults
-                if not faults:
-                    done.append(case)
-                if progress is not None:
-                    progress("converting", number, len(sources))
+        written = on_all_cores(writer.write, sources, "converting", progress)
+        problems += [problem for faults in written for problem in faults]
+        done = [case for case, faults in zip(sources, written, strict=True) if not faults]
         if not skip_faulty:
             _stop_at(problems)
         count = sum(case.for_training for case in done)

@@ -16,7 +16,7 @@ from math import prod
 from lightm import memory
 from lightm.errors import InputError
 from lightm.inference import native_space, sliding
-from lightm.preparation.plan import MULTIPLE, Plan
+from lightm.preparation.plan import Plan
 from lightm.preparation.resample import resample_bytes, resampled_shape
 
 # What allocators keep, and what is too small to be counted: with 64 MiB a real CT came out at 43 MB over its limit.
@@ -89,11 +89,6 @@ class CaseSize:
     rules: bool = False
     probabilities: bool = False
 
-    @property
-    def resampled(self) -> bool:
-        """Whether the network sees another grid than the image's."""
-        return self.shape != self.grid
-
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -105,15 +100,13 @@ class MemoryPlan:
 
 
 def case_bytes(case: CaseSize, window_bytes: int, held: MemoryPlan) -> int:
-    """Return the most that the process grows by while a case is predicted, in bytes; window_bytes: one call of the
-    network, as `call_bytes` measures it.
-    """
-    voxels = prod(case.shape)
+    """Return by how many bytes the process grows at most for a case; window_bytes: of one call of the network."""
+    voxels, resampled = prod(case.shape), case.shape != case.grid
     raw = voxels * case.itemsize * held.voxels
-    grid = 4 * prod(case.grid) * case.channels * held.grid * case.resampled
+    grid = 4 * prod(case.grid) * case.channels * held.grid * resampled
     # First the images are brought onto the grid.
     prepare = 48 << 20
-    if case.resampled:
+    if resampled:
         across = 4 * case.shape[0] * prod(case.grid[1:]) * held.grid
         prepare = max(prepare, resample_bytes(case.shape, case.grid)) + across
     # Then windows are visited, in sums of patch depth, and classes found on the image's own grid.
@@ -122,10 +115,10 @@ def case_bytes(case: CaseSize, window_bytes: int, held: MemoryPlan) -> int:
     run = window_bytes + prod(case.patch) * (8 * case.channels + 24)
     slab = sliding.slab_values(case.classes, lengths)
     grid_shape = (case.grid[0], *lengths[1:])
-    hand_on = native_space.class_indices_bytes(case.classes, grid_shape, case.shape, slab, case.resampled)
+    hand_on = native_space.class_indices_bytes(case.classes, grid_shape, case.shape, slab, resampled)
     hand_on += native_space.probability_bytes(case.classes, case.shape) * case.probabilities
     # The network's activations are gone when classes are found, and the sums of one band are written.
-    predict = voxels * case.label_itemsize + grid + raw * (not case.resampled)
+    predict = voxels * case.label_itemsize + grid + raw * (not resampled)
     predict += max(sums + run, sums * held.sums + hand_on)
     clean = voxels * (case.label_itemsize + _RULES_BYTES) * case.rules
     return max(raw + grid + prepare, predict, clean)
@@ -163,25 +156,12 @@ def estimate_memory(
     several times as much.
     """
     grid = tuple(shape) if spacing_mm is None else resampled_shape(shape, spacing_mm, plan.spacing_mm)
-    case = CaseSize(
-        tuple(shape),
-        grid,
-        tuple(plan.patch_size),
-        len(plan.classes),
-        len(plan.channels),
-        itemsize * len(plan.channels),
-        1 if max(plan.values) <= 255 else 2,
-        rules,
-        probabilities,
-    )
+    channels, label_itemsize = len(plan.channels), 1 if max(plan.values) <= 255 else 2
+    sizes = (tuple(shape), grid, tuple(plan.patch_size))
+    case = CaseSize(*sizes, len(plan.classes), channels, itemsize * channels, label_itemsize, rules, probabilities)
     if window_bytes is None:
         window_bytes = max(_MIN_BYTES, _BYTES_PER_VOXEL * prod(case.patch))
     return case_bytes(case, window_bytes, MemoryPlan())
-
-
-def whole_window(grid: Sequence[int]) -> tuple[int, ...]:
-    """Return the smallest window that holds a whole grid and that three poolings halve to whole voxels."""
-    return tuple(-(-size // MULTIPLE) * MULTIPLE for size in grid)
 
 
 def megabytes(count: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from lightm.config_io import load_json
 from lightm.datasets.cases import Case
 from lightm.datasets.inputs import find_cases
 from lightm.errors import InputError, LightMError
@@ -48,13 +49,12 @@ def predict_folder(
 ) -> list[Path]:
     """Segment every case in `inputs` and return the label maps in `out` that are done, sorted by case.
 
-    model: a model folder, a file that `lightm export` wrote, the run folder that holds one, or a Predictor
-    made of one of these, whose own options for loading hold then. inputs: what `find_cases` takes: an image; a folder
-    of CASE_0000.EXT, CASE_0001.EXT, ... (CASE.EXT with one channel); a dataset, whose imagesTs is taken; with `cases`,
-    only these ids, from imagesTr too; DICOM series, which give CASE.nii.gz; a list in a .txt or .csv file; or several
-    of these. options: how, as an object, or its fields as `more`.
-    progress("predict", done, total) counts cases, progress("windows", done, total) those of the present case; a line
-    per case and one at the end are logged.
+    model: a model folder, a file that `lightm export` wrote, the run folder that holds one, or a Predictor made of one
+    of these, whose own options for loading hold then. inputs: what `find_cases` takes: an image; a folder of
+    CASE_0000.EXT, CASE_0001.EXT, ... (CASE.EXT with one channel); a dataset, whose imagesTs is taken; with `cases`,
+    only these ids, from imagesTr too; DICOM series, which give CASE.nii.gz; a .txt or .csv list; or several of these.
+    options: an object, or its fields as `more`. progress("predict", done, total) counts cases, progress("windows",
+    done, total) the windows of the present case; a line per case and one at the end are logged.
 
     Written to `out`, each file complete or not at all: CASE + its own file ending, in the geometry of its image; after
     every case prediction.json (`lightm.inference.record.Record`: model, options, times, checksums, errors, peak
@@ -110,7 +110,8 @@ def predict_folder(
         if chosen.overwrite:
             records.remove_written(out)
         elif chosen.resume and (out / RECORD).is_file():
-            _take_over(records.load_record(out / RECORD), record, found, out)
+            what, remedy = "a record of predictions of this version", "give another folder, or empty it"
+            _take_over(load_json(out / RECORD, Record, what, remedy), record, found, out)
         elif chosen.resume:
             _check_out(out, any_content=False)
         try:
@@ -148,16 +149,8 @@ def load_predictor(model: Path | str, options: PredictOptions, network: nn.Modul
 
     network: the module, for a model with a network of one's own. Raises InputError as `load_model`.
     """
-    return Predictor.from_folder(
-        find_model(model),
-        options.device,
-        overlap=options.overlap,
-        tta=options.tta,
-        max_memory=options.max_memory,
-        window=options.window,
-        postprocess=options.postprocess,
-        network=network,
-    )
+    chosen = options.model_dump(include={"overlap", "tta", "max_memory", "window", "postprocess"})
+    return Predictor.from_folder(find_model(model), options.device, network=network, **chosen)
 
 
 def _run(job: Job, record: Record, found: list[Case], out: Path, progress: Progress | None) -> None:
@@ -262,11 +255,9 @@ def _take_over(earlier: Record, record: Record, found: list[Case], out: Path) ->
 
 
 def _closing(record: Record) -> str:
-    done, failed = len(record.cases), len(record.failed)
-    seconds = sum(entry.seconds for entry in record.cases)
-    parts = [f"{done} case(s) segmented into {record.out}", f"{seconds:.1f} s"]
-    if failed:
-        parts.insert(1, f"{failed} failed")
+    parts = [f"{len(record.cases)} case(s) segmented into {record.out}"]
+    parts += [f"{len(record.failed)} failed"] if record.failed else []
+    parts.append(f"{sum(entry.seconds for entry in record.cases):.1f} s")
     if record.peak_resident_bytes is not None:
         parts.append(f"peak memory {record.peak_resident_bytes / 1e9:.2f} GB")
     return ", ".join(parts)

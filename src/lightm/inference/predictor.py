@@ -99,8 +99,8 @@ class Predictor:
     ) -> Predictor:
         """Load a model folder; raises InputError, naming the file, for one that is missing or damaged.
 
-        postprocess: apply the post-processing that the model was saved with. network: a module to load the weights
-        into, for a model that was trained with a network of one's own.
+        postprocess: whether to apply the post-processing that the model was saved with. network: a module to load the
+        weights into, for a model that was trained with a network of one's own.
         """
         network, info = model_folder.load_model(Path(model_dir), **({} if network is None else {"network": network}))
         try:
@@ -114,8 +114,9 @@ class Predictor:
 
     def __call__(self, *images: Path | str | Volume) -> Volume:
         """Return the label map of one case: a file or Volume for each channel of the plan; see `predict_volumes`."""
-        if all(isinstance(image, Volume) for image in images):
-            return self.predict_volumes([image for image in images if isinstance(image, Volume)])
+        volumes = [image for image in images if isinstance(image, Volume)]
+        if len(volumes) == len(images):
+            return self.predict_volumes(volumes)
         return self.predict_files([Path(image) for image in images if not isinstance(image, Volume)])
 
     def predict_volumes(
@@ -160,7 +161,7 @@ class Predictor:
         return self._predict([header.geometry for header in headers], opened, itemsize, progress, probabilities)
 
     def window_bytes(self) -> int | None:
-        """Return what one call of the network on a patch needs, in bytes, measured once; None where it cannot be."""
+        """Return what one call of the network on a patch needs, in bytes, measured once; None where unknown."""
         return self._measure(tuple(self.plan.patch_size))
 
     def _predict(
@@ -180,10 +181,12 @@ class Predictor:
         native = geometries[0].with_data(np.broadcast_to(np.zeros((), geometries[0].data.dtype), geometries[0].shape))
         canonical = native.to_canonical()
         shape = resampled_shape(canonical.shape, canonical.spacing_mm, self.plan.spacing_mm)
+        # The smallest window that holds the whole grid and that three poolings halve to whole voxels.
+        whole = tuple(-(-size // MULTIPLE) * MULTIPLE for size in shape)
         case = budget.CaseSize(
             shape=canonical.shape,
             grid=shape,
-            patch=tuple(self.plan.patch_size) if self.window == "patch" else budget.whole_window(shape),
+            patch=tuple(self.plan.patch_size) if self.window == "patch" else whole,
             classes=len(values),
             channels=len(geometries),
             itemsize=itemsize,
@@ -266,12 +269,9 @@ class Predictor:
         return chosen
 
     def _measure(self, patch: tuple[int, ...]) -> int | None:
-        if patch not in self._measured:
-            found = budget.call_bytes(lambda: self._call(patch))
-            if found is None:
-                return None
+        if patch not in self._measured and (found := budget.call_bytes(lambda: self._call(patch))) is not None:
             self._measured[patch] = found
-        return self._measured[patch]
+        return self._measured.get(patch)
 
     def _call(self, patch: tuple[int, ...]) -> Tensor:
         """Run the network on zeros; one flip stands for all, since each is added to the sum before the next."""

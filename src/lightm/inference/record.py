@@ -17,7 +17,6 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from lightm import __version__
-from lightm.config_io import load_json
 from lightm.errors import InputError, LightMError
 from lightm.files import file_hash, write_text
 from lightm.images import dicom
@@ -89,7 +88,7 @@ class RecordedOptions(_Choices):
 
 
 class FileRecord(_Part):
-    """A file, or the DICOM files of a folder taken together. path: inputs as given, outputs relative to the folder."""
+    """A file, or the DICOM files of a folder together. path: of inputs as given, of outputs relative to the folder."""
 
     path: str
     bytes: int
@@ -179,11 +178,6 @@ def now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def load_record(path: Path) -> Record:
-    """Read a prediction.json; raises InputError, naming it, for anything else."""
-    return load_json(path, Record, "a record of predictions of this version", "give another folder, or empty it")
-
-
 def describe_model(model_dir: Path) -> ModelRecord:
     """Return name and checksums of a model folder or single-file model that loads, from its model.json."""
     info = read_description(model_dir)
@@ -236,9 +230,9 @@ def remove_written(out: Path) -> None:
     try:
         for name in names:
             (out / name).unlink(missing_ok=True)
-        for folder in (PREVIEWS, PROBABILITIES):
-            if (out / folder).is_dir() and not any((out / folder).iterdir()):
-                (out / folder).rmdir()
+        for folder in (out / PREVIEWS, out / PROBABILITIES):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         (out / RECORD).unlink()
     except OSError as error:
         raise LightMError(

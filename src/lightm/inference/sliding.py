@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, product
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from torch.nn import functional
 
 from lightm.errors import InputError, LightMError
 from lightm.images.disk_array import Box, DiskArray
+from lightm.preparation.preprocess import NetworkGrid
 
 # The Gaussian's standard deviation as a share of the window, and the least weight relative to its centre: a voxel seen
 # only in a window's corner must still have a weight that arithmetic can divide by.
@@ -34,16 +34,6 @@ _MIN_WEIGHT = 1e-3
 _CHUNK_VALUES = 4_000_000
 
 WindowProgress = Callable[[int, int], None]
-
-
-class WindowSource(Protocol):
-    """An image of which boxes are asked for; `lightm.preparation.preprocess.NetworkGrid` is one."""
-
-    shape: tuple[int, ...]
-    """Its spatial axes."""
-
-    def read(self, box: Box) -> np.ndarray:
-        """Return (C, *box) float32."""
 
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
@@ -79,7 +69,7 @@ def slab_values(classes: int, lengths: Sequence[int]) -> int:
 
 def logit_slabs(
     network: nn.Module,
-    image: WindowSource,
+    image: NetworkGrid,
     *,
     patch_size: Sequence[int],
     overlap: float = 0.5,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from lightm.datasets.cases import Case, Dataset
+from lightm.datasets.cases import Case, Dataset, on_all_cores
 from lightm.errors import InputError
 from lightm.files import file_hash
 from lightm.images.io import read_volume
@@ -72,12 +70,7 @@ def take_fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> t
     """
     if not dataset.cases:
         raise InputError(f"{dataset.root}: no training cases; add images and labels")
-    facts: list[CaseFacts] = []
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for found in pool.map(lambda case: _case_facts(case, dataset), dataset.cases):
-            facts.append(found)
-            if progress is not None:
-                progress("fingerprint", len(facts), len(dataset.cases))
+    facts = on_all_cores(lambda case: _case_facts(case, dataset), dataset.cases, "fingerprint", progress)
     dims = len(facts[0].shape)
     for case, found in zip(dataset.cases, facts, strict=True):
         if len(found.shape) != dims:
@@ -107,8 +100,7 @@ def take_fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> t
 def _data_hash(dataset: Dataset) -> str:
     """Return the SHA-256 over names, sizes and contents of all training files, in the order of their names."""
     files = sorted({file for case in dataset.cases for file in (*case.images, case.label) if file is not None})
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        contents = list(pool.map(file_hash, files))
+    contents = on_all_cores(file_hash, files)
     whole = hashlib.sha256()
     for file, content in sorted(zip((f"{file.parent.name}/{file.name}" for file in files), contents, strict=True)):
         whole.update(f"{file}\0{content}\n".encode())
