@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from arsl_cliff_figures import draw, read_csv, tables, takeover
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.datasets.phantoms import make_phantoms
 from lightm.losses import AdaptiveRegion, SegmentationLoss, create_loss
 from lightm.losses.regions import Grid, soft_counts

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightm.datasets.convert import convert_dataset
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.losses import create_loss
 from lightm.nets import create
 from lightm.preparation.plan import make_plan

@@ -44,7 +44,7 @@ _PUBLIC = {  # name: module
     "register_format": "lightm.images.formats",
     "register_loss": "lightm.losses",
     "register_network": "lightm.nets",
-    "open_dataset": "lightm.datasets.dataset",
+    "open_dataset": "lightm.datasets.discovery",
     "read_volume": "lightm.images.io",
     "selective_scan": "lightm.ops",
     "write_volume": "lightm.images.io",

@@ -17,7 +17,7 @@ from torch import nn
 from lightm.datasets.cases import Dataset
 from lightm.datasets.check import CheckResult, check_dataset
 from lightm.datasets.convert import Converted, convert_dataset
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.datasets.phantoms import make_phantoms
 from lightm.errors import InputError, LightMError
 from lightm.evaluation.evaluation import Evaluation

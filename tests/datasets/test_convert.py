@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from lightm.cli import app
 from lightm.datasets.check import check_dataset
 from lightm.datasets.convert import convert_dataset
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.errors import InputError
 from lightm.images.io import read_volume
 from lightm.images.volume import geometry_difference

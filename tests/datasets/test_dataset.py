@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from lightm.datasets.dataset import check_dataset, open_dataset
+from lightm.datasets.check import check_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.errors import InputError
 from lightm.images.io import read_volume, write_volume
 from lightm.images.volume import Volume

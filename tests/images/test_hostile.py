@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 
 from lightm.datasets.check import check_dataset
-from lightm.datasets.dataset import open_dataset
 from lightm.datasets.description import read_description
+from lightm.datasets.discovery import open_dataset
 from lightm.datasets.split import load_split
 from lightm.errors import InputError, LightMError
 from lightm.images import limits

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightm.images.disk_array import Box
 from lightm.images.io import write_volume
 from lightm.images.volume import Volume
 from lightm.preparation.plan import Plan
@@ -27,6 +28,18 @@ class Threshold(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.threshold - x[:, :1], x[:, :1] - self.threshold], dim=1)
+
+
+class InMemory:
+    """A tensor (C, *spatial) that is read like a `NetworkGrid`."""
+
+    def __init__(self, image: Tensor) -> None:
+        self.image = image
+        self.shape = tuple(image.shape[1:])
+
+    def read(self, box: Box) -> np.ndarray:
+        part: np.ndarray = self.image[(slice(None), *box)].numpy()
+        return part
 
 
 def add(path: Path, *, seed: int = 0, shape: tuple[int, ...] = (5, 12, 9)) -> Volume:

@@ -17,14 +17,13 @@ from lightm.images.io import write_volume
 from lightm.images.lazy import LazyVolume
 from lightm.images.volume import Volume
 from lightm.inference import Predictor, budget
-from lightm.inference.budget import Holding
+from lightm.inference.budget import MemoryPlan
 from lightm.inference.sliding import logit_slabs
-from lightm.preparation.grid import NetworkGrid
 from lightm.preparation.plan import ChannelNormalization
-from lightm.preparation.preprocess import preprocess_case
+from lightm.preparation.preprocess import NetworkGrid, preprocess_case
 from lightm.preparation.resample import resample_image
 
-from .factories import PlanMaker
+from .factories import InMemory, PlanMaker
 
 TURNED = np.array([[0, 0.875, 0, 5], [0, 0, -1.25, 7], [-2.0, 0, 0, 9], [0, 0, 0, 1]])
 CLASSES = {"background": 0, "one": 1, "two": 2, "three": 5}
@@ -49,8 +48,8 @@ def made(shape: tuple[int, ...], seed: int = 0) -> Volume:
     return Volume(voxels, (1.25, 0.875, 2.0), TURNED) if len(shape) == 3 else Volume.from_spacing(voxels, (1.25, 0.875))
 
 
-def only(holding: Holding, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Predictor, "_within", lambda *_: holding)
+def only(held: MemoryPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Predictor, "_within", lambda *_: held)
 
 
 @pytest.mark.slow
@@ -64,7 +63,7 @@ def test_every_way_to_hold_a_case_gives_the_same_labels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Small blocks, so that a volume has many.
-    for name, size in [("inference.sliding._VALUES_AT_ONCE", 900), ("inference.to_native_space._VALUES_AT_ONCE", 1500),
+    for name, size in [("inference.sliding._CHUNK_VALUES", 900), ("inference.native_space._CHUNK_VALUES", 1500),
                        ("preparation.resample._SLAB_VOXELS", 700), ("images.nifti._SLAB_BYTES", 900)]:  # fmt: skip
         monkeypatch.setattr(f"lightm.{name}", size)
     image = made((21, 26, 19))
@@ -76,7 +75,7 @@ def test_every_way_to_hold_a_case_gives_the_same_labels(
     assert set(np.unique(expected)) == {0, 1, 2, 5}
     bounded = Predictor(Noise(3), plan, max_memory=10**11)
     for held in product((True, False), repeat=3):
-        only(Holding(*held), monkeypatch)
+        only(MemoryPlan(*held), monkeypatch)
         for found in (bounded.predict_volumes([image]), bounded.predict_files([tmp_path / "image.nii.gz"])):
             np.testing.assert_array_equal(found.data, expected)
             assert found.data.flags.c_contiguous
@@ -90,7 +89,7 @@ def test_2d_and_mirroring_and_two_channels(
     images = [made((70, 43), seed) for seed in (0, 1)]
     plan = make_plan(spacing, (16, 8), labels=CLASSES, channels=("a", "b"))
     expected = Predictor(Noise(2, 2), plan, tta=True).predict_volumes(images).data
-    only(Holding(False, False, False), monkeypatch)
+    only(MemoryPlan(False, False, False), monkeypatch)
     found = Predictor(Noise(2, 2), plan, tta=True, max_memory=10**11).predict_volumes(images).data
     np.testing.assert_array_equal(found, expected)
     assert len(np.unique(expected)) == 4
@@ -100,8 +99,8 @@ def test_2d_and_mirroring_and_two_channels(
 def test_sums_in_a_file_have_the_same_bits(overlap: float, tmp_path: Path) -> None:
     image = torch.randn(1, 29, 14, 20, generator=torch.Generator().manual_seed(3))
     options = {"patch_size": (16, 8, 8), "overlap": overlap}
-    held = torch.cat(list(logit_slabs(Noise(3), image, **options)), dim=1)
-    spooled = torch.cat(list(logit_slabs(Noise(3), image, **options, folder=tmp_path)), dim=1)
+    held = torch.cat(list(logit_slabs(Noise(3), InMemory(image), **options)), dim=1)
+    spooled = torch.cat(list(logit_slabs(Noise(3), InMemory(image), **options, folder=tmp_path)), dim=1)
     assert torch.equal(held, spooled)
     assert held.abs().min(1).values.std() > 0
     assert list(tmp_path.iterdir()) == []
@@ -146,8 +145,8 @@ def test_streamed_resampling_is_the_spline_of_the_whole(
 def test_probabilities(
     dims: int, ending: str, make_plan: PlanMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightm.inference.to_native_space._VALUES_AT_ONCE", 1500)
-    monkeypatch.setattr("lightm.inference.probabilities._BLOCK_VOXELS", 700)
+    monkeypatch.setattr("lightm.inference.native_space._CHUNK_VALUES", 1500)
+    monkeypatch.setattr("lightm.inference.native_space._BLOCK_VOXELS", 700)
     image = made((21, 26, 19)[:dims])
     plan = make_plan(image.to_canonical().spacing_mm, (32, 32, 32)[:dims], labels=CLASSES)
     network = Noise(dims)

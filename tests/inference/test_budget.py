@@ -14,7 +14,7 @@ import pytest
 from lightm import memory
 from lightm.errors import InputError
 from lightm.inference import budget
-from lightm.inference.budget import CaseSize, Holding, case_bytes, choose, estimate_memory, parse_memory
+from lightm.inference.budget import CaseSize, MemoryPlan, case_bytes, choose, estimate_memory, parse_memory
 
 from .factories import PlanMaker
 
@@ -51,23 +51,25 @@ def test_less_is_held_under_a_lower_limit() -> None:
     window = 700_000_000
     limits = [10**10, 3 * 10**9, 22 * 10**8, 18 * 10**8, 10**9]
     held = [choose(CT, window, limit, 4 * 10**8) for limit in limits]
-    assert held[0] == Holding()
+    assert held[0] == MemoryPlan()
     assert held[-1] is None
-    for limit, holding in zip(limits, held, strict=True):
-        if holding is not None:
-            assert case_bytes(CT, window, holding) + 4 * 10**8 + budget.MARGIN <= limit
-    counts = [-1 if holding is None else holding.sums + holding.grid + holding.voxels for holding in held]
+    for limit, plan in zip(limits, held, strict=True):
+        if plan is not None:
+            assert case_bytes(CT, window, plan) + 4 * 10**8 + budget.MARGIN <= limit
+    counts = [-1 if plan is None else plan.sums + plan.grid + plan.voxels for plan in held]
     assert counts == sorted(counts, reverse=True)
     assert len(set(counts)) > 2
 
 
 def test_rules_and_probabilities_are_counted() -> None:
     small = CaseSize((80, 80, 80), (80, 80, 80), (16, 16, 16), 2, 1, 0)
-    base = case_bytes(small, 10**6, Holding())
-    assert case_bytes(CaseSize(*vars(small).values()), 10**6, Holding()) == base
+    base = case_bytes(small, 10**6, MemoryPlan())
+    assert case_bytes(CaseSize(*vars(small).values()), 10**6, MemoryPlan()) == base
     ruled = CaseSize(**{**vars(small), "shape": (400,) * 3, "grid": (400,) * 3, "rules": True})
-    assert case_bytes(ruled, 0, Holding()) == 7 * 400**3
-    assert case_bytes(CaseSize(**{**vars(CT), "probabilities": True}), 0, Holding()) > case_bytes(CT, 0, Holding())
+    assert case_bytes(ruled, 0, MemoryPlan()) == 7 * 400**3
+    assert case_bytes(CaseSize(**{**vars(CT), "probabilities": True}), 0, MemoryPlan()) > case_bytes(
+        CT, 0, MemoryPlan()
+    )
 
 
 def test_estimate_grows_with_the_case(make_plan: PlanMaker) -> None:

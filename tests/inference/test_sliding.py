@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightm.errors import InputError, LightMError
+from lightm.inference.native_space import class_indices
 from lightm.inference.sliding import axis_weights, logit_slabs, window_starts
-from lightm.inference.to_native_space import class_indices
+
+from .factories import InMemory
 
 
 def sliding_logits(network: nn.Module, image: Tensor, **options: Any) -> Tensor:
-    return torch.cat(list(logit_slabs(network, image, **options)), dim=1)
+    return torch.cat(list(logit_slabs(network, InMemory(image), **options)), dim=1)
 
 
 @settings(max_examples=200, deadline=None)
@@ -68,9 +70,8 @@ def test_identity_network_returns_its_input(shape: tuple[int, ...], patch: tuple
             sizes.add(tuple(x.shape))
             return x
 
-    slabs = list(
-        logit_slabs(Identity(), image, patch_size=patch, overlap=overlap, progress=lambda *done: counts.append(done))
-    )
+    options = {"patch_size": patch, "overlap": overlap, "progress": lambda *done: counts.append(done)}
+    slabs = list(logit_slabs(Identity(), InMemory(image), **options))  # type: ignore[arg-type]
     torch.testing.assert_close(torch.cat(slabs, dim=1), image, rtol=1e-5, atol=1e-5)
     assert sizes == {(1, 2, *patch)}
     assert max(slab.shape[1] for slab in slabs) <= patch[0]
@@ -115,7 +116,7 @@ def test_mirroring_equals_the_mean_over_flips(dims: int) -> None:
 
 def test_no_gradient_and_no_inference_mode_leak() -> None:
     network = nn.Conv2d(1, 2, 1)
-    slabs = logit_slabs(network, torch.randn(1, 20, 8), patch_size=(8, 8))
+    slabs = logit_slabs(network, InMemory(torch.randn(1, 20, 8)), patch_size=(8, 8))
     first = next(slabs)
     assert not first.requires_grad
     assert torch.is_grad_enabled()
@@ -133,7 +134,7 @@ def test_no_gradient_and_no_inference_mode_leak() -> None:
 )
 def test_refuses_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        logit_slabs(nn.Identity(), torch.zeros(1, 8, 8), **options)  # type: ignore[arg-type]
+        sliding_logits(nn.Identity(), torch.zeros(1, 8, 8), **options)
 
 
 def test_network_of_another_shape_or_not_finite() -> None:
@@ -149,7 +150,7 @@ def test_network_of_another_shape_or_not_finite() -> None:
 def test_argmax_by_slab_equals_argmax_of_all_logits_at_full_size(
     grid: tuple[int, ...], factor: float, depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightm.inference.to_native_space._VALUES_AT_ONCE", 500)  # several pieces a slab
+    monkeypatch.setattr("lightm.inference.native_space._CHUNK_VALUES", 500)  # several pieces a slab
     logits = torch.randn(3, *grid, generator=torch.Generator().manual_seed(1))
     shape = tuple(max(1, round(n * factor)) for n in grid)
     mode = "trilinear" if len(grid) == 3 else "bilinear"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.errors import InputError
 from lightm.images.io import read_volume, write_volume
 from lightm.images.volume import Volume

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.datasets.phantoms import phantom_case
 from lightm.errors import InputError, LightMError
 from lightm.images.io import read_volume, write_volume
 from lightm.images.volume import Volume
 from lightm.preparation import cache
+from lightm.preparation.cache import default_cache_dir
 from lightm.preparation.plan import ChannelNormalization, make_plan
-from lightm.preparation.preprocess import default_cache_dir, preprocess_case, preprocess_dataset, to_class_indices
+from lightm.preparation.preprocess import preprocess_case, preprocess_dataset, to_class_indices
 from lightm.preparation.resample import resample_image, resample_label, resampled_shape
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from lightm.errors import InputError
 from lightm.images.io import file_suffix
+from lightm.progress import Progress
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
@@ -27,8 +34,8 @@ class Case:
 class Dataset:
     """Cases for training and for testing, with the names of their channels and labels.
 
-    labels: name to value, ordered by value, background (0) first, without the ignore label. Class index k of a
-    network stands for the k-th of them, so values need not be consecutive.
+    labels: name to value, ordered by value, background (0) first, without the ignore label. Class index k of a network
+    stands for the k-th of them; values need not be consecutive.
     """
 
     name: str
@@ -75,14 +82,28 @@ class Problem:
         return f"{where}: {self.message}; {self.cure}"
 
 
-def error(case: str | None, file: Path, message: str, cure: str) -> Problem:
-    """Return a problem that must be solved before training or prediction."""
-    return Problem("error", case, file, message, cure)
+error = partial(Problem, "error")
+"""error(case, file, message, cure): a problem that must be solved before training or prediction."""
+warning = partial(Problem, "warning")
+"""warning(case, file, message, cure): a problem that may be left."""
 
 
-def warning(case: str | None, file: Path, message: str, cure: str) -> Problem:
-    """Return a problem that may be left."""
-    return Problem("warning", case, file, message, cure)
+def files_in(folder: Path) -> list[Path]:
+    """Return the files directly in a folder, sorted, without hidden ones."""
+    return [file for file in sorted(folder.iterdir()) if not file.name.startswith(".") and file.is_file()]
+
+
+def on_all_cores(
+    work: Callable[[Item], Result], items: Sequence[Item], what: str = "", progress: Progress | None = None
+) -> list[Result]:
+    """Return work(item) of all items in their order, done in threads on all cores; progress counts `what`."""
+    done = []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for result in pool.map(work, items):
+            done.append(result)
+            if progress is not None:
+                progress(what, len(done), len(items))
+    return done
 
 
 def split_name(file: Path) -> tuple[str, str]:
@@ -117,22 +138,17 @@ def join_channels(
     problems = []
     for name, file in named:
         case_id, channel = split_channel(name) or (name, -1)
-        if one and case_id not in numbered:
+        if one and (channel < 0 or case_id not in numbered):
             case_id, channel = name, 0
-        elif one and channel < 0:
-            channel = 0
         if channel < 0:
-            ending = split_name(file)[1]
-            cure = f"rename it to {name}_0000{ending}, others to _0001 and so on"
+            cure = f"rename it to {name}_0000{split_name(file)[1]}, others to _0001 and so on"
             problems.append(error(None, file, f"the name has no channel number, but {wanted}", cure))
         elif channel >= len(channels):
             message = f"channel {channel} of case '{case_id}', but {wanted}"
             problems.append(error(case_id, file, message, "remove the file, or name the channel"))
-        else:
-            twin = groups.setdefault(case_id, {}).setdefault(channel, file)
-            if twin is not file:
-                message = f"case '{case_id}' is there twice, also as {twin}"
-                problems.append(error(case_id, file, message, "keep one of them"))
+        elif (twin := groups.setdefault(case_id, {}).setdefault(channel, file)) is not file:
+            message = f"case '{case_id}' is there twice, also as {twin}"
+            problems.append(error(case_id, file, message, "keep one of them"))
     cases = []
     for case_id, files in sorted(groups.items()):
         absent = next((index for index in range(len(channels)) if index not in files), None)

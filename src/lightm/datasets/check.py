@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightm.datasets.cases import Case, Dataset, Problem, error, warning
+from lightm.datasets.cases import Case, Dataset, Problem, error, on_all_cores, warning
 from lightm.datasets.discovery import scan
 from lightm.errors import LightMError
 from lightm.images.io import Kind, place_remarks, read_volume, voxel_bytes
@@ -55,9 +52,9 @@ def check_dataset(
     fewer than two cases, nothing but background. Warnings: a class that never occurs, constant images, files
     that are not used, headers whose place in space is doubtful (`lightm.images.io.place_remarks`).
 
-    Raises InputError only where there is no dataset to check (no folder, no or a faulty dataset.json). Cost: each
-    file read once, on all cores; memory of one case a core, and of no two cases that half of the
-    machine's memory would not hold together.
+    Raises InputError only where there is no dataset to check (no folder, no or a faulty dataset.json). Cost: each file
+    read once, on all cores; memory of one case per core, and of no two cases that half of the machine's memory would
+    not hold together.
     """
     if isinstance(dataset, Dataset):
         problems: list[Problem] = []
@@ -66,15 +63,11 @@ def check_dataset(
     known, jobs, gate = dataset, [*dataset.cases, *dataset.test_cases], MemoryGate()
 
     def check(case: Case) -> _Findings:
-        with gate.hold(sum(voxel_bytes(file) for file in _files(case)[:_HELD])):
+        files = [file for file in (case.label, *case.images) if file is not None]
+        with gate.hold(sum(voxel_bytes(file) for file in files[:_HELD])):
             return _check_case(case, known)
 
-    findings: list[_Findings] = []
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for found in pool.map(check, jobs):
-            findings.append(found)
-            if progress is not None:
-                progress("checking", len(findings), len(jobs))
+    findings = on_all_cores(check, jobs, "checking", progress)
     for found in findings:
         problems += found.problems
     problems += _check_whole(dataset, jobs, findings)
@@ -105,16 +98,16 @@ def _check_case(case: Case, dataset: Dataset) -> _Findings:
             findings.problems.append(error(case.id, file, message, cure))
         if kind == "label":
             findings.voxels = _counted(volume.data)
-            findings.problems += _unknown_values(case, file, findings.voxels, dataset)
+            allowed = {*dataset.values, *([] if dataset.ignore_label is None else [dataset.ignore_label])}
+            if unknown := sorted(findings.voxels.keys() - allowed):
+                listed = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+                message = f"label value {listed} is not in dataset.json, which names {sorted(allowed)}"
+                cure = "correct the label map, or add the value to dataset.json"
+                findings.problems.append(error(case.id, file, message, cure))
         elif volume.data.min() == volume.data.max():
-            findings.problems.append(
-                warning(case.id, file, "every voxel has the same value", "check that the export worked")
-            )
+            cure = "check that the export worked"
+            findings.problems.append(warning(case.id, file, "every voxel has the same value", cure))
     return findings
-
-
-def _files(case: Case) -> list[Path]:
-    return [*([] if case.label is None else [case.label]), *case.images]
 
 
 def _counted(label: np.ndarray) -> dict[int, int]:
@@ -125,16 +118,6 @@ def _counted(label: np.ndarray) -> dict[int, int]:
     return {int(at) - (1 << 15): int(counts[at]) for at in np.flatnonzero(counts)}
 
 
-def _unknown_values(case: Case, file: Path, voxels: Iterable[int], dataset: Dataset) -> list[Problem]:
-    allowed = {*dataset.values, *([] if dataset.ignore_label is None else [dataset.ignore_label])}
-    unknown = sorted(set(voxels) - allowed)
-    if not unknown:
-        return []
-    listed = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
-    message = f"label value {listed} is not in dataset.json, which names {sorted(allowed)}"
-    return [error(case.id, file, message, "correct the label map, or add the value to dataset.json")]
-
-
 def _check_whole(dataset: Dataset, jobs: list[Case], findings: list[_Findings]) -> list[Problem]:
     problems = []
     if len(dataset.cases) < 2:
@@ -142,10 +125,10 @@ def _check_whole(dataset: Dataset, jobs: list[Case], findings: list[_Findings]) 
         problems.append(error(None, dataset.root, message, "add cases (ten or more are sensible)"))
     dims = Counter(len(found.shape) for found in findings if found.shape)
     if len(dims) > 1:
-        rare = min(dims, key=lambda key: dims[key])
+        rare, common = min(dims, key=dims.__getitem__), max(dims, key=dims.__getitem__)
         for case, found in zip(jobs, findings, strict=True):
             if found.shape and len(found.shape) == rare:
-                message = f"a {rare}D image among {max(dims, key=lambda key: dims[key])}D ones"
+                message = f"a {rare}D image among {common}D ones"
                 problems.append(error(case.id, case.images[0], message, "keep them in a dataset of their own"))
     occurring = {value for found in findings for value in found.voxels}
     labelled = any(found.voxels for found in findings)
@@ -162,7 +145,7 @@ def _check_whole(dataset: Dataset, jobs: list[Case], findings: list[_Findings]) 
 
 
 def _summary(dataset: Dataset, findings: list[_Findings], problems: list[Problem]) -> dict[str, Any]:
-    training = findings[: len(dataset.cases)]
+    training, classes = findings[: len(dataset.cases)], dataset.labels.items()
     total = max(1, sum(sum(found.voxels.values()) for found in training))
     common = Counter(len(found.shape) for found in training if found.shape).most_common(1)
     used = [found for found in training if found.shape and len(found.shape) == common[0][0]]
@@ -175,25 +158,18 @@ def _summary(dataset: Dataset, findings: list[_Findings], problems: list[Problem
         "file_ending": dataset.file_ending,
         "errors": sum(problem.severity == "error" for problem in problems),
         "warnings": sum(problem.severity == "warning" for problem in problems),
-        "class_cases": {
-            name: sum(value in found.voxels for found in training) for name, value in dataset.labels.items()
-        },
+        "class_cases": {name: sum(value in found.voxels for found in training) for name, value in classes},
         "class_fractions": {
             name: float(f"{sum(found.voxels.get(value, 0) for found in training) / total:.4g}")
-            for name, value in dataset.labels.items()
+            for name, value in classes
         },
     }
     if used:
-        shapes = np.array([found.shape for found in used])
-        spacings = np.array([found.spacing_mm for found in used])
-        summary["shape"] = {
-            "min": shapes.min(0).tolist(),
-            "median": np.median(shapes, axis=0).round().astype(int).tolist(),
-            "max": shapes.max(0).tolist(),
-        }
-        summary["spacing_mm"] = {
-            "min": spacings.min(0).round(4).tolist(),
-            "median": np.median(spacings, axis=0).round(4).tolist(),
-            "max": spacings.max(0).round(4).tolist(),
-        }
+        summary["shape"] = _spread(np.array([found.shape for found in used]), 0)
+        summary["spacing_mm"] = _spread(np.array([found.spacing_mm for found in used]), 4)
     return summary
+
+
+def _spread(rows: np.ndarray, digits: int) -> dict[str, list[float]]:
+    ends = {"min": rows.min(0), "median": np.median(rows, axis=0), "max": rows.max(0)}
+    return {name: row.round(digits).astype(rows.dtype).tolist() for name, row in ends.items()}

@@ -14,8 +14,7 @@ from lightm.images.io import SUFFIXES, file_suffix
 from lightm.labels import IGNORE_INDEX
 
 MAX_CLASSES = IGNORE_INDEX  # class indices are stored in bytes
-# Files are numbered with four digits.
-MAX_CHANNELS = 10_000
+_MAX_CHANNELS = 10_000  # files are numbered with four digits
 
 
 @dataclass(frozen=True)
@@ -43,22 +42,13 @@ def read_description(file: Path) -> Description:
                 f"file_ending {_short(ending)} is not a format that can be read; use one of {', '.join(SUFFIXES)}"
             )
         labels, ignore = _labels(content.get("labels"))
-        listed = None
-        if isinstance(content.get("training"), list):
-            test = content.get("test", [])
-            listed = (content["training"], test if isinstance(test, list) else [])
-        promised = content.get("numTraining")
-        return Description(
-            file,
-            _channels(content.get("channel_names", content.get("modality"))),
-            labels,
-            ignore,
-            ending,
-            promised if isinstance(promised, int) else None,
-            listed,
-        )
+        channels = _channels(content.get("channel_names", content.get("modality")))
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
+    training, test, promised = (content.get(key) for key in ("training", "test", "numTraining"))
+    listed = (training, test if isinstance(test, list) else []) if isinstance(training, list) else None
+    promised = promised if isinstance(promised, int) else None
+    return Description(file, channels, labels, ignore, ending, promised, listed)
 
 
 def _short(value: Any) -> str:
@@ -71,8 +61,8 @@ def _channels(given: Any) -> tuple[str, ...]:
         given = {str(index): name for index, name in enumerate(given)}
     if not isinstance(given, dict) or not given:
         raise InputError('"channel_names" is missing or empty; write for example "channel_names": {"0": "CT"}')
-    if len(given) > MAX_CHANNELS:
-        raise InputError(f'"channel_names" names {len(given)} channels; at most {MAX_CHANNELS} are possible')
+    if len(given) > _MAX_CHANNELS:
+        raise InputError(f'"channel_names" names {len(given)} channels; at most {_MAX_CHANNELS} are possible')
     if sorted(given) != sorted(str(index) for index in range(len(given))):
         raise InputError(f'"channel_names" has the keys {_short(sorted(given))}; number them "0", "1", ...')
     return tuple(str(given[str(index)]) for index in range(len(given)))
@@ -101,9 +91,8 @@ def _labels(given: Any) -> tuple[dict[str, int], int | None]:
                 f"label {_short(name)} has the value {_short(value)}; values from 0 to 32767 can be stored, renumber it"
             )
         values[str(name)] = value
+    doubled = sorted(value for value, count in Counter(values.values()).items() if count > 1)
     ignore = values.pop("ignore", None)
-    counts = Counter([*values.values(), *([] if ignore is None else [ignore])])
-    doubled = sorted(value for value, count in counts.items() if count > 1)
     if doubled:
         raise InputError(f"labels share the value {doubled[0]}; give each label a value of its own")
     if 0 not in values.values():

@@ -7,6 +7,7 @@ are read, to learn the values.) Problems are collected, so that a check can name
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -14,11 +15,43 @@ from typing import Any
 
 import numpy as np
 
-from lightm.datasets.cases import Case, Dataset, Problem, error, join_channels, split_channel, split_name, warning
+from lightm.datasets.cases import (
+    Case,
+    Dataset,
+    Problem,
+    error,
+    files_in,
+    join_channels,
+    split_channel,
+    split_name,
+    warning,
+)
 from lightm.datasets.description import MAX_CLASSES, Description, read_description
 from lightm.errors import InputError
 from lightm.images.io import SUFFIXES, file_suffix, read_volume, voxel_bytes
 from lightm.images.limits import MemoryGate
+
+
+def open_dataset(path: Path | str, *, labels: Path | str | None = None) -> Dataset:
+    """Open a folder in nnU-Net's raw layout, in that of the Medical Segmentation Decathlon, or of two plain folders.
+
+    path: the folder with dataset.json; or one with the folders images and labels; or, with `labels`, the folder of
+    images. Only dataset.json and listings are read; two plain folders without dataset.json have their label maps
+    read, to learn the values, which are then named label_1, label_2, ...
+
+    Raises InputError for a folder that is none of these, a faulty dataset.json, a label without its image or the
+    reverse, missing channels, and cases that exist twice. What only voxels tell is found by `check_dataset`.
+
+    >>> data = lightm.open_dataset(lightm.phantoms("xray", folder / "data", cases=2, size=32))
+    >>> [case.id for case in data.cases], data.labels
+    (['xray_000', 'xray_001'], {'background': 0, 'lung': 1})
+    """
+    dataset, problems = scan(Path(path), None if labels is None else Path(labels))
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors:
+        more = f" (and {len(errors) - 1} more problems; `lightm check` lists them all)" if len(errors) > 1 else ""
+        raise InputError(f"{errors[0]}{more}")
+    return dataset
 
 
 def scan(path: Path, labels: Path | None = None) -> tuple[Dataset, list[Problem]]:
@@ -26,19 +59,18 @@ def scan(path: Path, labels: Path | None = None) -> tuple[Dataset, list[Problem]
 
     Raises InputError where there is no telling what the dataset is: no folder, no dataset.json, a faulty one.
     """
-    path = Path(path)
     if path.is_file() and path.name == "dataset.json":
         path = path.parent
     for folder in (path, *([labels] if labels else [])):
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; give the folder that holds dataset.json, or images and labels")
     if labels is not None:
-        return _two_folders(path, path, Path(labels))
+        return _two_folders(path, path, labels)
     file = path / "dataset.json"
     plain = (path / "images").is_dir() and (path / "labels").is_dir()
     if file.is_file() and ((path / "imagesTr").is_dir() or not plain):
         description = read_description(file)
-        return _listed(path, description) if description.listed else _nnunet(path, description)
+        return _decathlon(path, description) if description.listed else _nnunet(path, description)
     if plain:
         return _two_folders(path, path / "images", path / "labels")
     if not any(path.iterdir()):
@@ -50,58 +82,73 @@ def scan(path: Path, labels: Path | None = None) -> tuple[Dataset, list[Problem]
 
 
 def _nnunet(root: Path, description: Description) -> tuple[Dataset, list[Problem]]:
-    for folder in (root / "imagesTr", root / "labelsTr"):
+    images, labels = root / "imagesTr", root / "labelsTr"
+    for folder in (images, labels):
         if not folder.is_dir():
             raise InputError(
                 f"{folder}: no such folder; nnU-Net's layout needs imagesTr and labelsTr beside dataset.json"
             )
-    ending = description.file_ending or _ending(root / "labelsTr")
-    cases, problems = join_channels(_stems(root / "imagesTr", ending).items(), description.channels)
-    incomplete = {problem.case for problem in problems}
-    paired, orphans = _pair(cases, _stems(root / "labelsTr", ending), incomplete)
-    problems += orphans + _foreign(root / "imagesTr", ending) + _foreign(root / "labelsTr", ending)
+    ending = description.file_ending or _ending(labels)
+    cases, problems = join_channels(_stems(images, ending).items(), description.channels)
+    paired, orphans = _pair(cases, _stems(labels, ending), {problem.case for problem in problems})
+    problems += orphans
+    # Images of another format would be left out in silence.
+    message = f"ends otherwise than file_ending {ending} in dataset.json, so it is not used"
+    cure = f"convert it to {ending}, or remove it"
+    problems += [warning(None, file, message, cure) for file in _others(images, ending) + _others(labels, ending)]
     tests: list[Case] = []
     if (root / "imagesTs").is_dir():
-        tests, faults = join_channels(_stems(root / "imagesTs", ending).items(), description.channels)
-        problems += faults
+        tests, more = join_channels(_stems(root / "imagesTs", ending).items(), description.channels)
+        problems += more
     return _dataset(root, description, ending, paired, tests, problems)
 
 
-def _listed(root: Path, description: Description) -> tuple[Dataset, list[Problem]]:
+def _decathlon(root: Path, description: Description) -> tuple[Dataset, list[Problem]]:
     if len(description.channels) > 1:
         raise InputError(
             f"{description.file}: {len(description.channels)} modalities in one 4D file; save each as "
             "a file of its own, CASE_0000.nii.gz, CASE_0001.nii.gz, ... (nnUNetv2_convert_MSD_dataset does)"
         )
-    training, test = description.listed or ([], [])
-    cases, tests, problems = [], [], []
+    problems: list[Problem] = []
+    training, tests = (existing(cases, problems) for cases in listed_cases(root, description))
+    ending = description.file_ending or (file_suffix(training[0].images[0]) if training else None) or ".nii.gz"
+    return _dataset(root, description, ending, training, tests, problems)
 
-    def exists(file: Path, what: str) -> bool:
-        if not file.is_file():
-            message = f"the {what} listed in dataset.json does not exist"
-            problems.append(error(split_name(file)[0], file, message, "add it, or remove the entry"))
-        return file.is_file()
 
+def listed_cases(root: Path, description: Description) -> tuple[list[Case], list[Case]]:
+    """Return the cases for training and for testing that dataset.json lists as the Decathlon does.
+
+    Raises InputError for entries that are no paths, or lie outside of `root`.
+    """
+    file, (training, test) = description.file, description.listed or ([], [])
+    cases = []
     for entry in training:
         if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
-            raise InputError(
-                f'{description.file}: "training" holds {str(entry)[:80]!r}; expected {{"image": ..., "label": ...}}'
-            )
-        image, label = (_inside(root, entry[key], description.file) for key in ("image", "label"))
-        if all([exists(image, "image"), exists(label, "label")]):
-            cases.append(Case(split_name(image)[0], (image,), label))
-    for entry in test:
-        name = entry["image"] if isinstance(entry, dict) and "image" in entry else entry
-        image = _inside(root, name, description.file)
-        if exists(image, "image"):
-            tests.append(Case(split_name(image)[0], (image,)))
-    ending = description.file_ending or (file_suffix(cases[0].images[0]) if cases else None) or ".nii.gz"
-    return _dataset(root, description, ending, cases, tests, problems)
+            raise InputError(f'{file}: "training" holds {str(entry)[:80]!r}; expected {{"image": ..., "label": ...}}')
+        image, label = (_inside(root, entry[key], file) for key in ("image", "label"))
+        cases.append(Case(split_name(image)[0], (image,), label))
+    given = [entry["image"] if isinstance(entry, dict) and "image" in entry else entry for entry in test]
+    images = [_inside(root, name, file) for name in given]
+    return cases, [Case(split_name(image)[0], (image,)) for image in images]
+
+
+def existing(cases: list[Case], problems: list[Problem]) -> list[Case]:
+    """Return the listed cases whose files exist; the others add to `problems`."""
+    found = []
+    for case in cases:
+        files = {"image": case.images[0], **({} if case.label is None else {"label": case.label})}
+        absent = {what: file for what, file in files.items() if not file.is_file()}
+        for what, file in absent.items():
+            message = f"the {what} listed in dataset.json does not exist"
+            problems.append(error(case.id, file, message, "add it, or remove the entry"))
+        if not absent:
+            found.append(case)
+    return found
 
 
 def _two_folders(root: Path, images: Path, labels: Path) -> tuple[Dataset, list[Problem]]:
-    ending = _ending(images)
-    given, maps = _stems(images, ending), _stems(labels, _ending(labels))
+    ending, label_ending = _ending(images), _ending(labels)
+    given, maps = _stems(images, ending), _stems(labels, label_ending)
     numbered = [split_channel(stem) for stem in given]
     if given and all(numbered) and not set(given) & set(maps):
         count = 1 + max(found[1] for found in numbered if found)
@@ -111,8 +158,7 @@ def _two_folders(root: Path, images: Path, labels: Path) -> tuple[Dataset, list[
         channels, problems = ("image",), []
         cases = [Case(stem, (file,)) for stem, file in sorted(given.items())]
     paired, orphans = _pair(cases, maps, {problem.case for problem in problems})
-    foreign = [*_mixed(images, ending), *_mixed(labels, _ending(labels))]
-    problems = foreign + problems + orphans
+    problems = [*_mixed(images, ending), *_mixed(labels, label_ending), *problems, *orphans]
     beside = next((file for file in (root / "dataset.json", labels.parent / "dataset.json") if file.is_file()), None)
     if beside is not None:
         description = read_description(beside)
@@ -127,28 +173,22 @@ def _two_folders(root: Path, images: Path, labels: Path) -> tuple[Dataset, list[
 
 
 def _pair(cases: list[Case], maps: dict[str, Path], reported: set[str | None]) -> tuple[list[Case], list[Problem]]:
-    paired, problems = [], []
-    for case in cases:
-        if case.id in maps:
-            paired.append(Case(case.id, case.images, maps[case.id]))
-        else:
-            problems.append(
-                error(case.id, case.images[0], "an image without a label", "add its label, or remove the image")
-            )
+    problems = [
+        error(case.id, case.images[0], "an image without a label", "add its label, or remove the image")
+        for case in cases
+        if case.id not in maps
+    ]
     known = {case.id for case in cases} | reported
-    for stem, file in sorted(maps.items()):
-        if stem not in known:
-            problems.append(error(stem, file, "a label without an image", "add its image, or remove the label"))
-    return paired, problems
+    problems += [
+        error(stem, file, "a label without an image", "add its image, or remove the label")
+        for stem, file in sorted(maps.items())
+        if stem not in known
+    ]
+    return [Case(case.id, case.images, maps[case.id]) for case in cases if case.id in maps], problems
 
 
 def _dataset(
-    root: Path,
-    description: Description,
-    ending: str,
-    cases: list[Case],
-    tests: list[Case],
-    problems: list[Problem],
+    root: Path, description: Description, ending: str, cases: list[Case], tests: list[Case], problems: list[Problem]
 ) -> tuple[Dataset, list[Problem]]:
     if not cases and not problems:
         raise InputError(
@@ -158,13 +198,7 @@ def _dataset(
     if promised is not None and promised != len(cases) and not problems:
         message = f"numTraining says {promised}, found {len(cases)} cases"
         problems.append(warning(None, description.file, message, "add the missing cases, or correct the number"))
-    seen: dict[str, Case] = {}
-    for case in (*cases, *tests):
-        twin = seen.setdefault(case.id.lower(), case)  # two such files are one on Windows and macOS
-        if twin is not case:
-            problems.append(
-                error(case.id, case.images[0], f"the case exists twice, also as {twin.images[0]}", "rename one of them")
-            )
+    problems += doubled([*cases, *tests])
     dataset = Dataset(
         root.resolve().name,
         root,
@@ -176,6 +210,16 @@ def _dataset(
         tuple(sorted(tests, key=lambda case: case.id)),
     )
     return dataset, problems
+
+
+def doubled(cases: Sequence[Case]) -> list[Problem]:
+    """Return a problem for each case whose id is there before: in any case, as file names on Windows and macOS."""
+    seen: dict[str, Case] = {}
+    return [
+        error(case.id, case.images[0], f"the case exists twice, also as {twin.images[0]}", "rename one of them")
+        for case in cases
+        if (twin := seen.setdefault(case.id.lower(), case)) is not case
+    ]
 
 
 @lru_cache(1 << 16)
@@ -208,18 +252,11 @@ def _values_found(files: list[Path]) -> dict[str, int]:
 
 
 def _stems(folder: Path, ending: str) -> dict[str, Path]:
-    return {
-        file.name[: -len(ending)]: file
-        for file in sorted(folder.iterdir())
-        if file.name.endswith(ending) and not file.name.startswith(".") and file.is_file()
-    }
+    return {file.name.removesuffix(ending): file for file in files_in(folder) if file.name.endswith(ending)}
 
 
-def _foreign(folder: Path, ending: str) -> list[Problem]:
-    """Images of another format would be left out in silence: say so."""
-    message = f"ends otherwise than file_ending {ending} in dataset.json, so it is not used"
-    cure = f"convert it to {ending}, or remove it"
-    return [warning(None, file, message, cure) for file in _others(folder, ending)]
+def _others(folder: Path, ending: str) -> list[Path]:
+    return [file for file in files_in(folder) if not file.name.endswith(ending)]
 
 
 def _mixed(folder: Path, ending: str) -> list[Problem]:
@@ -233,19 +270,9 @@ def _mixed(folder: Path, ending: str) -> list[Problem]:
     ]
 
 
-def _others(folder: Path, ending: str) -> list[Path]:
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if not file.name.startswith(".") and file.is_file() and not file.name.endswith(ending)
-    ]
-
-
 def _ending(folder: Path) -> str:
-    """Return the only format of a folder's files, or that of more than half of them; the rest are foreign."""
-    found = Counter(
-        suffix for file in folder.iterdir() if not file.name.startswith(".") if (suffix := file_suffix(file))
-    )
+    """Return the only format of a folder's files, or that of more than half of them."""
+    found = Counter(suffix for file in files_in(folder) if (suffix := file_suffix(file)))
     if not found:
         raise InputError(f"{folder}: no images; expected files that end in {', '.join(SUFFIXES)}")
     ending, count = found.most_common(1)[0]

@@ -54,7 +54,7 @@ def make_split(case_ids: Sequence[str], *, seed: int = 0, folds: int | None = No
         kind = "7:1:2"
     else:
         if not 2 <= folds <= len(ids):
-            raise InputError(f"{folds} folds of {len(ids)} cases: at least 2 and at most one fold a case")
+            raise InputError(f"{folds} folds of {len(ids)} cases: at least 2 and at most one fold per case")
         if not 0 <= fold < folds:
             raise InputError(f"fold {fold} of {folds}: folds are numbered from 0 to {folds - 1}")
         test = order[fold::folds]
@@ -64,14 +64,8 @@ def make_split(case_ids: Sequence[str], *, seed: int = 0, folds: int | None = No
         n_val = max(1, len(rest) // 8)
         val, train = rest[:n_val], rest[n_val:]
         kind = f"{folds}-fold"
-    return Split(
-        kind=kind,
-        seed=seed,
-        fold=None if folds is None else fold,
-        train=sorted(train),
-        val=sorted(val),
-        test=sorted(test),
-    )
+    number = None if folds is None else fold
+    return Split(kind=kind, seed=seed, fold=number, train=sorted(train), val=sorted(val), test=sorted(test))
 
 
 def load_split(path: Path, case_ids: Sequence[str]) -> Split:
@@ -83,11 +77,9 @@ def load_split(path: Path, case_ids: Sequence[str]) -> Split:
 def check_split(split: Split, case_ids: Sequence[str], where: str) -> Split:
     """Return the split where it fits the data set's cases; InputError, naming `where`, else."""
     named = [*split.train, *split.val, *split.test]
-    unknown = sorted(set(named) - set(case_ids))
-    if unknown:
+    if unknown := sorted(set(named) - set(case_ids)):
         raise InputError(f"{where}: names cases that the data set has not: {', '.join(unknown[:5])}")
-    twice = sorted(case for case, count in Counter(named).items() if count > 1)
-    if twice:
+    if twice := sorted(case for case, count in Counter(named).items() if count > 1):
         raise InputError(f"{where}: names cases more than once: {', '.join(twice[:5])}")
     if not split.train or not split.val:
         raise InputError(f"{where}: no cases to train on or none to validate on; both lists need one at least")

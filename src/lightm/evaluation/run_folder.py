@@ -83,7 +83,7 @@ def read_run(run_dir: Path) -> RunFolder:
 
 def case_loader(run: RunFolder) -> Callable[[str], CaseImages]:
     """Return a function that reads the images of one case; raises `InputError` if the data set is gone."""
-    from lightm.datasets.dataset import open_dataset
+    from lightm.datasets.discovery import open_dataset
     from lightm.images.io import read_volume
 
     given, labels = run.config.get("dataset"), run.config.get("labels")

@@ -1,4 +1,4 @@
-"""Memory of prediction: limits as people write them, what this process holds, what a case needs, what can be held.
+"""Memory of prediction: limits as text, what this process holds, what a case needs, and what can be in memory.
 
 A limit is kept by choosing where three arrays lie that are not needed all at once: the image in the dtype of its
 file, the image on the network's grid, and the sums of logits. Each is in memory, or in a temporary file of which a
@@ -15,9 +15,8 @@ from math import prod
 
 from lightm import memory
 from lightm.errors import InputError
-from lightm.inference import sliding, to_native_space
-from lightm.inference.probabilities import probability_bytes
-from lightm.preparation.plan import MULTIPLE, Plan
+from lightm.inference import native_space, sliding
+from lightm.preparation.plan import Plan
 from lightm.preparation.resample import resample_bytes, resampled_shape
 
 # What allocators keep, and what is too small to be counted: with 64 MiB a real CT came out at 43 MB over its limit.
@@ -25,7 +24,7 @@ MARGIN = 160 << 20
 # The most of the presets at 128^3: `lightm`, 807 MB; below 64^3 fixed costs take over, some 130 MB at most
 # (docs/performance.md, docs/prediction.md). Used where no network can be measured.
 _BYTES_PER_VOXEL = 385
-_LEAST_BYTES = 130_000_000
+_MIN_BYTES = 130_000_000
 # Removal of stray components: bytes per voxel beside the label map.
 _RULES_BYTES = 6
 
@@ -51,15 +50,14 @@ def parse_memory(text: str | int) -> int:
 
 
 def peak_resident_bytes() -> int | None:
-    """The most memory that this process has held so far, in bytes; None where the system does not say."""
+    """Return the most memory that this process has held so far, in bytes; None where the system does not say."""
     now = memory.high_water()
     return None if now is None else max(now, _earlier_peak)
 
 
 def resident_bytes() -> int | None:
-    """What this process holds now, after freed memory went back to the system; None where the system does not say.
-
-    Where only the peak is known (macOS) it is that.
+    """Return what this process holds now, after freed memory went back to the system; where only the peak is known
+    (macOS) that, None where the system says nothing.
     """
     memory.give_back()
     now = memory.resident()
@@ -67,7 +65,7 @@ def resident_bytes() -> int | None:
 
 
 def call_bytes(call: Callable[[], object]) -> int | None:
-    """Bytes by which the process grows at most while `call` runs (it is run once); None where it cannot be measured."""
+    """Return by how many bytes the process grows at most while `call` runs, once; None where it cannot be measured."""
     global _earlier_peak
     _earlier_peak = max(_earlier_peak, memory.high_water() or 0)  # the mark is reset for the measurement
     return memory.peak_of(call)
@@ -78,7 +76,7 @@ class CaseSize:
     """What decides the memory of a case.
 
     shape: the image in canonical orientation. grid: the same at the plan's spacing. patch: one window. itemsize: bytes
-    a voxel of all channels as they are held, 0 for images that the caller holds. rules: stray components are removed.
+    per voxel of all channels as they are held, 0 for images that the caller holds. rules: there is post-processing.
     """
 
     shape: tuple[int, ...]
@@ -91,14 +89,9 @@ class CaseSize:
     rules: bool = False
     probabilities: bool = False
 
-    @property
-    def resampled(self) -> bool:
-        """Whether the network sees another grid than the image's."""
-        return self.shape != self.grid
-
 
 @dataclass(frozen=True)
-class Holding:
+class MemoryPlan:
     """Which arrays are in memory (True) or in temporary files (False)."""
 
     sums: bool = True
@@ -106,48 +99,43 @@ class Holding:
     voxels: bool = True
 
 
-def case_bytes(case: CaseSize, window_bytes: int, holding: Holding) -> int:
-    """Return the most that the process grows by while a case is predicted, in bytes; window_bytes: one call of the
-    network, as `call_bytes` measures it.
-    """
-    voxels = prod(case.shape)
-    raw = voxels * case.itemsize * holding.voxels
-    grid = 4 * prod(case.grid) * case.channels * holding.grid * case.resampled
+def case_bytes(case: CaseSize, window_bytes: int, held: MemoryPlan) -> int:
+    """Return by how many bytes the process grows at most for a case; window_bytes: of one call of the network."""
+    voxels, resampled = prod(case.shape), case.shape != case.grid
+    raw = voxels * case.itemsize * held.voxels
+    grid = 4 * prod(case.grid) * case.channels * held.grid * resampled
     # First the images are brought onto the grid.
     prepare = 48 << 20
-    if case.resampled:
-        across = 4 * case.shape[0] * prod(case.grid[1:]) * holding.grid
+    if resampled:
+        across = 4 * case.shape[0] * prod(case.grid[1:]) * held.grid
         prepare = max(prepare, resample_bytes(case.shape, case.grid)) + across
     # Then windows are visited, in sums of patch depth, and classes found on the image's own grid.
     lengths = [max(pair) for pair in zip(case.grid, case.patch, strict=True)]
-    sums = sliding.sums_bytes(case.classes, case.patch, lengths, holding.sums)
+    sums = sliding.sums_bytes(case.classes, case.patch, lengths, held.sums)
     run = window_bytes + prod(case.patch) * (8 * case.channels + 24)
     slab = sliding.slab_values(case.classes, lengths)
     grid_shape = (case.grid[0], *lengths[1:])
-    hand_on = to_native_space.class_indices_bytes(case.classes, grid_shape, case.shape, slab, case.resampled)
-    hand_on += probability_bytes(case.classes, case.shape) * case.probabilities
+    hand_on = native_space.class_indices_bytes(case.classes, grid_shape, case.shape, slab, resampled)
+    hand_on += native_space.probability_bytes(case.classes, case.shape) * case.probabilities
     # The network's activations are gone when classes are found, and the sums of one band are written.
-    predict = voxels * case.label_itemsize + grid + raw * (not case.resampled)
-    predict += max(sums + run, (sums if holding.sums else 0) + hand_on)
+    predict = voxels * case.label_itemsize + grid + raw * (not resampled)
+    predict += max(sums + run, sums * held.sums + hand_on)
     clean = voxels * (case.label_itemsize + _RULES_BYTES) * case.rules
     return max(raw + grid + prepare, predict, clean)
 
 
-def choose(case: CaseSize, window_bytes: int, limit: int, held: int) -> Holding | None:
+def choose(case: CaseSize, window_bytes: int, limit: int, held: int) -> MemoryPlan | None:
     """Return what can be in memory where the process holds `held` bytes and may hold `limit`; None where nothing fits.
 
     Files are taken in the order in which they cost least time.
     """
-    for voxels, grid, sums in product((True, False), repeat=3):
-        holding = Holding(sums, grid, voxels)
-        if held + MARGIN + case_bytes(case, window_bytes, holding) <= limit:
-            return holding
-    return None
+    plans = (MemoryPlan(sums, grid, voxels) for voxels, grid, sums in product((True, False), repeat=3))
+    return next((plan for plan in plans if held + MARGIN + case_bytes(case, window_bytes, plan) <= limit), None)
 
 
-def least_bytes(case: CaseSize, window_bytes: int) -> int:
+def min_bytes(case: CaseSize, window_bytes: int) -> int:
     """Return what a case needs at least, with the margin, beside what the process holds."""
-    return MARGIN + case_bytes(case, window_bytes, Holding(False, False, False))
+    return MARGIN + case_bytes(case, window_bytes, MemoryPlan(False, False, False))
 
 
 def estimate_memory(
@@ -162,31 +150,18 @@ def estimate_memory(
 ) -> int:
     """Return the bytes that a prediction without limit adds to those of the process, its images included.
 
-    shape, spacing_mm: of the image, in canonical orientation; spacing_mm=None: that of the plan. itemsize: bytes a
-    voxel of one channel in its file. window_bytes: of one call of the network on a patch (`call_bytes`,
-    `Predictor.window_bytes`); by default 385 per voxel, the most that was measured of the presets at 128^3, and at
-    least 130 MB. Networks to compare with can need several times as much.
+    shape, spacing_mm: of the image, in canonical orientation; spacing_mm=None: that of the plan. itemsize: bytes per
+    voxel of one channel in its file. window_bytes: of one call of the network on a patch (`Predictor.window_bytes`); by
+    default 385 per voxel, the most that was measured of the presets at 128^3, and at least 130 MB. Baselines can need
+    several times as much.
     """
     grid = tuple(shape) if spacing_mm is None else resampled_shape(shape, spacing_mm, plan.spacing_mm)
-    case = CaseSize(
-        tuple(shape),
-        grid,
-        tuple(plan.patch_size),
-        len(plan.classes),
-        len(plan.channels),
-        itemsize * len(plan.channels),
-        1 if max(plan.values) <= 255 else 2,
-        rules,
-        probabilities,
-    )
+    channels, label_itemsize = len(plan.channels), 1 if max(plan.values) <= 255 else 2
+    sizes = (tuple(shape), grid, tuple(plan.patch_size))
+    case = CaseSize(*sizes, len(plan.classes), channels, itemsize * channels, label_itemsize, rules, probabilities)
     if window_bytes is None:
-        window_bytes = max(_LEAST_BYTES, _BYTES_PER_VOXEL * prod(case.patch))
-    return case_bytes(case, window_bytes, Holding())
-
-
-def whole_window(grid: Sequence[int]) -> tuple[int, ...]:
-    """Return the least window that holds a whole grid and that three poolings halve to whole voxels."""
-    return tuple(-(-size // MULTIPLE) * MULTIPLE for size in grid)
+        window_bytes = max(_MIN_BYTES, _BYTES_PER_VOXEL * prod(case.patch))
+    return case_bytes(case, window_bytes, MemoryPlan())
 
 
 def megabytes(count: int) -> str:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lightm.config_io import load_json
 from lightm.datasets.cases import Case
 from lightm.datasets.inputs import find_cases
 from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, locked_folder, remove_temporaries
 from lightm.images.io import file_suffix
+from lightm.inference import record as records
 from lightm.inference.budget import peak_resident_bytes
-from lightm.inference.one_case import CaseWriter, DiskError, Job, fault_of
+from lightm.inference.one_case import CaseWriter, DiskError, Job, each_read, failed_case
 from lightm.inference.predictor import Predictor
-from lightm.inference.prefetch import each_read
 from lightm.inference.record import (
     PREVIEWS,
     PROBABILITIES,
@@ -27,18 +28,11 @@ from lightm.inference.record import (
     PredictOptions,
     Record,
     RecordedOptions,
-    describe_model,
     file_record,
-    load_record,
-    new_record,
-    now,
-    remove_written,
 )
 from lightm.inference.statistics import write_statistics
 from lightm.nets.folder import find_model
 from lightm.progress import Progress
-
-__all__ = ["RECORD", "CaseWriter", "PredictOptions", "load_predictor", "predict_folder"]
 
 _log = logging.getLogger(__name__)
 
@@ -55,26 +49,25 @@ def predict_folder(
 ) -> list[Path]:
     """Segment every case in `inputs` and return the label maps in `out` that are done, sorted by case.
 
-    model: a model folder, a file that `lightm export` wrote, the run folder that holds one, or a Predictor
-    made of one of these, whose own options for loading hold then. inputs: what `find_cases` takes: an image; a folder
-    of CASE_0000.EXT, CASE_0001.EXT, ... (CASE.EXT with one channel); a dataset, whose imagesTs is taken; with `cases`,
-    only these ids, from imagesTr too; DICOM series, which give CASE.nii.gz; a list in a .txt or .csv file; or several
-    of these. options: how, as an object, or its fields as `more`.
-    progress("predict", done, total) counts cases, progress("windows", done, total) those of the present case; a line
-    per case and one at the end are logged.
+    model: a model folder, a file that `lightm export` wrote, the run folder that holds one, or a Predictor made of one
+    of these, whose own options for loading hold then. inputs: what `find_cases` takes: an image; a folder of
+    CASE_0000.EXT, CASE_0001.EXT, ... (CASE.EXT with one channel); a dataset, whose imagesTs is taken; with `cases`,
+    only these ids, from imagesTr too; DICOM series, which give CASE.nii.gz; a .txt or .csv list; or several of these.
+    options: an object, or its fields as `more`. progress("predict", done, total) counts cases, progress("windows",
+    done, total) the windows of the present case; a line per case and one at the end are logged.
 
-    Written to `out`, each file complete or not at all: CASE + its own file ending, in the geometry of its image;
-    after every case prediction.json (`lightm.inference.record.Record`: model, options, times, checksums, faults, peak
-    memory); and as asked for probabilities/CASE.nii.gz (see `lightm.inference.probabilities`), statistics.csv and .json
-    (`lightm.inference.statistics`), previews/CASE.png, and what extra_writer(case) writes: it may refuse a case, and
-    returns what writes a second file of its label map, as `lightm.interchange.dicom_seg.seg_writer` does. The option
-    `report` names a .json file for another copy of the record.
+    Written to `out`, each file complete or not at all: CASE + its own file ending, in the geometry of its image; after
+    every case prediction.json (`lightm.inference.record.Record`: model, options, times, checksums, errors, peak
+    memory); and as asked for probabilities/CASE.nii.gz (`lightm.inference.native_space.ProbabilityFile`),
+    statistics.csv and .json (`lightm.inference.statistics`), previews/CASE.png, and what extra_writer(case) writes: it
+    may refuse a case, and returns what writes a second file of its label map, as
+    `lightm.interchange.dicom_seg.seg_writer` does. The option `report` names a .json file for a copy of the record.
 
-    A case that cannot be predicted, for whatever reason, is left out and the others go on; the call ends with one
-    LightMError that lists every fault (the InputError itself where there is one case alone). A disk that refuses ends
-    the run at once. With `overwrite` the files that prediction.json there lists are removed first. With `resume` the
-    cases that it lists stay, if model, options (but for max_memory, which changes no label) and images are the same,
-    and the others are predicted.
+    A case that cannot be predicted, for whatever reason, is left out and the others are predicted; the call ends with
+    one LightMError that lists every error (the InputError itself where there is one case alone). A disk that refuses
+    ends the run at once. With `overwrite` the files that prediction.json there lists are removed first. With `resume`
+    the cases that it lists stay, if model, options (but for max_memory, which changes no label) and images are the
+    same, and the others are predicted.
 
     Raises InputError before anything is written for a wrong model, input, case or option, where `out` holds files and
     neither `overwrite` nor `resume`, or another process writes to it. Memory: as `Predictor`, and without `max_memory`
@@ -86,7 +79,11 @@ def predict_folder(
         raise InputError("overwrite and resume exclude each other: start anew, or resume; choose one")
     replace = chosen.overwrite or chosen.resume
     _check_out(out, any_content=replace or (out / LOCK).exists())
-    report = None if chosen.report is None else _checked_report(Path(chosen.report), replace=replace)
+    report = None if chosen.report is None else Path(chosen.report)
+    if report is not None and report.suffix.lower() != ".json":
+        raise InputError(f"{report}: a report needs a name that ends in .json")
+    if report is not None and (report.is_dir() or (report.exists() and not replace)):
+        raise InputError(f"{report}: is there already; give the report another name, or allow overwriting")
     given = [Path(inputs)] if isinstance(inputs, (str, Path)) else [Path(path) for path in inputs]
     if isinstance(model, Predictor):
         predictor, chosen = model, _as_loaded(model, chosen)
@@ -101,23 +98,30 @@ def predict_folder(
         **{name: getattr(chosen, name) for name in RecordedOptions.model_fields if name != "second_file"},
         second_file=extra_writer is not None,
     ).model_copy(update={"device": str(predictor.device)})
-    record = new_record(describe_model(predictor.source), [str(path) for path in given], out, recorded)
-    with _held(out):
+    described = records.describe_model(predictor.source)
+    record = records.new_record(described, [str(path) for path in given], out, recorded)
+    with contextlib.ExitStack() as stack:
+        if not out.exists():
+            stack.callback(_remove_empty, out)
+        stack.enter_context(locked_folder(out, "prediction"))
+        for folder in (out, out / PREVIEWS, out / PROBABILITIES):
+            remove_temporaries(folder)
         _check_out(out, any_content=replace)
         if chosen.overwrite:
-            remove_written(out)
+            records.remove_written(out)
         elif chosen.resume and (out / RECORD).is_file():
-            _take_over(load_record(out / RECORD), record, found, out)
+            what, remedy = "a record of predictions of this version", "give another folder, or empty it"
+            _take_over(load_json(out / RECORD, Record, what, remedy), record, found, out)
         elif chosen.resume:
             _check_out(out, any_content=False)
         try:
-            record.write(out / RECORD)  # so that a run that is killed in its first case can go on too
-            windows = None if progress is None else functools.partial(progress, "windows")
-            job = Job(predictor, recorded, targets, extra_writer, windows)
+            record.write(out / RECORD)  # so that a run that is killed in its first case can resume too
+            on_window = None if progress is None else functools.partial(progress, "windows")
+            job = Job(predictor, recorded, targets, extra_writer, on_window)
             _run(job, record, found, out, progress)
         finally:
             if not record.cases:
-                with contextlib.suppress(OSError):  # what stopped the run is the error to tell
+                with contextlib.suppress(OSError):  # what stopped the run is the error to report
                     (out / RECORD).unlink(missing_ok=True)
             if report is not None:
                 record.write(report)
@@ -125,7 +129,7 @@ def predict_folder(
     if record.failed:
         if len(found) == 1 and record.failed[0].kind == InputError.__name__:
             raise InputError(record.failed[0].error)
-        lines = "\n".join(f"  case '{fault.case}': {fault.error}" for fault in record.failed)
+        lines = "\n".join(f"  case '{failed.case}': {failed.error}" for failed in record.failed)
         raise LightMError(f"{len(record.failed)} of {len(found)} cases could not be predicted:\n{lines}")
     return [targets[case.id] for case in found]
 
@@ -145,16 +149,8 @@ def load_predictor(model: Path | str, options: PredictOptions, network: nn.Modul
 
     network: the module, for a model with a network of one's own. Raises InputError as `load_model`.
     """
-    return Predictor.from_folder(
-        find_model(model),
-        options.device,
-        overlap=options.overlap,
-        tta=options.tta,
-        max_memory=options.max_memory,
-        window=options.window,
-        postprocess=options.postprocess,
-        network=network,
-    )
+    chosen = options.model_dump(include={"overlap", "tta", "max_memory", "window", "postprocess"})
+    return Predictor.from_folder(find_model(model), options.device, network=network, **chosen)
 
 
 def _run(job: Job, record: Record, found: list[Case], out: Path, progress: Progress | None) -> None:
@@ -166,7 +162,7 @@ def _run(job: Job, record: Record, found: list[Case], out: Path, progress: Progr
     if progress is not None:
         progress("predict", len(finished), len(found))
     done = len(finished)
-    # Within a limit the predictor reads bit by bit, and has use for all of it.
+    # Within a limit the predictor reads bit by bit, and needs all of it.
     for case, reading in each_read(left, job.read, ahead=job.predictor.max_memory is None):
         done += 1
         try:
@@ -174,9 +170,8 @@ def _run(job: Job, record: Record, found: list[Case], out: Path, progress: Progr
         except DiskError as error:
             raise LightMError(f"case '{case.id}': {error}") from error.__cause__
         except Exception as error:
-            fault = fault_of(case, error)
-            record.failed.append(fault)
-            _log.info(f"[{done}/{len(found)}] {case.id} failed: {fault.error}")
+            record.failed.append(failed_case(case, error))
+            _log.info(f"[{done}/{len(found)}] {case.id} failed: {record.failed[-1].error}")
         else:
             record.cases.append(entry)
             record.cases.sort(key=lambda one: one.case)
@@ -188,23 +183,13 @@ def _run(job: Job, record: Record, found: list[Case], out: Path, progress: Progr
             progress("predict", done, len(found))
     if record.options.statistics and record.cases:
         write_statistics(out, [(entry.case, entry.statistics or []) for entry in record.cases])
-    record.finished, record.peak_resident_bytes = now(), peak_resident_bytes()
+    record.finished, record.peak_resident_bytes = records.now(), peak_resident_bytes()
     record.write(out / RECORD)
 
 
-@contextlib.contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """Hold the output folder for this process; it goes again where it is new and nothing was written."""
-    new = not out.exists()
-    try:
-        with locked_folder(out, "prediction"):
-            for folder in (out, out / PREVIEWS, out / PROBABILITIES):
-                remove_temporaries(folder)
-            yield
-    finally:
-        if new:
-            with contextlib.suppress(OSError):  # it holds something
-                out.rmdir()
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it holds something
+        folder.rmdir()
 
 
 def _check_out(out: Path, *, any_content: bool) -> None:
@@ -217,14 +202,6 @@ def _check_out(out: Path, *, any_content: bool) -> None:
         )
 
 
-def _checked_report(report: Path, *, replace: bool) -> Path:
-    if report.suffix.lower() != ".json":
-        raise InputError(f"{report}: a report needs a name that ends in .json")
-    if report.is_dir() or (report.exists() and not replace):
-        raise InputError(f"{report}: is there already; give the report another name, or allow overwriting")
-    return report
-
-
 def _check_targets(found: list[Case], targets: dict[str, Path], out: Path) -> None:
     sources = {image.resolve() for case in found for image in case.images}
     for case in found:
@@ -235,16 +212,14 @@ def _check_targets(found: list[Case], targets: dict[str, Path], out: Path) -> No
 
 
 def _take_over(earlier: Record, record: Record, found: list[Case], out: Path) -> None:
-    """Take the finished cases of an earlier run into the record of this one.
-
-    Raises InputError for another model, options or images, and for label maps that were changed since; a case whose
-    files are gone is predicted again.
+    """Take the finished cases of an earlier run into the record of this one; InputError for another model, options or
+    images, and for label maps that were changed since. A case whose files are gone is predicted again.
     """
     where = out / RECORD
     if earlier.model.sha256 != record.model.sha256:
         raise InputError(
             f"{where}: made with another model ('{earlier.model.name}', {earlier.model.path}, checksum "
-            f"{earlier.model.sha256[:12]}, now {record.model.sha256[:12]}); continue with that one, or give another "
+            f"{earlier.model.sha256[:12]}, now {record.model.sha256[:12]}); resume with that one, or give another "
             "folder"
         )
     differing = [
@@ -280,11 +255,9 @@ def _take_over(earlier: Record, record: Record, found: list[Case], out: Path) ->
 
 
 def _closing(record: Record) -> str:
-    done, failed = len(record.cases), len(record.failed)
-    seconds = sum(entry.seconds for entry in record.cases)
-    parts = [f"{done} case(s) segmented into {record.out}", f"{seconds:.1f} s"]
-    if failed:
-        parts.insert(1, f"{failed} failed")
+    parts = [f"{len(record.cases)} case(s) segmented into {record.out}"]
+    parts += [f"{len(record.failed)} failed"] if record.failed else []
+    parts.append(f"{sum(entry.seconds for entry in record.cases):.1f} s")
     if record.peak_resident_bytes is not None:
         parts.append(f"peak memory {record.peak_resident_bytes / 1e9:.2f} GB")
     return ", ".join(parts)

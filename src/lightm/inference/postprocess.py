@@ -30,10 +30,7 @@ class _Step(BaseModel):
 
 
 class KeepLargest(_Step):
-    """Of the voxels that hold one of `values`, taken together, only the largest component stays; the rest becomes 0.
-
-    Of equally large ones the first in raster order stays.
-    """
+    """Of the voxels that hold one of `values` only the largest component (the first of equals) stays; the rest is 0."""
 
     rule: Literal["keep_largest"] = "keep_largest"
     values: Annotated[tuple[_Value, ...], Field(min_length=1, max_length=1000)]
@@ -42,8 +39,7 @@ class KeepLargest(_Step):
 class DropSmall(_Step):
     """Components of `value` smaller than `below` become 0.
 
-    unit: "ml" for label maps of 3 axes. Images of 2 have no volume: "mm2", the product of the two steps of the voxel
-    spacing. PNG and other files without a spacing have steps of 1, so that there it counts pixels.
+    unit: "ml" for label maps of 3 axes, "mm2" for 2. Files without a spacing, such as PNG, count pixels.
     """
 
     rule: Literal["drop_small"] = "drop_small"
@@ -55,8 +51,7 @@ class DropSmall(_Step):
 class FillHoles(_Step):
     """Background that `value` encloses becomes `value`; other classes in there are left alone.
 
-    Enclosed is a component of all that is not `value`, with whatever other classes it holds, which does not reach the
-    border of the image.
+    Enclosed is a component of all other values that does not reach the border of the image.
     """
 
     rule: Literal["fill_holes"] = "fill_holes"
@@ -69,8 +64,7 @@ Step = KeepLargest | DropSmall | FillHoles
 class Postprocess(BaseModel):
     """The post-processing of a model: its steps in order, and what they were chosen by.
 
-    dsc_before, dsc_after: the mean DSC over the validation `cases` for each label value, a class that is absent in
-    label and prediction counted as 1.
+    dsc_before, dsc_after: the mean DSC over the validation `cases` for each label value, 1 where it is absent in both.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -120,20 +114,24 @@ def apply_rules(
 
     Raises InputError for a DropSmall without spacing or in another unit than the number of axes asks for.
     Time: linear in the voxels of the classes' bounding boxes, and one pass over the image to find these. Memory: 5
-    bytes per voxel of the box at work and 9 a component (and without `in_place` the copy).
+    bytes per voxel of the box at work and 9 per component (and without `in_place` the copy).
     """
     if not rules:
         return labels
     steps = [rule if isinstance(rule, BaseModel) else KeepLargest(values=tuple(rule)) for rule in rules]
-    sizes = [_voxel_size(step, labels.ndim, spacing_mm) for step in steps]
-    work = _Work(labels, max(value for step in steps for value in _values(step)), in_place)
-    for step, size in zip(steps, sizes, strict=True):
+    for step in steps:
+        if isinstance(step, DropSmall):
+            _check_unit(step, labels.ndim, spacing_mm)
+    highest = max(max(step.values) if isinstance(step, KeepLargest) else step.value for step in steps)
+    voxel = 1.0 if spacing_mm is None else voxel_size(spacing_mm)
+    work = _Work(labels, highest, in_place)
+    for step in steps:
         if isinstance(step, FillHoles):
             _fill_holes(work, step.value)
         elif isinstance(step, KeepLargest):
             _remove(work, step.values, None)
         else:
-            _remove(work, (step.value,), step.below / size)
+            _remove(work, (step.value,), step.below / voxel)
     return work.labels
 
 
@@ -152,9 +150,7 @@ def component_sizes(mask: np.ndarray) -> np.ndarray:
     return _sizes(*_components(mask))[1:]
 
 
-def _voxel_size(step: Step, dims: int, spacing_mm: Sequence[float] | None) -> float:
-    if not isinstance(step, DropSmall):
-        return 1.0
+def _check_unit(step: DropSmall, dims: int, spacing_mm: Sequence[float] | None) -> None:
     if spacing_mm is None or len(spacing_mm) != dims:
         raise InputError(f"drop_small needs the voxel spacing, {dims} numbers, got {spacing_mm}; pass spacing_mm")
     if step.unit != unit_of(dims):
@@ -162,11 +158,6 @@ def _voxel_size(step: Step, dims: int, spacing_mm: Sequence[float] | None) -> fl
             f"drop_small below {step.below:g} {step.unit} does not fit a label map with {dims} axes, which is measured "
             f"in {unit_of(dims)}; correct the model's postprocess in model.json"
         )
-    return voxel_size(spacing_mm)
-
-
-def _values(step: Step) -> tuple[int, ...]:
-    return step.values if isinstance(step, KeepLargest) else (step.value,)
 
 
 class _Work:
@@ -184,12 +175,16 @@ class _Work:
             return None
         return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*boxes, strict=True))
 
-    def set(self, box: Box, part: slice, where: np.ndarray, value: int) -> None:
-        if not where.any():
-            return
-        if not self._own:
-            self.labels, self._own = self.labels.copy(), True
-        self.labels[box][part][where] = value
+    def change(self, box: Box, components: np.ndarray, chosen: np.ndarray, value: int) -> None:
+        """Set the chosen of the numbered components to 0, or what is background in them to another value."""
+        for part in _parts(components) if chosen.any() else ():
+            where = chosen[components[part]]
+            if value:
+                where &= self.labels[box][part] == 0
+            if where.any():
+                if not self._own:
+                    self.labels, self._own = self.labels.copy(), True
+                self.labels[box][part][where] = value
 
 
 def _remove(work: _Work, values: Sequence[int], below: float | None) -> None:
@@ -206,9 +201,7 @@ def _remove(work: _Work, values: Sequence[int], below: float | None) -> None:
     sizes[0] = 0
     gone = np.arange(count + 1) != sizes.argmax() if below is None else sizes < below
     gone[0] = False
-    if gone.any():
-        for part in _parts(components):
-            work.set(box, part, gone[components[part]], 0)
+    work.change(box, components, gone, 0)
 
 
 def _fill_holes(work: _Work, value: int) -> None:
@@ -222,9 +215,7 @@ def _fill_holes(work: _Work, value: int) -> None:
     for axis in range(components.ndim):
         for end in (0, -1):
             enclosed[np.take(components, end, axis)] = False
-    if enclosed.any():
-        for part in _parts(components):
-            work.set(box, part, enclosed[components[part]] & (work.labels[box][part] == 0), value)
+    work.change(box, components, enclosed, value)
 
 
 def _components(mask: np.ndarray) -> tuple[np.ndarray, int]:

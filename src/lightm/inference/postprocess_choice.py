@@ -20,45 +20,44 @@ from lightm.inference.postprocess import (
 )
 from lightm.labels import bounding_box, overlap_counts
 
-QUANTILES = (0.05, 0.25, 0.5)
-"""Of the sizes of a class's components in the labels; these and a tenth of each are tried as smallest size."""
+# Of the sizes of a class's components in the labels; these and a tenth of each are tried as smallest size.
+_QUANTILES = (0.05, 0.25, 0.5)
 
 
 class CaseLabels:
     """Prediction and label of one case, cropped to where either is not background, and deflated.
 
-    predicted, truth: integers of one shape, (Z, Y, X) or (Y, X). Memory: label maps deflate to few percent, so that
-    many cases fit at once. The crop changes no result: beyond it there is background alone.
+    predicted, truth: integers of one shape, (Z, Y, X) or (Y, X). Memory: label maps deflate to a few percent. The crop
+    changes no result: beyond it there is background alone.
     """
 
     def __init__(self, predicted: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> None:
         found = (predicted != 0) | (truth != 0)
         box = bounding_box(found) if found.any() else (slice(0, 1),) * found.ndim
         self.spacing_mm = tuple(spacing_mm)
-        self._predicted, self._truth = _Deflated(predicted[box]), _Deflated(truth[box])
+        self._predicted, self._truth = _deflated(predicted[box]), _deflated(truth[box])
 
     @property
     def predicted(self) -> np.ndarray:
         """The prediction as the steps taken so far leave it; read-only."""
-        return self._predicted.array()
+        return _inflated(*self._predicted)
 
     @predicted.setter
     def predicted(self, labels: np.ndarray) -> None:
-        self._predicted = _Deflated(labels)
+        self._predicted = _deflated(labels)
 
     @property
     def truth(self) -> np.ndarray:
         """The label; read-only."""
-        return self._truth.array()
+        return _inflated(*self._truth)
 
 
-class _Deflated:
-    def __init__(self, array: np.ndarray) -> None:
-        self._content = zlib.compress(np.ascontiguousarray(array).data, 1)
-        self._shape, self._dtype = array.shape, array.dtype
+def _deflated(array: np.ndarray) -> tuple[bytes, tuple[int, ...], np.dtype]:
+    return zlib.compress(np.ascontiguousarray(array).data, 1), array.shape, array.dtype
 
-    def array(self) -> np.ndarray:
-        return np.frombuffer(zlib.decompress(self._content), self._dtype).reshape(self._shape)
+
+def _inflated(content: bytes, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(content), dtype).reshape(shape)
 
 
 def choose_rules(cases: Sequence[CaseLabels], values: Sequence[int], *, ignore_label: int | None = None) -> Postprocess:
@@ -70,8 +69,7 @@ def choose_rules(cases: Sequence[CaseLabels], values: Sequence[int], *, ignore_l
     over cases and classes and lowers that of no class; of equally good sizes the smallest. A class that is absent in
     label and prediction counts as 1, so that removing what is spurious counts as a gain. Deterministic.
 
-    Time: at most 14 passes over the cases for each class. Memory: one case unpacked, its trial and what
-    `apply_rules` takes.
+    Time: at most 14 passes over the cases per class. Memory: one case unpacked, its trial and that of `apply_rules`.
     """
     if not cases:
         return Postprocess()
@@ -87,7 +85,12 @@ def choose_rules(cases: Sequence[CaseLabels], values: Sequence[int], *, ignore_l
     for slot in slots:
         now, best, taken = scores.mean(0), scores, None
         for step in slot:
-            trial = _scores_after(step, cases, scores, values, ignore_label)
+            trial = scores.copy()
+            for row, case in zip(trial, cases, strict=True):
+                predicted = case.predicted
+                cleaned = apply_rules(predicted, [step], case.spacing_mm)
+                if cleaned is not predicted:
+                    row[:] = _dice(cleaned, case.truth, values, ignore_label)
             after = trial.mean(0)
             if after.mean() > best.mean(0).mean() and (after >= now).all():
                 best, taken = trial, step
@@ -114,23 +117,10 @@ def _smallest_sizes(cases: Sequence[CaseLabels], value: int) -> list[float]:
     found = np.concatenate(sizes)
     if not found.size:
         return []
-    quantiles = np.quantile(found, QUANTILES, method="lower")
+    quantiles = np.quantile(found, _QUANTILES, method="lower")
     voxel = min(voxel_size(case.spacing_mm) for case in cases)
     rounded = {float(f"{share * size:.2g}") for size in quantiles for share in (0.1, 1.0)}
     return sorted(size for size in rounded if size > voxel)
-
-
-def _scores_after(
-    step: Step, cases: Sequence[CaseLabels], scores: np.ndarray, values: Sequence[int], ignore_label: int | None
-) -> np.ndarray:
-    """The scores with one more step; (cases, classes)."""
-    trial = scores.copy()
-    for row, case in zip(trial, cases, strict=True):
-        predicted = case.predicted
-        cleaned = apply_rules(predicted, [step], case.spacing_mm)
-        if cleaned is not predicted:
-            row[:] = _dice(cleaned, case.truth, values, ignore_label)
-    return trial
 
 
 def _dice(predicted: np.ndarray, truth: np.ndarray, values: Sequence[int], ignore_label: int | None) -> np.ndarray:

@@ -17,14 +17,12 @@ from lightm.errors import InputError, LightMError
 from lightm.images.lazy import LazyVolume, open_volume, read_header
 from lightm.images.volume import Volume
 from lightm.inference import budget
+from lightm.inference.native_space import ProbabilityFile, check_path, class_indices
 from lightm.inference.postprocess import Step, apply_rules, read_postprocess
-from lightm.inference.probabilities import ProbabilityFile, check_path
 from lightm.inference.sliding import WindowProgress, logit_slabs, window_logits
-from lightm.inference.to_native_space import class_indices
 from lightm.nets import folder as model_folder
-from lightm.preparation.grid import NetworkGrid
 from lightm.preparation.plan import MULTIPLE, Plan
-from lightm.preparation.preprocess import check_fit
+from lightm.preparation.preprocess import NetworkGrid, check_fit
 from lightm.preparation.resample import resampled_shape
 
 _log = logging.getLogger(__name__)
@@ -42,16 +40,14 @@ class Predictor:
 
     max_memory: bytes of resident memory that the whole process may reach (`lightm.inference.budget.parse_memory` reads
     "2GB"), what Python, PyTorch and compiled kernels hold included; None: no limit. It changes where arrays lie, in
-    memory or in temporary files (`tempfile.gettempdir()`), not one label. A case that cannot be predicted within it is
+    memory or in temporary files (`tempfile.gettempdir()`), and no label. A case that cannot be predicted within it is
     refused before it starts, with what it needs. The first case costs one more call of the network, on a part of a
     patch or a patch of zeros, to measure it. See docs/prediction.md.
 
-    window: "patch": sliding windows of the plan's patch, which stream through the volume: each is visited once, in
-    order, and slices are done with when no later window reaches them. "whole": the volume, padded to multiples of 8,
-    as one window. A whole volume in slabs with the scan's state carried along would not give the network's answer:
-    GroupNorm takes mean and standard deviation over all voxels first, and convolutions and upsampling look ahead. So
-    "whole" is one call, in memory for all of it (docs/prediction.md says how much); and a network trained on patches
-    sees statistics of a size that it was not trained on.
+    window: "patch": sliding windows of the plan's patch, each visited once; slices are done with when no later window
+    reaches them. "whole": the volume, padded to multiples of 8, as one window, in memory for all of it: GroupNorm takes
+    mean and standard deviation over all voxels first, and convolutions and upsampling look ahead, so slabs would not
+    give the network's answer. A network trained on patches then sees statistics of a size that it was not trained on.
 
     >>> import torch
     >>> plan = lightm.plan(lightm.phantoms("xray", folder / "data", cases=2, size=32), patch_size=[32, 32])
@@ -83,12 +79,8 @@ class Predictor:
             self.network = network.to(self.device).eval()
         except (RuntimeError, AssertionError) as error:  # PyTorch asserts when it was built without the device
             raise InputError(f"device '{device}' cannot be used here ({error}); try 'cpu'") from error
-        self.plan = plan
-        self.overlap = overlap
-        self.tta = tta
-        self.rules = rules
-        self.max_memory = max_memory
-        self.window = window
+        self.plan, self.overlap, self.tta, self.rules = plan, overlap, tta, rules
+        self.max_memory, self.window = max_memory, window
         self.source: Path | None = None  # the model folder or file that it was loaded from
         self._measured: dict[tuple[int, ...], int] = {}
 
@@ -107,8 +99,8 @@ class Predictor:
     ) -> Predictor:
         """Load a model folder; raises InputError, naming the file, for one that is missing or damaged.
 
-        postprocess: apply the post-processing that the model was saved with. network: a module to load the weights
-        into, for a model that was trained with a network of one's own.
+        postprocess: whether to apply the post-processing that the model was saved with. network: a module to load the
+        weights into, for a model that was trained with a network of one's own.
         """
         network, info = model_folder.load_model(Path(model_dir), **({} if network is None else {"network": network}))
         try:
@@ -122,39 +114,34 @@ class Predictor:
 
     def __call__(self, *images: Path | str | Volume) -> Volume:
         """Return the label map of one case: a file or Volume for each channel of the plan; see `predict_volumes`."""
-        if all(isinstance(image, Volume) for image in images):
-            return self.predict_volumes([image for image in images if isinstance(image, Volume)])
+        volumes = [image for image in images if isinstance(image, Volume)]
+        if len(volumes) == len(images):
+            return self.predict_volumes(volumes)
         return self.predict_files([Path(image) for image in images if not isinstance(image, Volume)])
 
     def predict_volumes(
-        self,
-        images: Sequence[Volume],
-        *,
-        progress: WindowProgress | None = None,
-        probabilities: Path | None = None,
+        self, images: Sequence[Volume], *, progress: WindowProgress | None = None, probabilities: Path | None = None
     ) -> Volume:
         """Return the label map of one case, in the geometry of its first image; uint8, or int16 for values above 255.
 
-        images: one volume per channel of the plan, in its order. The way: canonical orientation, the plan's spacing,
-        normalised; logits by windows; the largest one in every voxel of the original grid; original
-        orientation. progress(done, total) counts windows. probabilities: a .nii.gz or .nii file to write those of all
-        classes to, see `lightm.inference.probabilities`.
+        images: one volume per channel of the plan, in its order. They are brought to canonical orientation and the
+        plan's spacing and normalised; windows give logits, the largest one in every voxel of the original grid the
+        label, which is brought back to the original orientation. progress(done, total) counts windows. probabilities: a
+        .nii.gz or .nii file for those of all classes, see `lightm.inference.native_space.ProbabilityFile`.
 
         Raises InputError for images that do not fit the plan or each other or the limit of memory, LightMError for a
         network whose output does not, or a disk that refuses. Memory: the images as they are, in float32 at the plan's
         spacing only where they are resampled, one byte per voxel for the result, and the logits of one slab of patch
         depth; with a limit less, see the class.
         """
-        return self._predict(
-            list(images), lambda _: [LazyVolume.of(image) for image in images], 0, progress, probabilities
-        )
+
+        def opened(folder: Path | None) -> list[LazyVolume]:
+            return [LazyVolume.of(image) for image in images]
+
+        return self._predict(images, opened, 0, progress, probabilities)
 
     def predict_files(
-        self,
-        paths: Sequence[Path],
-        *,
-        progress: WindowProgress | None = None,
-        probabilities: Path | None = None,
+        self, paths: Sequence[Path], *, progress: WindowProgress | None = None, probabilities: Path | None = None
     ) -> Volume:
         """Return the label map of one case from its files, one per channel; as `predict_volumes`, with less memory.
 
@@ -174,7 +161,7 @@ class Predictor:
         return self._predict([header.geometry for header in headers], opened, itemsize, progress, probabilities)
 
     def window_bytes(self) -> int | None:
-        """Return what one call of the network on a patch needs, in bytes, measured once; None where it cannot be."""
+        """Return what one call of the network on a patch needs, in bytes, measured once; None where unknown."""
         return self._measure(tuple(self.plan.patch_size))
 
     def _predict(
@@ -194,23 +181,24 @@ class Predictor:
         native = geometries[0].with_data(np.broadcast_to(np.zeros((), geometries[0].data.dtype), geometries[0].shape))
         canonical = native.to_canonical()
         shape = resampled_shape(canonical.shape, canonical.spacing_mm, self.plan.spacing_mm)
-        patch = tuple(self.plan.patch_size) if self.window == "patch" else budget.whole_window(shape)
+        # The smallest window that holds the whole grid and that three poolings halve to whole voxels.
+        whole = tuple(-(-size // MULTIPLE) * MULTIPLE for size in shape)
         case = budget.CaseSize(
-            canonical.shape,
-            shape,
-            patch,
-            len(values),
-            len(geometries),
-            itemsize,
-            dtype.itemsize,
-            bool(self.rules),
-            probabilities is not None,
+            shape=canonical.shape,
+            grid=shape,
+            patch=tuple(self.plan.patch_size) if self.window == "patch" else whole,
+            classes=len(values),
+            channels=len(geometries),
+            itemsize=itemsize,
+            label_itemsize=dtype.itemsize,
+            rules=bool(self.rules),
+            probabilities=probabilities is not None,
         )
         del geometries
-        holding = budget.Holding() if self.max_memory is None else self._within(case, self.max_memory)
+        held = budget.MemoryPlan() if self.max_memory is None else self._within(case, self.max_memory)
         folder = Path(tempfile.gettempdir())
-        images = opened(None if holding.voxels else folder)
-        grid = NetworkGrid(images, self.plan, None if holding.grid else folder)
+        images = opened(None if held.voxels else folder)
+        grid = NetworkGrid(images, self.plan, None if held.grid else folder)
         del images
         data = np.zeros(native.shape, dtype)
         soft = None if probabilities is None else ProbabilityFile(Path(probabilities), native, len(values))
@@ -218,12 +206,12 @@ class Predictor:
             slabs = logit_slabs(
                 self.network,
                 grid,
-                patch_size=patch,
+                patch_size=case.patch,
                 overlap=self.overlap,
                 mirror_axes=self._mirror_axes(),
                 device=self.device,
                 progress=progress,
-                folder=None if holding.sums else folder,
+                folder=None if held.sums else folder,
             )
             class_indices(
                 self._checked(slabs),
@@ -236,15 +224,13 @@ class Predictor:
             grid.close()
             if soft is not None:
                 soft.finish()
-            return native.with_data(
-                apply_rules(np.ascontiguousarray(data), self.rules, native.spacing_mm, in_place=True)
-            )
+            return native.with_data(apply_rules(data, self.rules, native.spacing_mm, in_place=True))
         finally:
             grid.close()
             if soft is not None:
                 soft.close()
 
-    def _within(self, case: budget.CaseSize, limit: int) -> budget.Holding:
+    def _within(self, case: budget.CaseSize, limit: int) -> budget.MemoryPlan:
         """Return what can be held in memory under the limit; raises InputError where nothing is enough."""
         part = tuple(max(MULTIPLE, -(-size // (2 * MULTIPLE)) * MULTIPLE) for size in self.plan.patch_size)
         try:
@@ -262,16 +248,15 @@ class Predictor:
             raise InputError("max_memory: this system does not say how much memory a process holds; leave it out")
         # Fixed costs weigh more in a smaller window, so that this is never too little.
         most = least * prod(case.patch) // prod(part)
-        holding = budget.choose(case, max(most, least), limit, held)
-        if holding == budget.Holding() or held + least > limit:
-            exact = max(most, least)
-        else:
+        exact = max(most, least)
+        chosen = budget.choose(case, exact, limit, held)
+        if chosen != budget.MemoryPlan() and held + least <= limit:
             exact = self._measure(tuple(self.plan.patch_size)) or most
             exact = max(exact, exact * prod(case.patch) // prod(self.plan.patch_size))
             held = budget.resident_bytes() or held
-            holding = budget.choose(case, exact, limit, held)
-        if holding is None:
-            least = held + budget.least_bytes(case, exact)
+            chosen = budget.choose(case, exact, limit, held)
+        if chosen is None:
+            least = held + budget.min_bytes(case, exact)
             what = "the whole volume as one window" if self.window == "whole" else "a window"
             raise InputError(
                 f"max_memory {budget.megabytes(limit)}: an image of shape {case.shape}, {case.grid} at the model's "
@@ -281,15 +266,12 @@ class Predictor:
                 f"{case.classes} classes{' and their post-processing' if case.rules else ''}; allow more"
                 + (", or use window='patch'" if self.window == "whole" else "")
             )
-        return holding
+        return chosen
 
     def _measure(self, patch: tuple[int, ...]) -> int | None:
-        if patch not in self._measured:
-            found = budget.call_bytes(lambda: self._call(patch))
-            if found is None:
-                return None
+        if patch not in self._measured and (found := budget.call_bytes(lambda: self._call(patch))) is not None:
             self._measured[patch] = found
-        return self._measured[patch]
+        return self._measured.get(patch)
 
     def _call(self, patch: tuple[int, ...]) -> Tensor:
         """Run the network on zeros; one flip stands for all, since each is added to the sum before the next."""

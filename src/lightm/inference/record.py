@@ -1,7 +1,6 @@
 """The record of a run of predictions: what was done with which model, options and files, and what went wrong.
 
-It lies in the output folder as prediction.json, written anew after every case, so that a run that was cut off can go
-on.
+It lies in the output folder as prediction.json, written anew after every case, so that an unfinished run can resume.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from lightm import __version__
-from lightm.config_io import load_json
 from lightm.errors import InputError, LightMError
 from lightm.files import file_hash, write_text
 from lightm.images import dicom
@@ -38,7 +36,7 @@ class _Part(BaseModel):
 
 
 class ModelRecord(_Part):
-    """Which model. sha256: over network, plan, post-processing and weights, so over all that makes its label maps."""
+    """Which model. sha256: over network, plan, post-processing and weights, all that makes its label maps."""
 
     path: str
     name: str
@@ -90,7 +88,7 @@ class RecordedOptions(_Choices):
 
 
 class FileRecord(_Part):
-    """A file, or the DICOM files of a folder taken together. path: inputs as given, outputs relative to the folder."""
+    """A file, or the DICOM files of a folder together. path: of inputs as given, of outputs relative to the folder."""
 
     path: str
     bytes: int
@@ -120,7 +118,7 @@ class CaseRecord(_Part):
     statistics: list[ClassStatistics] | None = None
 
 
-class Fault(_Part):
+class FailedCase(_Part):
     """A case that could not be predicted, and why. kind: the class of the error."""
 
     case: str
@@ -142,7 +140,7 @@ class Record(_Part):
     finished: str | None = None
     peak_resident_bytes: int | None = None
     cases: list[CaseRecord] = Field(default_factory=list)
-    failed: list[Fault] = Field(default_factory=list)
+    failed: list[FailedCase] = Field(default_factory=list)
     versions: dict[str, str]
 
     def write(self, path: Path) -> None:
@@ -153,14 +151,18 @@ class Record(_Part):
 def new_record(model: ModelRecord, inputs: list[str], out: Path, options: RecordedOptions) -> Record:
     """Return the record of a run that begins now."""
     device = torch.device(options.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name, backend = platform.processor() or platform.machine(), device.type
+    if device.type == "cuda":
+        name, backend = torch.cuda.get_device_name(device), f"cuda, CUDA {torch.version.cuda}"
+    elif device.type == "cpu":
+        backend = f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
     return Record(
         model=model,
         inputs=inputs,
         out=str(out),
         options=options,
         device_name=name,
-        backend=_backend(device),
+        backend=backend,
         started=now(),
         versions={
             "lightm": __version__,
@@ -172,19 +174,8 @@ def new_record(model: ModelRecord, inputs: list[str], out: Path, options: Record
 
 
 def now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
+    """Return the time in UTC, to the second, as ISO 8601."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _backend(device: torch.device) -> str:
-    if device.type == "cpu":
-        return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
-    return f"{device.type}, CUDA {torch.version.cuda}" if device.type == "cuda" else device.type
-
-
-def load_record(path: Path) -> Record:
-    """Read a prediction.json; raises InputError, naming it, for anything else."""
-    return load_json(path, Record, "a record of predictions of this version", "give another folder, or empty it")
 
 
 def describe_model(model_dir: Path) -> ModelRecord:
@@ -209,11 +200,9 @@ def file_record(path: Path, name: str) -> FileRecord:
     if not folder.is_dir():
         size, digest = file_hash(path).split(":")
         return FileRecord(path=name, bytes=int(size), sha256=digest)
-    whole, total = hashlib.sha256(), 0
-    for file in dicom_files(folder):
-        size, digest = file_hash(file).split(":")
-        whole.update(f"{file.name}\0{size}:{digest}\n".encode())
-        total += int(size)
+    contents = {file.name: file_hash(file) for file in dicom_files(folder)}
+    whole = hashlib.sha256("".join(f"{file}\0{content}\n" for file, content in contents.items()).encode())
+    total = sum(int(content.partition(":")[0]) for content in contents.values())
     return FileRecord(path=name, bytes=total, sha256=whole.hexdigest())
 
 
@@ -225,16 +214,13 @@ def _written_names(path: Path) -> list[str]:
         names += TABLES if content.get("options", {}).get("statistics") else ()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a record of predictions ({error}); empty the folder by hand") from error
-    inside = [
-        name
-        for name in names
-        if Path(name).name == name or name in (f"{folder}/{Path(name).name}" for folder in (PREVIEWS, PROBABILITIES))
-    ]
+    places = ("", f"{PREVIEWS}/", f"{PROBABILITIES}/")
+    inside = [name for name in names if name in (place + Path(name).name for place in places)]
     return [name for name in inside if Path(name).name not in ("", ".", "..")]
 
 
 def remove_written(out: Path) -> None:
-    """Remove what an earlier run says it wrote into `out`, so that its cases are not taken for those of a new run.
+    """Remove what an earlier run says that it wrote into `out`, so that its cases are not taken for new ones.
 
     Raises InputError for a record that cannot be read, LightMError when a file cannot be removed.
     """
@@ -244,9 +230,9 @@ def remove_written(out: Path) -> None:
     try:
         for name in names:
             (out / name).unlink(missing_ok=True)
-        for folder in (PREVIEWS, PROBABILITIES):
-            if (out / folder).is_dir() and not any((out / folder).iterdir()):
-                (out / folder).rmdir()
+        for folder in (out / PREVIEWS, out / PROBABILITIES):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         (out / RECORD).unlink()
     except OSError as error:
         raise LightMError(

@@ -1,4 +1,4 @@
-"""Sliding windows over a volume: where they lie, how they are weighed, and their logits slab by slab.
+"""Sliding windows over a volume: where they lie, how they are weighted, and their logits slab by slab.
 
 MONAI's `sliding_window_inference` keeps the logits of all classes for the whole volume, with a weight map of the
 same size; a CT of 512 x 512 x 600 voxels and 5 classes would need 3 GB for the first alone. Here windows are visited in
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, product
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,26 +23,17 @@ from torch.nn import functional
 
 from lightm.errors import InputError, LightMError
 from lightm.images.disk_array import Box, DiskArray
+from lightm.preparation.preprocess import NetworkGrid
 
 # The Gaussian's standard deviation as a share of the window, and the least weight relative to its centre: a voxel seen
 # only in a window's corner must still have a weight that arithmetic can divide by.
 _SIGMA = 1 / 8
-_FLOOR = 1e-3
+_MIN_WEIGHT = 1e-3
 
 # Values of a slab that is handed on: 16 MB of float32.
-_VALUES_AT_ONCE = 4_000_000
+_CHUNK_VALUES = 4_000_000
 
 WindowProgress = Callable[[int, int], None]
-
-
-class WindowSource(Protocol):
-    """An image of which boxes are asked for; `lightm.preparation.grid.NetworkGrid` is one."""
-
-    shape: tuple[int, ...]
-    """Its spatial axes."""
-
-    def read(self, box: Box) -> np.ndarray:
-        """Return (C, *box) float32."""
 
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
@@ -52,36 +42,34 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
     `length` voxels, at least `window`; `overlap` in [0, 1) as a share of the window.
     """
     step = max(1, int(window * (1 - overlap)))
-    count = -(-(length - window) // step) + 1
-    if count == 1:
-        return [0]
-    return [round(index * (length - window) / (count - 1)) for index in range(count)]
+    gaps = -(-(length - window) // step)
+    return [round(index * (length - window) / gaps) for index in range(gaps + 1)] if gaps else [0]
 
 
 def axis_weights(length: int, window: int, starts: Sequence[int]) -> list[Tensor]:
     """Return for every start a Gaussian of `window` float32 weights; at each of `length` voxels they sum to one."""
     offsets = torch.arange(window, dtype=torch.float64) - (window - 1) / 2
-    gaussian = torch.exp(-0.5 * (offsets / (window * _SIGMA)) ** 2).clamp(min=_FLOOR)
+    gaussian = torch.exp(-0.5 * (offsets / (window * _SIGMA)) ** 2).clamp(min=_MIN_WEIGHT)
     total = torch.zeros(length, dtype=torch.float64)
     for start in starts:
         total[start : start + window] += gaussian
     return [(gaussian / total[start : start + window]).float() for start in starts]
 
 
-def sums_bytes(classes: int, patch: Sequence[int], lengths: Sequence[int], held: bool) -> int:
-    """What the sums of logits take in memory, held there or in a file; lengths: of the image, padded to the patch."""
-    rest = lengths[1:] if held or len(patch) == 2 else [patch[1], lengths[2]]
+def sums_bytes(classes: int, patch: Sequence[int], lengths: Sequence[int], in_memory: bool) -> int:
+    """What the sums of logits take in memory, where they are there or in a file; lengths: of the padded image."""
+    rest = lengths[1:] if in_memory or len(patch) == 2 else [patch[1], lengths[2]]
     return 4 * classes * patch[0] * prod(rest)
 
 
 def slab_values(classes: int, lengths: Sequence[int]) -> int:
     """The most values of a slab that is handed on."""
-    return max(classes * prod(lengths[1:]), _VALUES_AT_ONCE)
+    return max(classes * prod(lengths[1:]), _CHUNK_VALUES)
 
 
 def logit_slabs(
     network: nn.Module,
-    image: Tensor | WindowSource,
+    image: NetworkGrid,
     *,
     patch_size: Sequence[int],
     overlap: float = 0.5,
@@ -92,18 +80,17 @@ def logit_slabs(
 ) -> Iterator[Tensor]:
     """Yield the logits of a volume in slabs along its first axis, in order: each (K, depth, *rest) float32 on the CPU.
 
-    image: (C, *spatial) float32 on the CPU, or what gives boxes of it; an axis shorter than its patch is padded with
-    zeros on both sides, as in training. patch_size: voxels per axis; the network gets exactly this size. overlap: share
-    of a window in [0, 1). mirror_axes: spatial axes over whose 2^n flips the logits are averaged. progress(done,
-    total) is called after every window. folder: where the sums of logits go, None for memory; the result is the same.
+    image: an axis shorter than its patch is padded with zeros on both sides, as in training. patch_size: voxels per
+    axis; the network gets exactly this size. overlap: share of a window in [0, 1). mirror_axes: spatial axes over whose
+    2^n flips the logits are averaged. progress(done, total) is called after every window. folder: where the sums of
+    logits go, None for memory; the result is the same.
 
     Windows are blended with Gaussian weights. Joined along axis 1 the slabs have the shape of the image. Raises
     InputError for sizes that do not fit, LightMError when the network returns another shape or values not finite.
     Memory: one slab of patch depth for all classes (with `folder`, of it only as many rows as a patch has), 16 MB or
     one slice of all classes that is handed on, and one window's activations.
     """
-    source = _Held(image) if isinstance(image, Tensor) else image
-    dims = len(source.shape)
+    shape, dims = image.shape, len(image.shape)
     patch = tuple(int(size) for size in patch_size)
     if len(patch) != dims or min(patch) < 1:
         raise InputError(f"patch size {patch}: expected {dims} positive numbers for an image of {dims} axes")
@@ -111,36 +98,11 @@ def logit_slabs(
         raise InputError(f"overlap={overlap}: expected a share of the window of at least 0 and below 1, such as 0.5")
     if any(not 0 <= axis < dims for axis in mirror_axes):
         raise InputError(f"mirror axes {tuple(mirror_axes)}: expected axes from 0 to {dims - 1}")
-    return _slabs(network, source, patch, overlap, tuple(mirror_axes), torch.device(device), progress, folder)
-
-
-class _Held:
-    """A tensor as a `WindowSource`."""
-
-    def __init__(self, image: Tensor) -> None:
-        self.image = image
-        self.shape = tuple(image.shape[1:])
-
-    def read(self, box: Box) -> np.ndarray:
-        part: np.ndarray = self.image[(slice(None), *box)].numpy()
-        return part
-
-
-def _slabs(
-    network: nn.Module,
-    image: WindowSource,
-    patch: tuple[int, ...],
-    overlap: float,
-    mirror_axes: tuple[int, ...],
-    device: torch.device,
-    progress: WindowProgress | None,
-    folder: Path | None,
-) -> Iterator[Tensor]:
-    shape = image.shape
     missing = [max(size - length, 0) for size, length in zip(patch, shape, strict=True)]
-    before = [count // 2 for count in missing]
     lengths = tuple(length + count for length, count in zip(shape, missing, strict=True))
-    pads = [pad for low, count in zip(reversed(before), reversed(missing), strict=True) for pad in (low, count - low)]
+    pads = [pad for count in reversed(missing) for pad in (count // 2, count - count // 2)]
+    # The image within the padded one. Only a first axis shorter than its patch is padded, and then there is one row.
+    inside = [slice(count // 2, count // 2 + length) for count, length in zip(missing, shape, strict=True)]
     starts = [window_starts(n, size, overlap) for n, size in zip(lengths, patch, strict=True)]
     weights = [axis_weights(n, size, s) for n, size, s in zip(lengths, patch, starts, strict=True)]
     total = prod(len(s) for s in starts)
@@ -148,32 +110,27 @@ def _slabs(
     sums: _Sums | None = None
     try:
         for row, start in enumerate(starts[0]):
-            for indices in product(*(range(len(s)) for s in starts[1:])):
-                corner = (start, *(starts[axis][index] for axis, index in enumerate(indices, start=1)))
+            for indices in product([row], *(range(len(s)) for s in starts[1:])):
+                corner = tuple(starts[axis][index] for axis, index in enumerate(indices))
                 # A padded axis has one window, from its start, and all of the image is in it.
                 box = tuple(
                     slice(n, n + min(size, length)) for n, size, length in zip(corner, patch, shape, strict=True)
                 )
                 window = torch.from_numpy(image.read(box))
-                logits = window_logits(
-                    network, functional.pad(window, pads) if any(pads) else window, mirror_axes, device
-                )
+                window = functional.pad(window, pads) if any(pads) else window
+                logits = window_logits(network, window, tuple(mirror_axes), torch.device(device))
                 del window
-                if sums is None:
-                    sums = _Sums(logits.shape[0], patch, lengths, folder)
-                for axis, index in enumerate((row, *indices)):
-                    logits *= weights[axis][index].view([-1 if axis == other else 1 for other in range(len(patch))])
+                sums = sums or _Sums(logits.shape[0], patch, lengths, folder)
+                for axis, index in enumerate(indices):
+                    logits *= weights[axis][index].view([-1 if axis == other else 1 for other in range(dims)])
                 sums.add(logits, corner)
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            if sums is None:
-                return
             finished = starts[0][row + 1] if row + 1 < len(starts[0]) else lengths[0]
-            # Only a first axis shorter than its patch is padded, and then there is but one row.
-            inside = [slice(low, low + length) for low, length in zip(before, shape, strict=True)]
-            yield from sums.take(max(start, inside[0].start), min(finished, inside[0].stop), inside[1:])
-            sums.clear(start, finished)
+            if sums is not None:
+                yield from sums.take(max(start, inside[0].start), min(finished, inside[0].stop), inside[1:])
+                sums.clear(start, finished)
     finally:
         if sums is not None:
             sums.close()
@@ -186,7 +143,6 @@ class _Sums:
     """
 
     def __init__(self, classes: int, patch: tuple[int, ...], lengths: tuple[int, ...], folder: Path | None) -> None:
-        self.depth = patch[0]
         self.patch = patch
         self._stored = DiskArray((classes, patch[0], *lengths[1:]), np.float32, folder)
         self._band: np.ndarray | None = None
@@ -194,50 +150,48 @@ class _Sums:
 
     def add(self, logits: Tensor, corner: tuple[int, ...]) -> None:
         """Add the logits (K, *patch) of the window that starts at `corner`."""
-        rest = self._stored.shape[2:]
+        depth, planar = self.patch[0], len(self.patch) == 2
         # The band is whole along the last axis, so that it lies in the file in long runs.
-        rows = slice(corner[1], corner[1] + self.patch[1]) if len(rest) > 1 else slice(0, rest[0])
+        rows = slice(0, self._stored.shape[2]) if planar else slice(corner[1], corner[1] + self.patch[1])
         if self._band is None or rows != self._rows:
-            self.flush()
+            self._flush()
             self._rows = rows
-            self._band = self._stored.read(self._box(slice(0, self.depth), rows))
+            self._band = self._stored.read(self._box(slice(0, depth), rows))
         band = torch.from_numpy(self._band)
         columns = slice(corner[-1], corner[-1] + self.patch[-1])
-        inside = (slice(None), columns) if len(rest) > 1 else (columns,)
-        turn = corner[0] % self.depth
-        band[(slice(None), slice(turn, None), *inside)] += logits[:, : self.depth - turn]
+        inside = (columns,) if planar else (slice(None), columns)
+        turn = corner[0] % depth
+        band[(slice(None), slice(turn, None), *inside)] += logits[:, : depth - turn]
         if turn:
-            band[(slice(None), slice(0, turn), *inside)] += logits[:, self.depth - turn :]
-
-    def flush(self) -> None:
-        if self._band is not None:
-            self._stored.write(self._box(slice(0, self.depth), self._rows), self._band)
-            self._band = None
+            band[(slice(None), slice(0, turn), *inside)] += logits[:, depth - turn :]
 
     def take(self, start: int, stop: int, inside: Sequence[slice]) -> Iterator[Tensor]:
-        """Yield the sums of slices from start to stop, in pieces of one slice or 16 MB, cut to `inside`; copies."""
-        self.flush()
+        """Yield the sums of slices from start to stop, in chunks of one slice or 16 MB, cut to `inside`; copies."""
+        self._flush()
         size = self._stored.shape[0] * prod(self._stored.shape[2:])
         while start < stop:
-            place = start % self.depth
-            count = min(stop - start, self.depth - place, max(1, _VALUES_AT_ONCE // size))
-            piece = self._stored.read((slice(0, self._stored.shape[0]), slice(place, place + count), *inside))
-            yield torch.from_numpy(piece.copy() if self._stored.held else piece)
+            place = start % self.patch[0]
+            count = min(stop - start, self.patch[0] - place, max(1, _CHUNK_VALUES // size))
+            chunk = self._stored.read((slice(0, self._stored.shape[0]), slice(place, place + count), *inside))
+            yield torch.from_numpy(chunk.copy() if self._stored.held else chunk)
             start += count
 
     def clear(self, start: int, stop: int) -> None:
         """Set the sums of slices from start to stop to zero, for those that come after."""
-        rest = [slice(0, size) for size in self._stored.shape[2:]]
         zeros = np.zeros((self._stored.shape[0], 1, *self._stored.shape[2:]), np.float32)
-        for place in (n % self.depth for n in range(start, stop)):
-            self._stored.write((slice(0, self._stored.shape[0]), slice(place, place + 1), *rest), zeros)
-
-    def _box(self, depth: slice, rows: slice) -> Box:
-        rest = (rows, *(slice(0, size) for size in self._stored.shape[3:]))
-        return (slice(0, self._stored.shape[0]), depth, *rest)
+        for place in (n % self.patch[0] for n in range(start, stop)):
+            self._stored.write(self._box(slice(place, place + 1), slice(0, self._stored.shape[2])), zeros)
 
     def close(self) -> None:
         self._stored.close()
+
+    def _flush(self) -> None:
+        if self._band is not None:
+            self._stored.write(self._box(slice(0, self.patch[0]), self._rows), self._band)
+            self._band = None
+
+    def _box(self, depth: slice, rows: slice) -> Box:
+        return (slice(0, self._stored.shape[0]), depth, rows, *(slice(0, size) for size in self._stored.shape[3:]))
 
 
 @torch.no_grad()

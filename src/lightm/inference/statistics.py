@@ -1,4 +1,4 @@
-"""Volumes, intensities and places of the classes in a label map: a table with one row a case and class."""
+"""Volumes, intensities and places of the classes in a label map: a table with one row per case and class."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from lightm.files import write_text
 from lightm.images.lazy import LazyVolume
 from lightm.images.volume import Volume
 
-SCHEMA_VERSION = 1
-AXES = "xyz"
+_SCHEMA_VERSION = 1
 
 
 class ClassStatistics(BaseModel):
@@ -99,24 +98,23 @@ def _one(labels: Volume, image: LazyVolume, name: str, value: int) -> ClassStati
 def write_statistics(folder: Path, cases: Iterable[tuple[str, list[ClassStatistics]]]) -> None:
     """Write statistics.csv and statistics.json, each complete or not at all; raises LightMError where the disk refuses.
 
-    The CSV has one row a case and class, empty cells for what is None, and six significant digits; the JSON everything.
+    The CSV has one row per case and class, empty cells for None, and six significant digits; the JSON everything.
     """
     cases = list(cases)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     fields = [name for name in ClassStatistics.model_fields if name not in ("class_name", "centroid_mm")]
     before = fields.index("touches_border")
-    names = [*fields[:before], *(f"centroid_{axis}_mm" for axis in AXES), *fields[before:]]
+    names = [*fields[:before], *(f"centroid_{axis}_mm" for axis in "xyz"), *fields[before:]]
     rows.writerow(["case", "class", *names])
     for case, found in cases:
         for one in found:
             values = one.model_dump()
-            centroid = one.centroid_mm or []
-            values |= {f"centroid_{axis}_mm": place for axis, place in zip(AXES, centroid, strict=False)}
+            values |= {f"centroid_{axis}_mm": place for axis, place in zip("xyz", one.centroid_mm or [], strict=False)}
             rows.writerow([case, one.class_name, *(_cell(values.get(name)) for name in names)])
     write_text(folder / "statistics.csv", text.getvalue())
     content = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": _SCHEMA_VERSION,
         "cases": [{"case": case, "classes": [one.model_dump() for one in found]} for case, found in cases],
     }
     write_text(folder / "statistics.json", json.dumps(content, indent=1) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,9 +13,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from lightm.errors import InputError
 from lightm.labels import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    from monai.transforms import Resample
 
 
 def _rising(span: tuple[float, float]) -> tuple[float, float]:
@@ -68,8 +65,8 @@ class AugmentConfig(BaseModel):
 
 
 @dataclass(frozen=True)
-class Draw:
-    """The parameters of one change; None and empty mean that a step is left out."""
+class AugmentParams:
+    """The parameters of one change; None and empty mean that a transform is left out."""
 
     rotation_rad: tuple[float, ...] | None
     scale: float
@@ -103,11 +100,11 @@ class Augment:
     def __call__(self, sample: dict[str, Any], seed: int) -> dict[str, Any]:
         if not self.config.enabled:
             return sample
-        draw = self.draw(seed)
-        image, label = self.move(sample["image"], sample["label"], draw)
-        return {**sample, "image": self.recolour(image, draw), "label": label}
+        params = self.sample_params(seed)
+        image, label = self.apply_spatial(sample["image"], sample["label"], params)
+        return {**sample, "image": self.apply_intensity(image, params), "label": label}
 
-    def draw(self, seed: int) -> Draw:
+    def sample_params(self, seed: int) -> AugmentParams:
         """Return the parameters that a seed stands for."""
         config, dims = self.config, self.spatial_dims
         rng = np.random.default_rng(seed)
@@ -125,7 +122,7 @@ class Augment:
 
         most = math.radians(config.rotation_degrees)
         angles = tuple(float(angle) for angle in rng.uniform(-most, most, 3 if dims == 3 else 1))
-        return Draw(
+        return AugmentParams(
             rotation_rad=step(config.rotation_probability, angles),
             scale=step(config.scale_probability, within(config.scale)) or 1.0,
             mirror=tuple(axis for axis in config.mirror_axes if happens(config.mirror_probability)),
@@ -137,63 +134,54 @@ class Augment:
             low_resolution=step(config.low_resolution_probability, within(config.low_resolution)),
         )
 
-    def move(self, image: torch.Tensor, label: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
-        """Apply the spatial part of a draw to image and label."""
-        if draw.mirror:
-            image = image.flip([axis + 1 for axis in draw.mirror])
-            label = label.flip(list(draw.mirror))
-        if draw.rotation_rad is None and draw.scale == 1.0:
+    def apply_spatial(
+        self, image: torch.Tensor, label: torch.Tensor, params: AugmentParams
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flip, rotate and scale image and label."""
+        if params.mirror:
+            image = image.flip([axis + 1 for axis in params.mirror])
+            label = label.flip(list(params.mirror))
+        if params.rotation_rad is None and params.scale == 1.0:
             return image, label
         from monai.transforms import AffineGrid, Resample
+        from monai.transforms.utils import create_rotate
 
-        grid, _ = AffineGrid(affine=torch.from_numpy(self._matrix(draw)), dtype=torch.float32)(tuple(label.shape))
+        # Where an output voxel is read, about the centre: rotation and 1/scale in millimetres.
+        matrix = np.eye(self.spatial_dims + 1)
+        if params.rotation_rad is not None:
+            steps = np.diag([*self.spacing_mm, 1.0])
+            matrix = np.linalg.inv(steps) @ create_rotate(self.spatial_dims, params.rotation_rad) @ steps
+        matrix[:-1] /= params.scale
+        affine = torch.from_numpy(matrix.astype(np.float32))
+        grid, _ = AffineGrid(affine=affine, dtype=torch.float32)(tuple(label.shape))
         resample = Resample(padding_mode="zeros", dtype=torch.float32)
-        moved = _plain(resample(image, grid, mode="bilinear"))
-        return moved, _move_label(resample, label, grid)
+        # Outside is filled with 0: in a label shifted by 255 that means "ignore".
+        shifted = (label - IGNORE_INDEX).to(torch.float32)[None]
+        moved = _plain(resample(shifted, grid, mode="nearest"))[0].round().to(torch.int64) + IGNORE_INDEX
+        return _plain(resample(image, grid, mode="bilinear")), moved
 
-    def recolour(self, image: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """Apply the intensity part of a draw to an image."""
+    def apply_intensity(self, image: torch.Tensor, params: AugmentParams) -> torch.Tensor:
+        """Change resolution, gamma, contrast, brightness and noise of an image."""
         from monai.transforms import AdjustContrast, RandGaussianNoise, RandSimulateLowResolution
 
-        if draw.low_resolution is not None:
-            coarser = RandSimulateLowResolution(
-                prob=1.0,
-                upsample_mode="trilinear" if self.spatial_dims == 3 else "bilinear",
-                zoom_range=(draw.low_resolution, draw.low_resolution),
-            )
-            image = _plain(coarser(image))
-        if draw.gamma is not None:
-            bend = AdjustContrast(draw.gamma, retain_stats=True)
+        if params.low_resolution is not None:
+            mode, zoom = "trilinear" if self.spatial_dims == 3 else "bilinear", params.low_resolution
+            image = _plain(RandSimulateLowResolution(prob=1.0, upsample_mode=mode, zoom_range=(zoom, zoom))(image))
+        if params.gamma is not None:
+            bend = AdjustContrast(params.gamma, retain_stats=True)
             image = torch.cat([_plain(bend(channel)) for channel in image.split(1)])
-        if draw.contrast is not None:
+        if params.contrast is not None:
             axes = tuple(range(1, image.ndim))
             mean, low, high = image.mean(axes, True), image.amin(axes, True), image.amax(axes, True)
             # Kept inside its range: no scanner gives the values beyond it.
-            image = torch.clamp((image - mean) * draw.contrast + mean, low, high)
-        if draw.brightness is not None:
-            image = image + draw.brightness * image.std(tuple(range(1, image.ndim)), correction=0, keepdim=True)
-        if draw.noise_std is not None:
-            noise = RandGaussianNoise(prob=1.0, std=draw.noise_std, sample_std=False)
-            noise.set_random_state(seed=draw.noise_seed)
+            image = torch.clamp((image - mean) * params.contrast + mean, low, high)
+        if params.brightness is not None:
+            image = image + params.brightness * image.std(tuple(range(1, image.ndim)), correction=0, keepdim=True)
+        if params.noise_std is not None:
+            noise = RandGaussianNoise(prob=1.0, std=params.noise_std, sample_std=False)
+            noise.set_random_state(seed=params.noise_seed)
             image = _plain(noise(image))
         return image
-
-    def _matrix(self, draw: Draw) -> np.ndarray:
-        """Return where an output voxel is read, about the centre: rotation and 1/scale in millimetres."""
-        from monai.transforms.utils import create_rotate
-
-        matrix = np.eye(self.spatial_dims + 1)
-        if draw.rotation_rad is not None:
-            steps = np.diag([*self.spacing_mm, 1.0])
-            matrix = np.linalg.inv(steps) @ create_rotate(self.spatial_dims, draw.rotation_rad) @ steps
-        matrix[:-1] /= draw.scale
-        return matrix.astype(np.float32)
-
-
-def _move_label(resample: Resample, label: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    # Outside is filled with 0: shifted by 255, that means "ignore".
-    shifted = (label - IGNORE_INDEX).to(torch.float32)[None]
-    return _plain(resample(shifted, grid, mode="nearest"))[0].round().to(torch.int64) + IGNORE_INDEX
 
 
 def _plain(image: Any) -> torch.Tensor:

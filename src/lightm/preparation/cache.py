@@ -1,4 +1,4 @@
-"""Preprocessed cases on disk: one folder a case, named after all that it depends on, complete or absent."""
+"""Preprocessed cases on disk: one folder per case, named after all that it depends on, complete or absent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,13 @@ import platformdirs
 
 from lightm.datasets.cases import Case
 from lightm.errors import LightMError
-from lightm.files import atomic_file, file_hash
+from lightm.files import file_hash, write_text
 from lightm.labels import IGNORE_INDEX
 from lightm.preparation.plan import Plan
 
 # Raised whenever preprocessing gives other numbers, so that older results are left alone.
 CODE_VERSION = 2
 
-_FILES = ("image.npy", "label.npy", "foreground.npz", "meta.json")
 _FOREGROUND_VOXELS = 2000
 # A file changed again within the clock's grain keeps its time: hashes of files this young are not remembered.
 _RACY_SECONDS = 2.0
@@ -85,24 +83,13 @@ def case_key(case: Case, plan: Plan, hashes: FileHashes) -> str:
 
 def find(folder: Path, case_id: str) -> PreprocessedCase | None:
     """Return the case stored in a folder, or None where it is absent or incomplete."""
-    label = folder / "label.npy"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    needed = [folder / name for name in _FILES if name != "label.npy" or meta.get("has_label")]
-    if not all(file.is_file() for file in needed):
-        return None
-    return PreprocessedCase(case_id, folder / "image.npy", label if meta["has_label"] else None, meta)
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    """np.save, which does not notice a disk that is full for the last few kilobytes alone."""
-    np.save(path, array)
-    try:
-        np.load(path, mmap_mode="r")
-    except ValueError:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+    image, label = folder / "image.npy", folder / "label.npy" if meta.get("has_label") else None
+    whole = all(file.is_file() for file in (image, label, folder / "foreground.npz") if file is not None)
+    return PreprocessedCase(case_id, image, label, meta) if whole else None
 
 
 def store(
@@ -138,6 +125,15 @@ def store(
     return stored
 
 
+def _save(path: Path, array: np.ndarray) -> None:
+    """np.save, which does not notice a disk that is full for the last few kilobytes alone."""
+    np.save(path, array)
+    try:
+        np.load(path, mmap_mode="r")
+    except ValueError:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed more than a day ago left half written."""
     for leftover in folder.glob(".tmp-*"):
@@ -158,7 +154,7 @@ class FileHashes:
         self._changed = False
 
     def of(self, file: Path) -> str:
-        """Return size and SHA-256 of the content."""
+        """Return size and SHA-256 of the content; raises InputError for a file that cannot be read."""
         name = str(file.resolve())
         try:
             facts = file.stat()
@@ -177,8 +173,7 @@ class FileHashes:
     def save(self) -> None:
         """Write what was learnt, for the next run."""
         if self._changed:
-            with atomic_file(self._file) as stream:
-                stream.write(json.dumps(self._known).encode())
+            write_text(self._file, json.dumps(self._known))
             self._changed = False
 
 
@@ -188,13 +183,9 @@ def _foreground(case_id: str, label: np.ndarray | None) -> tuple[dict[str, Any],
     rng = np.random.default_rng(zlib.crc32(case_id.encode()))
     counts = np.bincount(label.ravel(), minlength=256)
     foreground: dict[str, Any] = {}
-    for index in _present(counts):
+    for index in (int(index) for index in np.flatnonzero(counts[:IGNORE_INDEX]) if index > 0):
         places = np.flatnonzero(label == index)
         if places.size > _FOREGROUND_VOXELS:
             places = np.sort(rng.choice(places, _FOREGROUND_VOXELS, replace=False))
         foreground[str(index)] = np.stack(np.unravel_index(places, label.shape), axis=1).astype(np.int32)
     return foreground, {str(index): int(count) for index, count in enumerate(counts[:IGNORE_INDEX]) if count}
-
-
-def _present(counts: np.ndarray) -> Iterable[int]:
-    return (int(index) for index in np.flatnonzero(counts[:IGNORE_INDEX]) if index > 0)

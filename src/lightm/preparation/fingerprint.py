@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from lightm.datasets.cases import Case, Dataset
+from lightm.datasets.cases import Case, Dataset, on_all_cores
 from lightm.errors import InputError
 from lightm.files import file_hash
 from lightm.images.io import read_volume
@@ -68,16 +66,11 @@ def take_fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> t
     """Read every training case once; return the summary and the facts of each case.
 
     Deterministic: the sampled voxels depend on the case's id alone. Raises InputError, naming file and case, for
-    unreadable files, geometries that disagree and unknown label values. Memory: one case a core.
+    unreadable files, geometries that disagree and unknown label values. Memory: one case per core.
     """
     if not dataset.cases:
         raise InputError(f"{dataset.root}: no training cases; add images and labels")
-    facts: list[CaseFacts] = []
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for found in pool.map(lambda case: _case_facts(case, dataset), dataset.cases):
-            facts.append(found)
-            if progress is not None:
-                progress("fingerprint", len(facts), len(dataset.cases))
+    facts = on_all_cores(lambda case: _case_facts(case, dataset), dataset.cases, "fingerprint", progress)
     dims = len(facts[0].shape)
     for case, found in zip(dataset.cases, facts, strict=True):
         if len(found.shape) != dims:
@@ -87,10 +80,11 @@ def take_fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> t
             )
     shapes = np.array([found.shape for found in facts])
     spacings = np.array([found.spacing_mm for found in facts])
-    total = max(1, sum(sum(found.voxels.values()) for found in facts))
+    voxels = {value: sum(found.voxels.get(value, 0) for found in facts) for value in dataset.values}
+    total = max(1, sum(voxels.values()))
     return Fingerprint(
         cases=len(facts),
-        data_hash=data_hash(dataset),
+        data_hash=_data_hash(dataset),
         shape_min=shapes.min(0).tolist(),
         shape_median=np.median(shapes, axis=0).round().astype(int).tolist(),
         shape_max=shapes.max(0).tolist(),
@@ -98,19 +92,15 @@ def take_fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> t
         spacing_mm_median=rounded(np.median(spacings, axis=0)),
         spacing_mm_max=rounded(spacings.max(0)),
         intensities=_intensities(facts, len(dataset.channels)),
-        class_fractions={
-            name: rounded([sum(found.voxels.get(value, 0) for found in facts) / total], 4)[0]
-            for name, value in dataset.labels.items()
-        },
+        class_fractions={name: rounded([voxels[value] / total], 4)[0] for name, value in dataset.labels.items()},
         class_cases={name: sum(value in found.voxels for found in facts) for name, value in dataset.labels.items()},
     ), facts
 
 
-def data_hash(dataset: Dataset) -> str:
+def _data_hash(dataset: Dataset) -> str:
     """Return the SHA-256 over names, sizes and contents of all training files, in the order of their names."""
     files = sorted({file for case in dataset.cases for file in (*case.images, case.label) if file is not None})
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        contents = list(pool.map(file_hash, files))
+    contents = on_all_cores(file_hash, files)
     whole = hashlib.sha256()
     for file, content in sorted(zip((f"{file.parent.name}/{file.name}" for file in files), contents, strict=True)):
         whole.update(f"{file}\0{content}\n".encode())
@@ -125,26 +115,25 @@ def rounded(values: np.ndarray | list[float], digits: int = 6) -> list[float]:
 def _case_facts(case: Case, dataset: Dataset) -> CaseFacts:
     images = [read_volume(file) for file in case.images]
     label = read_volume(case.label, kind="label") if case.label is not None else None
-    for file, volume in zip((*case.images[1:], case.label), [*images[1:], label], strict=True):
+    for file, volume in zip((*case.images, case.label), [*images, label], strict=True):
         if volume is not None and (difference := geometry_difference(volume, images[0])):
             raise InputError(
                 f"{file}: case {case.id}: does not lie where {case.images[0].name} does: {difference}; "
                 "resample one onto the other (`lightm check` lists all such files)"
             )
+    ignored = -1 if dataset.ignore_label is None else dataset.ignore_label
     voxels: dict[int, int] = {}
     inside = np.zeros(0, dtype=np.int64)
     if label is not None:
         values, counts = np.unique(label.data, return_counts=True)
         voxels = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
-        unknown = sorted(set(voxels) - {*dataset.values, dataset.ignore_label})
-        if unknown:
+        if unknown := sorted(set(voxels) - {*dataset.values, dataset.ignore_label}):
             raise InputError(
                 f"{case.label}: case {case.id}: label value {unknown[0]} is not in dataset.json, which names "
                 f"{list(dataset.values)}; correct the label map, or add the value"
             )
-        ignored = -1 if dataset.ignore_label is None else dataset.ignore_label
         inside = np.flatnonzero((label.data != 0) & (label.data != ignored))
-    voxels.pop(dataset.ignore_label if dataset.ignore_label is not None else -1, None)
+    voxels.pop(ignored, None)
     rng = np.random.default_rng(zlib.crc32(case.id.encode()))
     found = inside.size > 0
     chosen = rng.choice(inside, _SAMPLES) if found else rng.integers(images[0].data.size, size=_SAMPLES)

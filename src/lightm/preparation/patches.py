@@ -26,9 +26,9 @@ class PatchDataset(TorchDataset[dict[str, Any]]):
     indices, counted from 0, visit each case once, in an order drawn anew each time. A case smaller than the patch
     lies anywhere inside it; the rest is 0 in the image and 255 (ignored) in the label.
 
-    An item is {"image": float32 (C, *patch), "label": int64 (*patch), "case": id} and depends on (seed, index) alone:
-    not on earlier items, workers or resuming. Indices have no upper end. Voxels are mapped from the cache's files, so
-    that all workers of a machine share one copy, which the system drops where memory is short.
+    An item is {"image": float32 (C, *patch), "label": int64 (*patch), "case": id} and depends on (seed, index) alone,
+    whatever came before. Indices have no upper end. Voxels are mapped from the cache's files, so that all workers of a
+    machine share one copy, which the system drops where memory is short.
     Raises InputError for no cases, cases without labels, and a patch of the wrong number of axes.
     """
 
@@ -60,11 +60,11 @@ class PatchDataset(TorchDataset[dict[str, Any]]):
         self.patch_size = tuple(int(size) for size in patch_size)
         self.seed = int(seed)
         self.foreground_fraction = float(foreground_fraction)
-        used = augment is not None and augment.enabled
-        spacing = cases[0].meta.get("spacing_mm")
-        self._augment = Augment(augment, len(self.patch_size), spacing) if used and augment is not None else None
-        self._mapped: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._foreground: dict[int, dict[int, np.ndarray]] = {}
+        self._augment: Augment | None = None
+        if augment is not None and augment.enabled:
+            self._augment = Augment(augment, len(self.patch_size), cases[0].meta.get("spacing_mm"))
+        # Image, label and foreground of the cases that were asked for.
+        self._opened: dict[int, tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]] = {}
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -78,35 +78,32 @@ class PatchDataset(TorchDataset[dict[str, Any]]):
             raise IndexError(f"index {index}: patches are numbered from 0")
         rng = np.random.default_rng((self.seed, int(index)))
         chosen = self._case_of(int(index))
-        image, label = self._arrays(chosen)
-        start = self._place(chosen, label.shape, rng)
+        case = self.cases[chosen]
+        if chosen not in self._opened:
+            self._opened[chosen] = (case.image(), case.label(), case.foreground())
+        image, label, foreground = self._opened[chosen]
+        start = self._place(foreground, label.shape, rng)
         sample = {
             "image": torch.from_numpy(cut(image, start, self.patch_size, 0)),
             "label": torch.from_numpy(cut(label, start, self.patch_size, IGNORE_INDEX).astype(np.int64)),
-            "case": self.cases[chosen].id,
+            "case": case.id,
         }
         seed = int(rng.integers(2**63))
         return sample if self._augment is None else self._augment(sample, seed)
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers open the files themselves instead of being sent every voxel."""
-        return {**self.__dict__, "_mapped": {}, "_foreground": {}}
+        return {**self.__dict__, "_opened": {}}
 
     def _case_of(self, index: int) -> int:
         turn, place = divmod(index, len(self.cases))
         return int(np.random.default_rng((self.seed, turn, _ORDER)).permutation(len(self.cases))[place])
 
-    def _arrays(self, chosen: int) -> tuple[np.ndarray, np.ndarray]:
-        if chosen not in self._mapped:
-            self._mapped[chosen] = (self.cases[chosen].image(), self.cases[chosen].label())
-        return self._mapped[chosen]
-
-    def _place(self, chosen: int, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[int, ...]:
+    def _place(
+        self, places: dict[int, np.ndarray], shape: tuple[int, ...], rng: np.random.Generator
+    ) -> tuple[int, ...]:
         # Drawn always, so that the draws after it do not depend on what the case holds.
         wanted = rng.random() < self.foreground_fraction
-        if chosen not in self._foreground:
-            self._foreground[chosen] = self.cases[chosen].foreground()
-        places = self._foreground[chosen]
         voxel: np.ndarray | None = None
         if wanted and places:
             voxels = places[sorted(places)[int(rng.integers(len(places)))]]
@@ -138,7 +135,7 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, length: int, start_epoch: int = 0) -> None:
         if length < 1:
-            raise InputError(f"length {length}: at least one patch an epoch is needed")
+            raise InputError(f"length {length}: at least one patch per epoch is needed")
         self.length = int(length)
         self.epoch = int(start_epoch)
 

@@ -1,4 +1,4 @@
-"""The plan: how a dataset is resampled, normalised and cut into patches; one YAML that people read and edit."""
+"""The plan: how a dataset is resampled, normalised and cut into patches; a YAML file to read and edit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from lightm.config_io import load_yaml, save_yaml, validated
 from lightm.datasets.cases import Dataset
 from lightm.errors import InputError
 from lightm.memory import total_bytes
-from lightm.preparation.fingerprint import Fingerprint, Progress, rounded, take_fingerprint
+from lightm.preparation.fingerprint import ChannelIntensities, Fingerprint, rounded, take_fingerprint
+from lightm.progress import Progress
 
 # Three poolings by 2 halve a patch to whole voxels only where 8 divides it.
 MULTIPLE = 8
@@ -47,12 +48,11 @@ class ChannelNormalization(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> ChannelNormalization:
-        if self.scheme == "ct":
-            missing = [key for key in ("clip_low", "clip_high", "mean", "std") if getattr(self, key) is None]
-            if missing:
-                raise ValueError(f"scheme 'ct' needs {', '.join(missing)}")
-            if self.clip_low is not None and self.clip_high is not None and self.clip_low >= self.clip_high:
-                raise ValueError("clip_low must be below clip_high")
+        missing = [key for key in ("clip_low", "clip_high", "mean", "std") if getattr(self, key) is None]
+        if self.scheme == "ct" and missing:
+            raise ValueError(f"scheme 'ct' needs {', '.join(missing)}")
+        if self.scheme == "ct" and float(self.clip_low or 0) >= float(self.clip_high or 0):
+            raise ValueError("clip_low must be below clip_high")
         return self
 
 
@@ -81,14 +81,22 @@ class Plan(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
-        for key, length in (("spacing_mm", self.spatial_dims), ("patch_size", self.spatial_dims)):
-            if len(getattr(self, key)) != length:
-                raise ValueError(f"{key} needs {length} numbers in {length}D, got {getattr(self, key)}")
+        dims = self.spatial_dims
+        for key in ("spacing_mm", "patch_size"):
+            if len(getattr(self, key)) != dims:
+                raise ValueError(f"{key} needs {dims} numbers in {dims}D, got {getattr(self, key)}")
         if len(self.normalization) != len(self.channels):
             raise ValueError(f"normalization needs one entry per channel, {len(self.channels)}")
         if not all(np.isfinite(self.spacing_mm)) or min(self.spacing_mm) <= 0:
             raise ValueError(f"spacing_mm must be positive, got {self.spacing_mm}")
-        _check_patch(self.patch_size)
+        for axis, size in zip("ZYX"[-dims:], self.patch_size, strict=True):
+            if size < MULTIPLE or size % MULTIPLE:
+                below = max(MULTIPLE, size // MULTIPLE * MULTIPLE)
+                advice = f"{below} or {below + MULTIPLE}" if size > MULTIPLE else str(MULTIPLE)
+                raise ValueError(
+                    f"patch size {tuple(self.patch_size)}: {axis}={size} is not a multiple of {MULTIPLE} "
+                    f"(three poolings); use {advice}"
+                )
         values = list(self.labels.values())
         if values != sorted(set(values)) or len(values) < 2 or values[0] != 0:
             raise ValueError(f"labels need the background, 0, first and then rising values, got {self.labels}")
@@ -132,8 +140,8 @@ def make_plan(
     0.5 and 99.5 and scaled by its mean and standard deviation; all others are z-scored, each case by itself.
 
     memory_gb: for training; by default 0.6 of the machine's. Arguments that are given are taken as they are.
-    Raises InputError for unusable arguments and for the faults that `take_fingerprint` finds.
-    Cost: every file read twice (voxels, hash); memory of one case a core.
+    Raises InputError for unusable arguments and as `take_fingerprint` does.
+    Cost: every file read twice (voxels, hash); memory of one case per core.
     """
     fingerprint, facts = take_fingerprint(dataset, progress=progress)
     dims = len(fingerprint.shape_median)
@@ -160,10 +168,7 @@ def make_plan(
         "spacing_mm": spacing,
         "patch_size": patch,
         "batch_size": batch if batch_size is None else batch_size,
-        "normalization": [
-            _choose_normalization(name, stats.low, stats.high, stats.mean, stats.std)
-            for name, stats in zip(dataset.channels, fingerprint.intensities, strict=True)
-        ],
+        "normalization": list(map(_choose_normalization, dataset.channels, fingerprint.intensities)),
         "fingerprint": fingerprint,
     }
     return validated(Plan, content, f"plan of {dataset.name}")
@@ -174,16 +179,14 @@ def _choose_spacing(spacings: np.ndarray) -> list[float]:
     coarsest = int(target.argmax())
     others = np.delete(target, coarsest)
     if len(target) == 3 and target[coarsest] > _ANISOTROPY * others.max():
-        finer = float(np.percentile(spacings[:, coarsest], 10))
-        target[coarsest] = max(finer, float(others.max()))
+        target[coarsest] = max(np.percentile(spacings[:, coarsest], 10), others.max())
     return [float(step) for step in target]
 
 
 def _choose_patch(median_shape: Sequence[int], budget: int) -> list[int]:
     patch = [-(-size // MULTIPLE) * MULTIPLE for size in median_shape]
     while np.prod(patch) > budget and max(patch) > MULTIPLE:
-        longest = int(np.argmax(patch))
-        patch[longest] -= MULTIPLE
+        patch[int(np.argmax(patch))] -= MULTIPLE
     return patch
 
 
@@ -195,20 +198,9 @@ def _voxel_budget(dims: int, memory_gb: float | None) -> int:
     return min(_CAP_VOXELS[dims], int(there / (_BYTES_PER_VOXEL * _BATCH[dims][0])))
 
 
-def _choose_normalization(name: str, low: float, high: float, mean: float, std: float) -> ChannelNormalization:
+def _choose_normalization(name: str, found: ChannelIntensities) -> ChannelNormalization:
     if name.strip().lower() != "ct":
         return ChannelNormalization(scheme="zscore")
-    if low >= high or std <= 0:
-        raise InputError(f"channel '{name}': the foreground has one intensity only, {low}; check the images")
-    return ChannelNormalization(scheme="ct", clip_low=low, clip_high=high, mean=mean, std=std)
-
-
-def _check_patch(patch: Sequence[int]) -> None:
-    for axis, size in zip("ZYX"[-len(patch) :], patch, strict=True):
-        if size < MULTIPLE or size % MULTIPLE:
-            below = max(MULTIPLE, size // MULTIPLE * MULTIPLE)
-            advice = f"{below} or {below + MULTIPLE}" if size > MULTIPLE else str(MULTIPLE)
-            raise ValueError(
-                f"patch size {tuple(patch)}: {axis}={size} is not a multiple of {MULTIPLE} "
-                f"(three poolings); use {advice}"
-            )
+    if found.low >= found.high or found.std <= 0:
+        raise InputError(f"channel '{name}': the foreground has one intensity only, {found.low}; check the images")
+    return ChannelNormalization(scheme="ct", clip_low=found.low, clip_high=found.high, mean=found.mean, std=found.std)

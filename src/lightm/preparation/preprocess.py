@@ -1,4 +1,4 @@
-"""From files to what a network sees: canonical orientation, the plan's spacing, normalised intensities."""
+"""From files to what a network sees of a case: canonical orientation, the plan's spacing, normalised intensities."""
 
 from __future__ import annotations
 
@@ -12,49 +12,113 @@ import numpy as np
 
 from lightm.datasets.cases import Case, Dataset
 from lightm.errors import InputError
+from lightm.images.disk_array import Box, DiskArray
 from lightm.images.io import read_volume
 from lightm.images.lazy import LazyVolume
 from lightm.images.volume import Volume, geometry_difference
 from lightm.labels import IGNORE_INDEX
-from lightm.preparation.cache import (
-    FileHashes,
-    PreprocessedCase,
-    case_key,
-    default_cache_dir,
-    find,
-    remove_leftovers,
-    store,
-)
-from lightm.preparation.fingerprint import Progress
-from lightm.preparation.grid import NetworkGrid
+from lightm.preparation import cache
+from lightm.preparation.cache import PreprocessedCase
 from lightm.preparation.plan import Plan
-from lightm.preparation.resample import resample_label
+from lightm.preparation.resample import resample_image, resample_label, resampled_shape
+from lightm.progress import Progress
 
-__all__ = [
-    "PreprocessedCase",
-    "check_fit",
-    "default_cache_dir",
-    "preprocess_case",
-    "preprocess_dataset",
-    "to_class_indices",
-]
+# Voxels looked at together for mean and standard deviation; whatever is in memory, so that sums are the same.
+_CHUNK_VOXELS = 1 << 20
+
+
+class NetworkGrid:
+    """The image (C, *shape) that the network sees, float32, of which `read` makes a box at a time.
+
+    images: one per channel, as `check_fit` accepts. folder: where a resampled image goes, None for memory. Training and
+    prediction both read their images here, and values are the same whatever is in memory: without resampling nothing
+    is kept but the images' own voxels; with it, one float32 per voxel and channel.
+
+    "ct" channels are clipped, minus mean, over std of the plan; "zscore" channels minus their own mean, over their own
+    standard deviation (only the mean is taken off a constant channel). Where the file's voxels and float32 differ
+    (float64, large integers) they are rounded to float32 first.
+    Cost: normalisation again for each window that a voxel lies in, some 1% of the network's time.
+    """
+
+    def __init__(self, images: Sequence[LazyVolume], plan: Plan, folder: Path | None = None) -> None:
+        first = images[0].geometry.to_canonical()
+        self.shape = resampled_shape(first.shape, first.spacing_mm, plan.spacing_mm)
+        self.schemes = plan.normalization
+        same = first.shape == self.shape
+        self._images = list(images) if same else []
+        self._resampled = [] if same else [self._resample(image, first.shape, folder) for image in images]
+        self._zscores = [
+            (0.0, 1.0) if scheme.scheme == "ct" else self._zscore(channel)
+            for channel, scheme in enumerate(self.schemes)
+        ]
+
+    def read(self, box: Box) -> np.ndarray:
+        """Return a box, one slice with both ends per axis, of all channels: (C, *box) float32."""
+        result = np.empty((len(self.schemes), *(part.stop - part.start for part in box)), np.float32)
+        for channel, (scheme, (mean, std)) in enumerate(zip(self.schemes, self._zscores, strict=True)):
+            # By the slice: float64 costs no second copy of a large scan.
+            for slab, target in zip(self._voxels(channel, box), result[channel], strict=True):
+                if scheme.scheme == "ct":
+                    clipped = np.clip(slab, scheme.clip_low, scheme.clip_high)
+                    target[...] = (clipped - np.float32(scheme.mean)) / np.float32(scheme.std)
+                else:
+                    target[...] = (slab - np.float64(mean)) / std
+        return result
+
+    def close(self) -> None:
+        """Give temporary files and memory back."""
+        for stored in self._resampled:
+            stored.close()
+        self._images, self._resampled = [], []
+
+    def _resample(self, image: LazyVolume, shape: tuple[int, ...], folder: Path | None) -> DiskArray:
+        rest = _whole(shape[1:])
+        return resample_image(
+            lambda start, stop: image.read_canonical((slice(start, stop), *rest)), shape, self.shape, folder
+        )
+
+    def _voxels(self, channel: int, box: Box) -> np.ndarray:
+        """Voxels of one channel on the network's grid, before normalisation, float32."""
+        if self._resampled:
+            return self._resampled[channel].read(box)
+        if not self._images:
+            raise ValueError("the grid was closed")
+        return np.ascontiguousarray(self._images[channel].read_canonical(box), dtype=np.float32)
+
+    def _zscore(self, channel: int) -> tuple[float, float]:
+        """Mean and standard deviation (1 for a constant) of a channel in float64; sums of slices are added in order."""
+        length, *rest = self.shape
+        step = max(1, _CHUNK_VOXELS // int(np.prod(rest)))
+        boxes = [(slice(start, min(start + step, length)), *_whole(rest)) for start in range(0, length, step)]
+        size = int(np.prod(self.shape))
+        total = squares = 0.0
+        for box in boxes:
+            total += sum(float(part.sum(dtype=np.float64)) for part in self._voxels(channel, box))
+        mean = total / size
+        for box in boxes:
+            squares += sum(float(np.square(part - np.float64(mean)).sum()) for part in self._voxels(channel, box))
+        std = float((squares / size) ** 0.5)
+        return mean, std if std > 1e-8 * max(1.0, abs(mean)) else 1.0
+
+
+def _whole(shape: Sequence[int]) -> Box:
+    return tuple(slice(0, size) for size in shape)
 
 
 def preprocess_case(images: Sequence[Volume], label: Volume | None, plan: Plan) -> tuple[np.ndarray, np.ndarray | None]:
     """Return image (C, *spatial) float32 and label (*spatial) uint8 of class indices, 255 where ignored.
 
-    Orientation is made canonical, then images are resampled with cubic splines and label maps by linear
-    interpolation of each class, both to the plan's spacing; then each channel is normalised: what prediction sees, bit
-    by bit (`lightm.preparation.grid`).
+    Orientation is made canonical, then images are resampled with cubic splines and label maps by linear interpolation
+    of each class, both to the plan's spacing; then each channel is normalised: what prediction sees, bit by bit.
     Raises InputError for other channels or axes than planned, geometries that disagree and unknown label values.
     Cost: about 1 s for 10 million voxels where resampling is needed.
     """
     check_fit(images, label, plan)
-    # Turned and converted here once, not in each of the grid's passes.
+    # Turned and converted here once, instead of in each of the grid's passes.
     turned = [image.to_canonical() for image in images]
     held = [image.with_data(np.ascontiguousarray(image.data, np.float32)) for image in turned]
     grid = NetworkGrid([LazyVolume.of(image) for image in held], plan)
-    image = grid.read(tuple(slice(0, size) for size in grid.shape))
+    image = grid.read(_whole(grid.shape))
     if label is None:
         return image, None
     classes = to_class_indices(label.to_canonical().data, plan.values, plan.ignore_label)
@@ -106,20 +170,20 @@ def preprocess_dataset(
 
     A case is done again only when its files' contents, what the plan says of it, or this code changed; results for
     other plans stay beside it. Each case appears complete or not at all, so a run may be killed at any time.
-    cache_dir: by default `default_cache_dir()`. case_ids: by default all training cases. workers: threads.
+    cache_dir: by default `cache.default_cache_dir()`. case_ids: by default all training cases. workers: threads.
 
     Raises InputError, naming the case, for faulty files; LightMError when the disk refuses. Cost: reading, and
     cubic resampling where spacings differ; 5 bytes per voxel on disk for one channel; memory of one case per worker.
     """
-    folder = Path(cache_dir or default_cache_dir()) / _folder_name(dataset.name)
+    folder = Path(cache_dir or cache.default_cache_dir()) / _folder_name(dataset.name)
     cases = dataset.cases if case_ids is None else [dataset.case(case_id) for case_id in case_ids]
-    remove_leftovers(folder)
-    hashes = FileHashes(folder / "hashes.json")
+    cache.remove_leftovers(folder)
+    hashes = cache.FileHashes(folder / "hashes.json")
 
     def one(case: Case) -> PreprocessedCase:
-        key = case_key(case, plan, hashes)
+        key = cache.case_key(case, plan, hashes)
         place = folder / f"{_folder_name(case.id)}-{key[:16]}"
-        return find(place, case.id) or _make(case, plan, place, key)
+        return cache.find(place, case.id) or _make(case, plan, place, key)
 
     done: list[PreprocessedCase] = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -143,7 +207,7 @@ def _make(case: Case, plan: Plan, place: Path, key: str) -> PreprocessedCase:
         raise InputError(f"{case.label or case.images[0]}: case {case.id}: {error}") from None
     geometry = hashlib.sha256(repr((images[0].shape, images[0].affine.tolist())).encode()).hexdigest()
     meta = {"key": key, "native_geometry": geometry, "spacing_mm": plan.spacing_mm}
-    return store(place, case.id, image, classes, meta)
+    return cache.store(place, case.id, image, classes, meta)
 
 
 def _folder_name(name: str) -> str:

@@ -32,16 +32,12 @@ def resampled_shape(shape: Sequence[int], spacing_mm: Sequence[float], target_mm
 
 
 def resample_image(
-    read: Callable[[int, int], np.ndarray],
-    shape: Sequence[int],
-    target: Sequence[int],
-    folder: Path | None = None,
+    read: Callable[[int, int], np.ndarray], shape: Sequence[int], target: Sequence[int], folder: Path | None = None
 ) -> DiskArray:
     """Resample one channel by cubic splines, slab by slab, into a `DiskArray` of shape `target`, float32.
 
     read(start, stop): slices of the image of `shape` along its first axis. folder: where temporary files go, None for
-    memory. No smoothing before making smaller. Computed in float64, rounded to float32 once per axis; the result does
-    not depend on the slabs.
+    memory. No smoothing before downsampling. Computed in float64, rounded to float32 once per axis.
 
     Cost: some 25 ns per voxel and axis. Memory: 30 MB and a few slices, and without `folder` the result and an image of
     the target's shape but the source's length.
@@ -71,10 +67,8 @@ def resample_image(
 def resample_bytes(shape: Sequence[int], target: Sequence[int]) -> int:
     """Return what `resample_image` needs at most beside what it keeps: float64 knots, products and sum of one slab."""
     across = _step(shape[1:]) * _padded(shape[1:], target[1:])
-    down = (
-        _step((max(shape[0], target[0]), *target[2:])) * _padded((shape[0],), (target[0],)) * int(np.prod(target[2:]))
-    )
-    return 36 * max(across, down)
+    down = _padded(shape[:1], target[:1]) * int(np.prod(target[2:]))
+    return 36 * max(across, _step((max(shape[0], target[0]), *target[2:])) * down)
 
 
 def _step(shape: Sequence[int]) -> int:

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from lightm.errors import LightMError
+from lightm.preparation.cache import PreprocessedCase
 from lightm.preparation.patches import EpochSampler, PatchDataset
-from lightm.preparation.preprocess import PreprocessedCase
 from lightm.training.record import Run
 
 VALIDATION_SEED = 20_221_231  # the validation patches are the same for every seed of a run

@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from lightm.datasets.cases import Dataset
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.datasets.split import Split, check_split, load_split, make_split
 from lightm.device import resolve_device
 from lightm.errors import InputError, LightMError
@@ -25,8 +25,9 @@ from lightm.losses import SegmentationLoss, create_loss
 from lightm.losses.custom import CustomLoss
 from lightm.nets import create, save_model
 from lightm.nets.described import OWN
+from lightm.preparation.cache import PreprocessedCase, default_cache_dir
 from lightm.preparation.plan import Plan, load_plan, make_plan
-from lightm.preparation.preprocess import PreprocessedCase, default_cache_dir, preprocess_dataset
+from lightm.preparation.preprocess import preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.checkpoint_io import BEST, load_checkpoint, newest_checkpoint
 from lightm.training.config import ResumeOptions, TrainConfig, load_config

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lightm import Volume, read_volume, write_volume
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.datasets.phantoms import make_phantoms
 from lightm.datasets.split import Split
 from lightm.evaluation.evaluation import CaseRow, summarize

@@ -38,14 +38,13 @@ def _spline_weights(axis: Array, length_mm: float, shift: float) -> Array:
     return np.where(t < 1, near, far).astype(np.float32)
 
 
-def smooth_field(axes: Sequence[Array], length_mm: float | Sequence[float], rng: np.random.Generator) -> Array:
+def smooth_field(axes: Sequence[Array], length_mm: float, rng: np.random.Generator) -> Array:
     """Return a smooth random field of mean 0 and standard deviation 1 on the grid of the axes.
 
-    White noise on knots `length_mm` apart (one number, or one per axis), interpolated by cubic B-splines;
-    separable, so the cost is a few multiply-adds per voxel. float32.
+    White noise on knots `length_mm` apart, interpolated by cubic B-splines; separable, so the cost is a few
+    multiply-adds per voxel. float32.
     """
-    lengths = [float(length_mm)] * len(axes) if isinstance(length_mm, (int, float)) else list(length_mm)
-    weights = [_spline_weights(a, s, rng.uniform()) for a, s in zip(axes, lengths, strict=True)]
+    weights = [_spline_weights(axis, length_mm, rng.uniform()) for axis in axes]
     field: Array = rng.standard_normal([w.shape[1] for w in weights]).astype(np.float32)
     # Contracting the last axis each time and rolling the result to the front ends in the original order.
     for weight in reversed(weights):
@@ -116,7 +115,7 @@ def paint(image: Array, distance: Array, value: float | Array, width_mm: float) 
 
 
 def spline_curve(points: Array, per_span: int) -> Array:
-    """Return a Catmull-Rom curve through the (K, D) points with `per_span` samples a span and both ends."""
+    """Return a Catmull-Rom curve through the (K, D) points with `per_span` samples per span and both ends."""
     p = np.asarray(points, dtype=np.float64)
     if len(p) < 2:
         return p
@@ -128,17 +127,16 @@ def spline_curve(points: Array, per_span: int) -> Array:
     return np.concatenate([curve.reshape(-1, p.shape[1]), p[-1:]])
 
 
-def empty_distance(axes: Sequence[Array], far_mm: float = 1e3) -> Array:
+def empty_distance(axes: Sequence[Array]) -> Array:
     """Return a signed-distance array on the grid of the axes with nothing in it yet."""
-    return np.full([len(a) for a in axes], far_mm, dtype=np.float32)
+    return np.full([len(a) for a in axes], 1e3, dtype=np.float32)
 
 
 def add_tube(distance: Array, axes: Sequence[Array], points: Array, radii_mm: Array, margin_mm: float) -> None:
     """Lower the signed distance in place to that of a tapering tube along the (K, D) polyline of points.
 
-    `radii_mm` holds one radius per point; the distance is right up to `margin_mm` outside of the tube. The
-    axes ascend evenly and the points are in their order (z, y, x). Only the box around each segment is
-    visited, so the cost follows the length of the tube and not the size of the grid.
+    `radii_mm` holds one radius per point; the distance is right up to `margin_mm` outside of the tube. The axes ascend
+    evenly and the points are in their order (z, y, x). Only the box around each segment is visited.
     """
     steps = [float(a[1] - a[0]) for a in axes]
     starts = [float(a[0]) for a in axes]

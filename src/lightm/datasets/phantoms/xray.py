@@ -111,11 +111,6 @@ def _soft_tissue(
     return np.asarray(total, dtype=np.float32)
 
 
-def _place(points: Array, turn: Array, shift: Array) -> Array:
-    """Return anatomical (y, x) points as places in the picture (the inverse of the coordinates' turn)."""
-    return np.asarray((points - shift) @ np.linalg.inv(turn).T)
-
-
 def _bones(
     y: Array, x: Array, axes: list[Array], turn: Array, shift: Array, scale: Array, pixel: float,
     rng: np.random.Generator,
@@ -126,7 +121,8 @@ def _bones(
 
     def add(points: Array, radius: float, density: float) -> None:
         tube = empty_distance(axes)
-        curve = _place(spline_curve(points, 5), turn, shift)
+        # From anatomical (y, x) to places in the picture: the inverse of the coordinates' turn.
+        curve = np.asarray((spline_curve(points, 5) - shift) @ np.linalg.inv(turn).T)
         add_tube(tube, axes, curve, np.full(len(curve), radius), 2 * pixel)
         inside = np.clip(-tube / radius, 0, 1)
         # A hollow tube: the cortex shows at the edges more than the marrow in the middle.

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from lightm.config_io import load_json, load_yaml
 from lightm.datasets.cases import Dataset
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.datasets.split import Split
 from lightm.errors import InputError
 from lightm.evaluation.evaluation import CaseRow, Evaluation, load_evaluation

@@ -15,7 +15,7 @@ from typing import Any
 from lightm import __version__
 from lightm.config_io import load_yaml
 from lightm.datasets.cases import Dataset
-from lightm.datasets.dataset import open_dataset
+from lightm.datasets.discovery import open_dataset
 from lightm.datasets.phantoms import make_phantoms
 from lightm.datasets.split import Split, load_split
 from lightm.errors import InputError
@@ -27,8 +27,9 @@ from lightm.lab.compare.results import TRIAL, Comparison, TrialRecord, read_comp
 from lightm.lab.complexity import build_network, count_operations
 from lightm.losses import create_loss
 from lightm.nets import count_parameters
+from lightm.preparation.cache import default_cache_dir
 from lightm.preparation.plan import Plan, load_plan
-from lightm.preparation.preprocess import default_cache_dir, preprocess_dataset
+from lightm.preparation.preprocess import preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.config import parse_duration, resolve_config
 from lightm.training.run import choose_plan, choose_split, with_sizes

@@ -1,29 +1,31 @@
-"""Checking the cases that were found, and writing them as one new folder."""
+"""From the layouts of public downloads to nnU-Net's raw layout, which everything else here reads."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import shutil
 import struct
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightm.datasets.cases import Problem, error
-from lightm.datasets.convert.sources import Found, Source
-from lightm.errors import InputError, LightMError
+from lightm.datasets.cases import Problem, error, on_all_cores
+from lightm.datasets.discovery import doubled
+from lightm.datasets.public_layouts import FINDERS, Found, Source
+from lightm.errors import InputError, LightMError, did_you_mean
 from lightm.files import atomic_file
 from lightm.images.io import file_suffix, read_volume, write_volume
 from lightm.images.volume import Volume, geometry_difference
 from lightm.progress import Progress
 
-SHOWN = 20  # problems of a message
+_SHOWN = 20  # problems of a message
 
 
 @dataclass(frozen=True)
@@ -37,41 +39,61 @@ class Converted:
     remarks: list[str]
 
 
-def write_found(
-    found: Found,
-    out: Path,
+def convert_dataset(
+    kind: str,
+    source: Path | str,
+    out: Path | str,
     *,
-    link: bool,
-    trust_image_geometry: bool,
-    skip_faulty: bool,
-    overwrite: bool,
-    progress: Progress | None,
+    labels: Path | str | None = None,
+    link: bool = False,
+    trust_image_geometry: bool = False,
+    skip_faulty: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Converted:
-    """Write what a finder found to `out`; see `lightm.datasets.convert.convert_dataset`."""
-    problems = [*found.problems, *_twins(found)]
+    """Convert a public data set as it is downloaded and unpacked to nnU-Net's raw layout in `out`.
+
+    kind: "lits" (volume-N.nii and segmentation-N.nii, in any number of folders), "montgomery-shenzhen" (CXR_png
+    with ManualMask/leftMask and rightMask, or with mask/NAME_mask.png; either set or both), "msd" (dataset.json,
+    imagesTr, labelsTr; several modalities in one 4D file are parted), "folder" (`source`/images and
+    `source`/labels, or images in `source` and label maps in `labels`, paired by name).
+
+    Files of the right format are copied byte for byte, or linked symbolically with `link`; .nii files beside .nii.gz
+    are packed. Nothing is resampled and no voxel changes: only masks become label maps (0 and 1), and RGB pictures of
+    equal channels grey ones. `trust_image_geometry` gives a label map of the image's shape the image's place in
+    space where the two disagree, which is otherwise an error. Every case is read whole and checked. Any error ends
+    the conversion with all problems named and nothing written, unless `skip_faulty` leaves those cases out.
+    `out` must not exist, or be a data set that `overwrite` allows to replace; it appears complete or not at all.
+
+    Raises InputError for what is wrong with the data or the call, LightMError when writing fails. Cost: every file
+    read twice and written once, memory of one case per core.
+    """
+    if kind not in FINDERS:
+        raise InputError(f"unknown layout '{kind}'{did_you_mean(kind, FINDERS)} Known: {', '.join(FINDERS)}.")
+    source, out = Path(source), Path(out)
+    if labels is not None and kind != "folder":
+        raise InputError(f"--labels belongs to the layout 'folder'; '{kind}' knows where its labels are")
+    if not source.is_dir():
+        raise InputError(f"{source}: no such folder; give the folder that the download was unpacked to")
+    _check_target(source.resolve(), out.resolve(), out, overwrite)
+    found = FINDERS[kind](source, None if labels is None else Path(labels))
+    problems = [*found.problems, *doubled(found.sources)]
     if not skip_faulty:
         _stop_at(problems)
     faulty = {problem.case for problem in problems if problem.severity == "error"}
-    sources = [(source, True) for source in found.train] + [(source, False) for source in found.test]
-    sources = [(source, train) for source, train in sources if source.case not in faulty]
-    ending = _ending([source for source, _ in sources], out)
+    sources = [source for source in found.sources if source.id not in faulty]
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.tmp")
+    writer = _Writer(temporary, found, _ending(sources, out), link, trust_image_geometry)
+    tests = any(not source.for_training for source in found.sources)
     try:
-        for name in ("imagesTr", "labelsTr", *(["imagesTs"] if found.test else [])):
+        for name in ("imagesTr", "labelsTr", *(["imagesTs"] if tests else [])):
             (temporary / name).mkdir(parents=True)
-        writer = _Writer(temporary, found, ending, link, trust_image_geometry)
-        done = []
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            results = pool.map(lambda item: writer.case(*item), sources)
-            for number, (item, faults) in enumerate(zip(sources, results, strict=True), 1):
-                problems += faults
-                if not faults:
-                    done.append(item)
-                if progress is not None:
-                    progress("converting", number, len(sources))
+        written = on_all_cores(writer.write, sources, "converting", progress)
+        problems += [problem for faults in written for problem in faults]
+        done = [case for case, faults in zip(sources, written, strict=True) if not faults]
         if not skip_faulty:
             _stop_at(problems)
-        count = sum(train for _, train in done)
+        count = sum(case.for_training for case in done)
         if not count:
             raise InputError(f"{out}: no case with a label is left; nothing was written. {_listed(problems)}")
         content: dict[str, Any] = {
@@ -80,7 +102,7 @@ def write_found(
             "channel_names": {str(index): name for index, name in enumerate(found.channels)},
             "labels": found.labels,
             "numTraining": count,
-            "file_ending": ending,
+            "file_ending": writer.ending,
         }
         (temporary / "dataset.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
         _put_in_place(temporary, out, overwrite)
@@ -93,47 +115,67 @@ def write_found(
     return Converted(out, count, len(done) - count, problems, found.remarks)
 
 
+def _check_target(source: Path, target: Path, out: Path, overwrite: bool) -> None:
+    if target == source or source.is_relative_to(target):
+        raise InputError(f"{out}: is or holds the folder to convert from; give another folder")
+    if target.is_relative_to(source):
+        raise InputError(f"{out}: lies inside the folder to convert from; give a folder outside of it")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise InputError(f"{out}: exists and is no folder; give another one")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{out}: exists already; give another folder, or replace it with --overwrite")
+    if not (out / "dataset.json").is_file():
+        raise InputError(f"{out}: holds no dataset.json, so it is no data set to replace; give another folder")
+
+
+@dataclass(frozen=True)
 class _Writer:
-    """Checks a case and writes its files; returns the problems that keep it out."""
+    """Checks a case and writes its files below `root`."""
 
-    def __init__(self, root: Path, found: Found, ending: str, link: bool, trust: bool) -> None:
-        self.root, self.found, self.ending, self.link, self.trust = root, found, ending, link, trust
+    root: Path
+    found: Found
+    ending: str
+    link: bool
+    trust: bool
 
-    def case(self, source: Source, train: bool) -> list[Problem]:
+    def write(self, source: Source) -> list[Problem]:
+        """Write a case; returns the problems that keep it out, of which no file is left then."""
         written: list[Path] = []
         try:
-            return self._case(source, train, written)
+            self._write(source, written)
         except InputError as fault:
-            problem = error(source.case, source.images[0], str(fault), "fix the file, or leave the case out")
             for path in written:
                 path.unlink(missing_ok=True)
-            return [problem]
-
-    def _case(self, source: Source, train: bool, written: list[Path]) -> list[Problem]:
-        folder, first = self.root / ("imagesTr" if train else "imagesTs"), None
-        for channel in range(source.parts or len(source.images)):
-            target = folder / f"{source.case}_{channel:04d}{self.ending}"
-            written.append(target)
-            if source.parts:
-                split_channel(source.images[0], channel, source.parts, target)
-                volume = read_volume(target)
-            else:
-                volume = read_volume(source.images[channel])
-                self._put(source.images[channel], volume, target)
-            if first is not None and (gap := geometry_difference(first, volume)):
-                raise InputError(f"{source.images[channel]}: lies elsewhere than {source.images[0]}: {gap}")
-            first = first or volume
-        if not train or first is None:
-            return []
-        target = self.root / "labelsTr" / f"{source.case}{self.ending}"
-        written.append(target)
-        if source.masks:
-            write_volume(target, first.with_data(merged(source.masks, first)), kind="label")
-        elif source.label is not None:
-            self._label(source.label, first, target)
+            return [error(source.id, source.images[0], str(fault), "fix the file, or leave the case out")]
         return []
 
-    def _label(self, path: Path, image: Volume, target: Path) -> None:
+    def _write(self, source: Source, written: list[Path]) -> None:
+        folder = self.root / ("imagesTr" if source.for_training else "imagesTs")
+        volumes: list[Volume] = []
+        for channel in range(source.parts or len(source.images)):
+            written.append(folder / f"{source.id}_{channel:04d}{self.ending}")
+            if source.parts:
+                _write_part(source.images[0], channel, source.parts, written[-1])
+                volume = read_volume(written[-1])
+            else:
+                volume = read_volume(source.images[channel])
+                self._put(source.images[channel], volume, written[-1])
+            volumes = volumes or [volume]
+            if gap := geometry_difference(volumes[0], volume):
+                raise InputError(f"{source.images[channel]}: lies elsewhere than {source.images[0]}: {gap}")
+        if not source.for_training:
+            return
+        written.append(self.root / "labelsTr" / f"{source.id}{self.ending}")
+        if source.masks:
+            write_volume(written[-1], volumes[0].with_data(_merged(source.masks, volumes[0])), kind="label")
+        elif source.label is not None:
+            self._write_label(source.label, volumes[0], written[-1])
+
+    def _write_label(self, path: Path, image: Volume, target: Path) -> None:
         label = read_volume(path, kind="label")
         unknown = sorted(set(np.unique(label.data).tolist()) - set(self.found.labels.values()))
         if unknown:
@@ -163,7 +205,7 @@ class _Writer:
             write_volume(target, volume)
 
 
-def merged(masks: tuple[Path, ...], image: Volume) -> np.ndarray:
+def _merged(masks: tuple[Path, ...], image: Volume) -> np.ndarray:
     """Return 1 where any of the masks is above 0; InputError, naming the file, for what is no mask of the image."""
     label = np.zeros(image.shape, np.uint8)
     for path in masks:
@@ -180,7 +222,7 @@ def merged(masks: tuple[Path, ...], image: Volume) -> np.ndarray:
     return label
 
 
-def split_channel(path: Path, channel: int, channels: int, target: Path) -> None:
+def _write_part(path: Path, channel: int, channels: int, target: Path) -> None:
     """Write one channel of a 4D NIfTI-1 file as a 3D .nii.gz: the same header but for its axes, the same bytes.
 
     Raises InputError for another format or another number of channels.
@@ -213,19 +255,14 @@ def split_channel(path: Path, channel: int, channels: int, target: Path) -> None
         stream.write(header + data)
 
 
-class _packed:
+@contextlib.contextmanager
+def _packed(target: Path) -> Iterator[gzip.GzipFile]:
     """A gzip stream into a file that appears complete or not at all; equal contents give equal bytes."""
-
-    def __init__(self, target: Path) -> None:
-        self._file = atomic_file(target)
-
-    def __enter__(self) -> gzip.GzipFile:
-        self._stream = gzip.GzipFile(filename="", mode="wb", fileobj=self._file.__enter__(), compresslevel=4, mtime=0)
-        return self._stream
-
-    def __exit__(self, *fault: Any) -> None:
-        self._stream.close()
-        self._file.__exit__(*fault)
+    with (
+        atomic_file(target) as file,
+        gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=4, mtime=0) as stream,
+    ):
+        yield stream
 
 
 def _is_grey(path: Path) -> bool:
@@ -248,17 +285,6 @@ def _ending(sources: list[Source], out: Path) -> str:
     return ".nii" if found == {".nii"} and not any(source.parts for source in sources) else ".nii.gz"
 
 
-def _twins(found: Found) -> list[Problem]:
-    seen: dict[str, Source] = {}
-    twins = []
-    for source in (*found.train, *found.test):
-        first = seen.setdefault(source.case.lower(), source)  # two such files are one on Windows and macOS
-        if first is not source:
-            message = f"the case '{source.case}' exists twice, also as {first.images[0]}"
-            twins.append(error(source.case, source.images[0], message, "rename one of them"))
-    return twins
-
-
 def _stop_at(problems: list[Problem]) -> None:
     if any(problem.severity == "error" for problem in problems):
         raise InputError(_listed(problems) + "; --skip-faulty leaves such cases out. Nothing was written")
@@ -266,8 +292,8 @@ def _stop_at(problems: list[Problem]) -> None:
 
 def _listed(problems: list[Problem]) -> str:
     errors = [str(problem) for problem in problems if problem.severity == "error"]
-    more = f"\n... and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
-    return f"{len(errors)} problem(s):\n" + "\n".join(errors[:SHOWN]) + more
+    more = f"\n... and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
+    return f"{len(errors)} problem(s):\n" + "\n".join(errors[:_SHOWN]) + more
 
 
 def _put_in_place(temporary: Path, out: Path, overwrite: bool) -> None:
