@@ -23,6 +23,7 @@ from unittest import mock
 import lightm
 from lightm.ops import selective_scan
 from lightm.ops.scan import cpu
+from lightm.ops.scan.inputs import ScanInputs
 from lightm.ops.scan.layout import Layout
 
 import torch  # isort: skip  (after lightm, which sets how PyTorch's threads wait)
@@ -125,9 +126,12 @@ def layouts() -> None:
     def both() -> object:
         return torch.autograd.grad(selective_scan(*leaves).sum(), leaves)
 
+    def alone(inputs: ScanInputs) -> Layout:
+        return Layout(*inputs.u.shape, *inputs.B.shape[2:])
+
     def apart(call: Call) -> Call:
         def run() -> object:
-            with mock.patch.object(Layout, "can_pair", False):
+            with mock.patch.object(cpu, "layout_of", alone):
                 return call()
 
         return run

@@ -179,17 +179,17 @@ def _scan(
 
 def _cut_scan() -> float:
     """A scan whose tokens are cut into parts for more threads than tiles."""
-    from lightm.ops.scan import parts
+    from lightm.ops.scan import cpu
 
-    threads, shortest = torch.get_num_threads(), parts.SHORTEST
+    threads, shortest = torch.get_num_threads(), cpu.SHORTEST
     torch.set_num_threads(4)
-    parts.SHORTEST = 64
+    cpu.SHORTEST = 64
     try:
         shapes = {"u": (1, 500, 16), "delta": (1, 500, 16), "A": (16, 8), "B": (1, 500, 1, 8), "C": (1, 500, 1, 8)}
         return _operator(lambda u, delta, A, B, C: _scan(u, delta, A, B, C, None, None, None), shapes, False)
     finally:
         torch.set_num_threads(threads)
-        parts.SHORTEST = shortest
+        cpu.SHORTEST = shortest
 
 
 def _ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:

@@ -79,11 +79,10 @@ def test_a_kernel_that_touches_more_than_it_declares_is_found(tmp_path: Path) ->
 def _checked() -> tuple[Any, list[tuple[int, ...]]]:
     called: list[tuple[int, ...]] = []
 
-    def kernel(*arguments: int) -> None:
-        called.append(arguments)
+    def kernel(x: int, y: int, rows: int) -> None:
+        called.append((x, y, rows))
 
-    extents = lambda x, y, rows: {"x": (0, 16 * rows), "y": (-8, 4 * rows)}  # noqa: E731
-    return bounds.checked(kernel, extents), called
+    return bounds.checked(kernel, lambda rows: {"x": (0, 16 * rows), "y": (-8, 4 * rows)}), called
 
 
 def test_calls_that_would_leave_a_buffer_are_refused() -> None:
@@ -128,10 +127,11 @@ def test_addresses_keep_their_buffer_through_sums_and_know_strides() -> None:
 def test_rows() -> None:
     assert bounds.rows(2, 5, 40, 12) == (80, 172)
     assert bounds.rows(3, 3, 40, 12) == bounds.NOTHING
+    assert bounds.each((0, 4), "x", "y") == {"x": (0, 4), "y": (0, 4)}
 
 
 def test_the_checks_cost_nothing_unless_asked_for() -> None:
-    script = "from lightm.ops import bounds, conv1d_kernels; print(bounds.address, conv1d_kernels.conv1d_forward)"
+    script = "from lightm.ops import bounds, conv1d_cpu; print(bounds.address, conv1d_cpu.conv1d_forward)"
     off = _run("-c", script, LIGHTM_CHECK_KERNELS="0").stdout
     assert "_checked_address" not in off
     assert "CPUDispatcher" in off

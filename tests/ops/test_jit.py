@@ -74,7 +74,7 @@ def test_files_of_other_processors_are_left_alone(tmp_path: Path) -> None:
 def test_files_of_numbas_own_cache_are_not_read(tmp_path: Path) -> None:
     pool_once(tmp_path)
     (path,) = tmp_path.rglob("*.kernel")
-    path.with_name("resample_kernels.pool-4-000000000000-1.py311.nbi").write_bytes(b"an index of an earlier version")
+    path.with_name("resample_cpu.pool-4-000000000000-1.py311.nbi").write_bytes(b"an index of an earlier version")
     path.unlink()
     assert pool_once(tmp_path) == [CHOSEN, NOTE, "1.0"]
 
@@ -137,15 +137,13 @@ def test_what_a_name_cannot_tell_apart_is_refused_at_import(value: Any) -> None:
 
 
 def test_every_kernel_has_a_name_of_its_own() -> None:
-    from lightm.ops import conv1d_kernels, resample_kernels
+    from lightm.ops import conv1d_cpu, resample_cpu
     from lightm.ops.scan import kernels
 
     made = [factory(4) for factory in (kernels.forward_kernel, kernels.backward_kernel, kernels.sum_kernel)]
-    made += [factory(kind, 2) for kind in ("max", "avg") for factory in (
-        resample_kernels.pool_kernel, resample_kernels.pool_backward_kernel
-    )]  # fmt: skip
+    made += [resample_cpu.pool_kernel(kind, 2) for kind in ("max", "avg", "max back", "avg back")]
     names = [kernel.py_func.__qualname__ for kernel in jit._kernels]
     assert len(made) == 7
-    assert conv1d_kernels.conv1d_forward is not None
+    assert conv1d_cpu.conv1d_forward is not None
     assert len(set(names)) == len(names) >= 9
     assert set(names) <= jit._names

@@ -132,8 +132,7 @@ def test_parts_are_products_side_by_side(parts: int, rows: int, wide: int, high:
 @pytest.mark.parametrize(("parts", "wide", "high"), [(1, 20, 50), (2, 7, 16), (4, 16, 8), (3, 5, 40), (8, 4, 5)])
 def test_packed_blocks_are_the_dense_product(parts: int, wide: int, high: int) -> None:
     from lightm.ops.bounds import address
-    from lightm.ops.linear_cpu import SCRATCH
-    from lightm.ops.matmul_kernels import Packed, matmul_kernel
+    from lightm.ops.matmul_cpu import SCRATCH, Packed, matmul_kernel
 
     torch.manual_seed(0)
     x, bias = torch.randn(50, parts * wide), torch.randn(parts * high + 4 * parts + parts)

@@ -11,7 +11,7 @@ from comparing import assert_close, relative, run
 from scan_inputs import make_inputs, scan
 
 from lightm.ops.scan import cpu
-from lightm.ops.scan.parts import SHORTEST, carry_states, cut, part_count
+from lightm.ops.scan.cpu import SHORTEST, carry_states, cut, part_count
 
 
 @pytest.fixture

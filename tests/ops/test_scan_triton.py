@@ -260,9 +260,9 @@ def _compile(
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from lightm.ops.scan import triton_backward, triton_kernels
+    from lightm.ops.scan import triton_kernels
 
-    function = getattr(triton_kernels, kernel, None) or getattr(triton_backward, kernel)
+    function = getattr(triton_kernels, kernel)
     types, values, hints = {}, {}, {}
     for place, name in enumerate(function.arg_names):
         types[name], value = ("constexpr", KERNELS[kernel]) if name == "UNROLL" else _argument(name, half)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lightm.ops.conv1d import causal_conv1d
-from lightm.ops.depthwise import depthwise_conv
+from lightm.ops.convolutions import causal_conv1d, depthwise_conv
 from lightm.ops.layer import LayerParameters, layer_runs_fused, state_space_layer
 from lightm.ops.linear import linear
 from lightm.ops.norms import GroupNormParameters, gated_norm, group_norm_relu

@@ -1,7 +1,7 @@
 """Checks of the memory that CPU kernels touch, for tests and for debugging: set LIGHTM_CHECK_KERNELS=1.
 
 Kernels take plain addresses, so neither Numba nor PyTorch can tell when one reads or writes beyond a buffer. Each
-kernel therefore declares, as a function of its arguments, which bytes it touches behind every address. With the checks
+kernel therefore declares, as a function of its arguments, which bytes it touches behind each address. With the checks
 on, `address` returns integers that know their tensor's memory, and every call of a kernel holds the declared bytes
 against it first: a call that would leave its buffer, misses its alignment or passes an address of unknown origin raises
 `KernelBoundsError` and touches nothing. With the checks off, none of this costs anything.
@@ -24,7 +24,7 @@ CHECKS = os.environ.get("LIGHTM_CHECK_KERNELS", "") not in ("", "0")
 
 Extent = tuple[int, int]
 Extents = Callable[..., dict[str, Extent]]
-"""From a kernel's arguments to the bytes it touches, (first, last + 1) relative to each address, by argument."""
+"""From some of a kernel's arguments, by name, to the bytes it touches: (first, last + 1) relative to each address."""
 
 NOTHING: Extent = (0, 0)
 
@@ -67,19 +67,46 @@ address: Callable[[Tensor], int] = _checked_address if CHECKS else Tensor.data_p
 """The address of a tensor's first element, for a kernel."""
 
 
+def entry_address(x: Tensor, entry: int) -> int:
+    """The address of an entry of the first axis of float32 numbers."""
+    return address(x) + 4 * entry * x.stride(0)
+
+
+def token_rows(x: Tensor) -> Tensor:
+    """x as float32 with channels next to each other."""
+    x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def entry_rows(x: Tensor, entry: int) -> tuple[int, int]:
+    """(address, bytes between tokens) of an entry of float32 numbers (Bt, L, E)."""
+    return address(x) + 4 * entry * x.stride(0), 4 * x.stride(1)
+
+
 def rows(first: int, last: int, step: int, width: int) -> Extent:
     """The extent of rows first..last-1, `step` bytes apart and `width` bytes long."""
     return (first * step, (last - 1) * step + width) if last > first else NOTHING
 
 
+def row_extents(first: int, last: int, width: int, **steps: int) -> dict[str, Extent]:
+    """The extents of rows of `width` bytes behind several addresses, by the bytes between their rows."""
+    return {name: rows(first, last, step, width) for name, step in steps.items()}
+
+
+def each(extent: Extent, *names: str) -> dict[str, Extent]:
+    """The same extent behind several addresses."""
+    return dict.fromkeys(names, extent)
+
+
 def checked(kernel: Callable[..., Any], extents: Extents) -> Callable[..., Any]:
     """The kernel with its arguments checked before every call."""
-    names = list(inspect.signature(extents).parameters)
+    names = list(inspect.signature(getattr(kernel, "py_func", kernel)).parameters)
+    asked = list(inspect.signature(extents).parameters)
     title = kernel.__name__
 
     def call(*args: Any) -> None:
-        found = extents(*args)
         given = dict(zip(names, args, strict=True))
+        found = extents(*(given[name] for name in asked))
         for name, value in given.items():
             if isinstance(value, Address) and name not in found:
                 raise KernelBoundsError(f"{title}: the extent of '{name}' is not declared")

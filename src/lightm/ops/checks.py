@@ -11,17 +11,15 @@ from torch import Tensor
 _log = logging.getLogger("lightm.ops")
 _said: set[tuple[str, str]] = set()
 
-HALF_TYPES = (torch.bfloat16, torch.float16)
-CPU_TYPES = (torch.float32, *HALF_TYPES)
+CPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT_TYPES = (*CPU_TYPES, torch.float64)
-IMPLEMENTATIONS = ("auto", "reference", "cpu")
 
 
 def check_shape(
-    operator: str, name: str, tensor: Tensor, expected: Sequence[int], meaning: str, hint: str = ""
+    operator: str, name: str, tensor: Tensor | None, expected: Sequence[int], meaning: str, hint: str = ""
 ) -> None:
-    """Raise ValueError unless `tensor` has the expected shape."""
-    if tuple(tensor.shape) != tuple(expected):
+    """Raise ValueError unless `tensor` has the expected shape or is absent."""
+    if tensor is not None and tuple(tensor.shape) != tuple(expected):
         raise ValueError(
             f"{operator}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)} = {meaning}"
             + (f"; {hint}" if hint else "")
@@ -67,9 +65,9 @@ def choose(
     Triton kernel, says why that cannot take tensors like `lead`, None if it can. `fallback` is what "auto" takes where
     no kernel can run. ValueError when an explicit choice cannot be honoured.
     """
-    known = [*IMPLEMENTATIONS, *(["triton"] if triton_limits is not None else [])]
-    if fallback not in known:
-        known.insert(known.index("reference") + 1, fallback)
+    known = list(dict.fromkeys(("auto", "reference", fallback, "cpu")))
+    if triton_limits is not None:
+        known.append("triton")
     if impl not in known:
         raise ValueError(f"{operator}: impl is {impl!r}, expected one of {', '.join(map(repr, known))}")
     if impl == "triton" and triton_limits is not None:
@@ -94,6 +92,11 @@ def choose(
         _said.add((operator, chosen))
         _log.info("%s: using the %s implementation%s", operator, chosen, f" ({reason})" if reason else "")
     return chosen
+
+
+def inner_type(x: Tensor) -> torch.dtype:
+    """The type of the arithmetic on x in plain PyTorch: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def wants_grad(*inputs: object) -> bool:

@@ -3,9 +3,8 @@
 Compiled kernels lie where Numba keeps them: in NUMBA_CACHE_DIR, beside this package, or in the user's cache folder when
 the package cannot be written to. Import this module only from kernel modules: it loads Numba.
 
-Names matter because the linker takes functions of one name for one function. Numba tells two functions of one qualified
-name apart by a counter that starts anew in every process; libraries that two processes wrote can so hold one name for
-two codes, and a third process that loads both computes nonsense. See docs/decisions/0009.
+Names matter because the linker takes functions of one name for one function, and Numba's own names stand for one code
+within a process only: see docs/decisions/0009.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar
 
-import llvmlite
+import llvmlite.binding
 import numba
 import numpy as np
 from numba.core import config, event, types
@@ -40,14 +39,9 @@ _kernels: set[Any] = set()
 
 def _features() -> set[str]:
     """What the processor that Numba compiles for can do, e.g. {"avx2", "avx512f"}."""
-    if config.CPU_NAME is not None:  # the user names another processor (NUMBA_CPU_NAME)
-        text = config.CPU_FEATURES or ""
-    elif config.CPU_FEATURES is not None:
-        text = config.CPU_FEATURES
-    else:
-        import llvmlite.binding
-
-        text = llvmlite.binding.get_host_cpu_features().flatten()
+    text = config.CPU_FEATURES
+    if text is None:  # with NUMBA_CPU_NAME the user names another processor
+        text = "" if config.CPU_NAME is not None else llvmlite.binding.get_host_cpu_features().flatten()
     return {name[1:] for name in text.split(",") if name.startswith("+")}
 
 
@@ -138,10 +132,10 @@ def _own_name(function: Callable[..., Any]) -> str:
 
 
 class _Files:
-    """A compiled kernel's files, one a signature: a checksum, then Numba's form of it.
+    """A compiled kernel's files, one per signature: a checksum, then Numba's form of it.
 
-    There is no index that two processes could mix up. A file is written whole or not at all; one that is damaged is
-    reported, and the kernel is compiled again.
+    There is no index that two processes could mix up. Files are written atomically; a damaged one is reported, and the
+    kernel is compiled again.
     """
 
     _MARK = b"lightm kernel 1\n"
@@ -212,7 +206,7 @@ class _Note(event.Listener):
 def kernel(extents: bounds.Extents) -> Callable[[_Function], Callable[..., Any]]:
     """Compile an entry point called from Python: takes and gives integers, floats and addresses only.
 
-    `extents` has the kernel's parameters and says which bytes it touches behind each address; see `bounds`.
+    `extents` says, from some of the kernel's arguments, which bytes it touches behind each address; see `bounds`.
     """
 
     def compile_with(function: _Function) -> Callable[..., Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lightm.ops.checks import check_kinds, check_shape, choose
-from lightm.ops.register import operator
+from lightm.ops.register import Operator
 
 _NAME = "linear"
 _FEW_ROWS = 64  # below this many, packing the weights costs more than it saves
@@ -37,14 +37,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "a
             f"{_NAME}: x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected (..., C) and (C_out, C), or "
             "(G, C_out / G, C / G)"
         )
-    if bias is not None:
-        check_shape(_NAME, "bias", bias, (_width(weight),), "(C_out,), C_out from weight's shape")
-    limits = None
-    if (
-        x.dtype != torch.float32
-        or weight.dtype != torch.float32
-        or (x.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
-    ):
+    check_shape(_NAME, "bias", bias, (_width(weight),), "(C_out,), C_out from weight's shape")
+    limits, autocast = None, x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or autocast:
         limits = "the kernels multiply float32 only"
     elif 0 in weight.shape:
         limits = "there are no channels"
@@ -67,36 +62,29 @@ def _width(weight: Tensor) -> int:
     return _parts(weight) * weight.shape[-2]
 
 
-@operator("lightm::linear")
-def linear_op(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
-    """The CPU kernel as a PyTorch operator."""
-    from lightm.ops.linear_cpu import run_matmul
+def _cpu() -> Any:
+    from lightm.ops import matmul_cpu
 
-    return run_matmul(x, weight, bias)
+    return matmul_cpu
 
 
-@linear_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _width(weight)))
-
-
-@operator("lightm::linear_weight_grad")
-def linear_weight_grad(x: Tensor, grad_y: Tensor, parts: int) -> Tensor:
-    """The weight's gradient (parts, C_out / parts, C / parts): summed over all rows in a fixed order."""
-    from lightm.ops.linear_cpu import run_weight_gradient
-
-    return run_weight_gradient(grad_y, x, parts)
-
-
-@linear_weight_grad.register_fake
-def _(x: Tensor, grad_y: Tensor, parts: int) -> Tensor:
-    return x.new_empty((parts, grad_y.shape[-1] // parts, x.shape[-1] // parts))
+linear_op = Operator(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    lambda x, weight, bias: _cpu().run_matmul(x, weight, bias),
+    lambda x, weight, bias: x.new_empty((*x.shape[:-1], _width(weight))),
+)
+# the weight's gradient (parts, C_out / parts, C / parts), summed over all rows in a fixed order
+linear_weight_grad = Operator(
+    "linear_weight_grad",
+    "(Tensor x, Tensor grad_y, int parts) -> Tensor",
+    lambda x, grad_y, parts: _cpu().run_weight_gradient(grad_y, x, parts),
+    lambda x, grad_y, parts: x.new_empty((parts, grad_y.shape[-1] // parts, x.shape[-1] // parts)),
+)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(*inputs[:2])
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -105,12 +93,8 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     dweight = None
     if ctx.needs_input_grad[1]:
         dweight = linear_weight_grad(x, grad_y, _parts(weight)).view(weight.shape)
-    dbias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+    dbias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
     return dx, dweight, dbias
-
-
-def _keep_both(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
 
 
 def _backward_of_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,5 +104,5 @@ def _backward_of_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dgrad_y, None
 
 
-linear_op.register_autograd(_backward, setup_context=_keep)
-linear_weight_grad.register_autograd(_backward_of_gradient, setup_context=_keep_both)
+linear_op.register_autograd(_backward, _keep)
+linear_weight_grad.register_autograd(_backward_of_gradient, _keep)

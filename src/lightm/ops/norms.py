@@ -1,4 +1,4 @@
-"""Two normalisations fused with what follows them, channels last: LayerNorm with a gate, GroupNorm with ReLU."""
+"""Two normalizations fused with what follows them, channels last: LayerNorm with a gate, GroupNorm with ReLU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightm.ops.checks import check_kinds, check_shape, choose
+from lightm.ops.checks import check_kinds, check_shape, choose, inner_type
 from lightm.ops.register import differentiable
 
 _GATED = "gated_norm"
@@ -29,7 +29,7 @@ class GroupNormParameters:
 def gated_norm(
     y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int = 1, eps: float = 1e-5, impl: str = "auto"
 ) -> Tensor:
-    """Normalise every token's channels, part by part, and gate them: (layer_norm(y) * weight + bias) * silu(z).
+    """Normalize every token's channels, part by part, and gate them: (layer_norm(y) * weight + bias) * silu(z).
 
     The E channels are `parts` groups of E / parts neighbours, each with its own mean and (biased) variance.
 
@@ -41,12 +41,8 @@ def gated_norm(
         eps: added to the variance.
         impl: "cpu" (Numba kernel), "reference" (plain PyTorch), or "auto" as in `selective_scan`.
 
-    Returns:
-        (Bt, L, E) in y's dtype; arithmetic in float32 inside (float64 for float64).
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, `parts` that does not divide E, an impossible `impl`.
-
+    Returns: (Bt, L, E) in y's dtype; arithmetic in float32 inside (float64 for float64).
+    Raises ValueError for shapes, dtypes or devices that do not fit, `parts` not dividing E, an impossible `impl`.
     Cost: one exponential per element; y and z are read and the result written once, and y and z are what the
     backward pass keeps; it reads them and the gradient and writes two. Deterministic.
     """
@@ -56,17 +52,15 @@ def gated_norm(
     check_shape(_GATED, "z", z, y.shape, "(Bt, L, E), the shape of y")
     for name, vector in (("weight", weight), ("bias", bias)):
         check_shape(_GATED, name, vector, (y.shape[2],), "(E,), E from y's last axis", "repeat it when parts share it")
-    _check_divisor(_GATED, "parts", parts, y.shape[2])
-    _check_eps(_GATED, eps)
-    if choose(_GATED, impl, y) == "reference":
-        return reference_gated_norm(y, z, weight, bias, parts, eps)
-    return gated_norm_op(y, z, weight, bias, parts, eps)
+    _check_numbers(_GATED, "parts", parts, y.shape[2], eps)
+    run = reference_gated_norm if choose(_GATED, impl, y) == "reference" else gated_norm_op
+    return run(y, z, weight, bias, parts, eps)
 
 
 def group_norm_relu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, impl: str = "auto"
 ) -> Tensor:
-    """relu(GroupNorm(x)): every group of C / groups channels normalised over all voxels of its image.
+    """relu(GroupNorm(x)): every group of C / groups channels normalized over all voxels of its image.
 
     Args:
         x: (Bt, *spatial, C); contiguous tensors are used in place, others copied.
@@ -75,12 +69,9 @@ def group_norm_relu(
         eps: added to the (biased) variance.
         impl: "cpu" (Numba kernel), "reference" (PyTorch's own), or "auto" as in `selective_scan`.
 
-    Returns:
-        The shape and dtype of x; arithmetic in float32 inside, sums over an image in float64 (all float64 for float64).
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, `groups` that does not divide C, an impossible `impl`.
-
+    Returns: the shape and dtype of x; arithmetic in float32 inside, sums over an image in float64 (all float64 for
+    float64).
+    Raises ValueError for shapes, dtypes or devices that do not fit, `groups` not dividing C, an impossible `impl`.
     Cost: x is read twice and the result written once; x and 2 numbers per group are what the backward pass keeps; it
     reads x and the gradient twice and writes one. Deterministic.
     """
@@ -92,31 +83,22 @@ def group_norm_relu(
         )
     for name, vector in (("weight", weight), ("bias", bias)):
         check_shape(_GROUP, name, vector, (x.shape[-1],), "(C,), C from x's last axis")
-    _check_divisor(_GROUP, "groups", groups, x.shape[-1])
-    _check_eps(_GROUP, eps)
+    _check_numbers(_GROUP, "groups", groups, x.shape[-1], eps)
     if choose(_GROUP, impl, x) == "reference":
         return reference_group_norm_relu(x, groups, weight, bias, eps)
-    y, _, _ = group_norm_op(x, groups, weight, bias, eps)
-    return y
+    return group_norm_op(x, groups, weight, bias, eps)[0]
 
 
-def _check_divisor(operator: str, name: str, number: int, channels: int) -> None:
-    if number < 1 or channels % number:
-        raise ValueError(f"{operator}: {name} is {number}, expected a divisor of the {channels} channels")
-
-
-def _check_eps(operator: str, eps: float) -> None:
+def _check_numbers(operator: str, name: str, divisor: int, channels: int, eps: float) -> None:
+    if divisor < 1 or channels % divisor:
+        raise ValueError(f"{operator}: {name} is {divisor}, expected a divisor of the {channels} channels")
     if not eps >= 0:
         raise ValueError(f"{operator}: eps is {eps}, expected 0 or more, e.g. 1e-5")
 
 
-def _inner(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def reference_gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> Tensor:
     """`gated_norm` in plain PyTorch: the oracle."""
-    inner, width = _inner(y), y.shape[2] // parts
+    inner, width = inner_type(y), y.shape[2] // parts
     normed = functional.layer_norm(y.to(inner).unflatten(-1, (parts, width)), (width,), eps=eps).flatten(-2)
     gated = torch.addcmul(bias.to(inner), normed, weight.to(inner)) * functional.silu(z.to(inner))
     return gated.to(y.dtype)
@@ -124,26 +106,15 @@ def reference_gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, par
 
 def reference_group_norm_relu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`group_norm_relu` in plain PyTorch: the oracle."""
-    inner = _inner(x)
+    inner = inner_type(x)
     normed = functional.group_norm(x.to(inner).movedim(-1, 1), groups, weight.to(inner), bias.to(inner), eps)
     return functional.relu(normed).movedim(1, -1).contiguous().to(x.dtype)
 
 
-def _gated() -> Any:
-    from lightm.ops.norms_cpu import gated_norm_backward, gated_norm_forward
+def _cpu() -> Any:
+    from lightm.ops import norms_cpu
 
-    return gated_norm_forward, gated_norm_backward
-
-
-def _group() -> Any:
-    from lightm.ops.norms_cpu import group_norm_backward, group_norm_forward
-
-    def backward(
-        grad: Tensor, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, mean: Tensor, inverse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return group_norm_backward(grad, x, weight, bias, mean, inverse)
-
-    return group_norm_forward, backward
+    return norms_cpu
 
 
 def _fake_group(x: Tensor, groups: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,13 +123,15 @@ def _fake_group(x: Tensor, groups: int, *_: Any) -> tuple[Tensor, Tensor, Tensor
 
 
 gated_norm_op = differentiable(
-    "lightm::gated_norm", "Tensor y, Tensor z, Tensor weight, Tensor bias, int parts, float eps", _gated
+    _GATED,
+    "Tensor y, Tensor z, Tensor weight, Tensor bias, int parts, float eps",
+    lambda: (_cpu().gated_norm_forward, _cpu().gated_norm_backward),
 )
 # also gives the groups' (mean, 1 / standard deviation), float32, (Bt, G), which its backward pass needs
 group_norm_op = differentiable(
-    "lightm::group_norm_relu",
+    _GROUP,
     "Tensor x, int groups, Tensor weight, Tensor bias, float eps",
-    _group,
+    lambda: (_cpu().group_norm_forward, _cpu().group_norm_backward),
     _fake_group,
     outputs=3,
 )

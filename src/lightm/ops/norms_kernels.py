@@ -11,19 +11,17 @@ from typing import Any
 
 from numba.extending import intrinsic
 
-from lightm.ops.bounds import Extent
-from lightm.ops.bounds import rows as rows_of
+from lightm.ops.bounds import NOTHING, Extent, each, row_extents
 from lightm.ops.jit import LANES, device_function, kernel
-from lightm.ops.vector import fma, full, load, maximum, splat, store
-from lightm.ops.vector_math import sigmoid
-from lightm.ops.vector_parts import clear, get, keep, lane_moments, moments, number, put, spread
+from lightm.ops.vector import clear, fma, full, get, keep, load, maximum, number, put, splat, spread, store
+from lightm.ops.vector_math import lane_moments, moments, sigmoid
 
 SEGMENT = 256  # tokens or voxels that are summed in float32
 
 
 def _segment_rows(first: int, last: int, row: int) -> Extent:
     """The extent of the rows that have the sums of tokens first..last-1."""
-    return (first // SEGMENT * row, -(-last // SEGMENT) * row) if last > first else (0, 0)
+    return (first // SEGMENT * row, -(-last // SEGMENT) * row) if last > first else NOTHING
 
 
 @intrinsic
@@ -67,21 +65,12 @@ def _forward_parts(  # type: ignore[no-untyped-def]
                 put(out + 4 * (t * channels + c), value * (gate * sigmoid(gate, LANES)), left)
 
 
-def _gated_forward_extents(
-    y: int, y_step: int, z: int, z_step: int, out: int, weight: int, bias: int, channels: int, width: int, eps: float,
-    first: int, last: int,
-) -> dict[str, Extent]:  # fmt: skip
-    row = 4 * channels
-    return {
-        "y": rows_of(first, last, y_step, row),
-        "z": rows_of(first, last, z_step, row),
-        "out": (first * row, last * row),
-        "weight": (0, row),
-        "bias": (0, row),
+@kernel(
+    lambda y_step, z_step, channels, first, last: {
+        **row_extents(first, last, 4 * channels, y=y_step, z=z_step, out=4 * channels),
+        **each((0, 4 * channels), "weight", "bias"),
     }
-
-
-@kernel(_gated_forward_extents)
+)
 def gated_forward(  # type: ignore[no-untyped-def]
     y, y_step, z, z_step, out, weight, bias, channels, width, eps, first, last
 ):
@@ -153,24 +142,13 @@ def _backward_parts(  # type: ignore[no-untyped-def]
                 put(at, (get(at, left) - common - normed * along) * inverse, left)
 
 
-def _gated_backward_extents(
-    y: int, y_step: int, z: int, z_step: int, grad: int, grad_step: int, dy: int, dz: int, weight: int, bias: int,
-    channels: int, width: int, eps: float, first: int, last: int, sums: int,
-) -> dict[str, Extent]:  # fmt: skip
-    row = 4 * channels
-    return {
-        "y": rows_of(first, last, y_step, row),
-        "z": rows_of(first, last, z_step, row),
-        "grad": rows_of(first, last, grad_step, row),
-        "dy": (first * row, last * row),
-        "dz": (first * row, last * row),
-        "weight": (0, row),
-        "bias": (0, row),
-        "sums": _segment_rows(first, last, 2 * row),
+@kernel(
+    lambda y_step, z_step, grad_step, channels, first, last: {
+        **row_extents(first, last, 4 * channels, y=y_step, z=z_step, grad=grad_step, dy=4 * channels, dz=4 * channels),
+        **each((0, 4 * channels), "weight", "bias"),
+        "sums": _segment_rows(first, last, 8 * channels),
     }
-
-
-@kernel(_gated_backward_extents)
+)
 def gated_backward(  # type: ignore[no-untyped-def]
     y, y_step, z, z_step, grad, grad_step, dy, dz, weight, bias, channels, width, eps, first, last, sums
 ):
@@ -196,13 +174,7 @@ def gated_backward(  # type: ignore[no-untyped-def]
             )
 
 
-def _sum_rows_extents(
-    rows: int, count: int, width: int, out: int
-) -> dict[str, Extent]:  # fmt: skip
-    return {"rows": (0, 4 * count * width), "out": (0, 4 * width)}
-
-
-@kernel(_sum_rows_extents)
+@kernel(lambda count, width: {"rows": (0, 4 * count * width), "out": (0, 4 * width)})
 def sum_rows(rows, count, width, out):  # type: ignore[no-untyped-def]
     """Write the sum of `count` rows of `width` numbers, added in order in float64."""
     for c in range(width):
@@ -215,14 +187,17 @@ def sum_rows(rows, count, width, out):  # type: ignore[no-untyped-def]
 # GroupNorm and ReLU of one image (voxels, C) -----------------------------------------------------------------------
 
 
-def _group_moments_extents(
-    x: int, channels: int, first: int, last: int, moments: int
-) -> dict[str, Extent]:  # fmt: skip
-    row = 4 * channels
-    return {"x": (first * row, last * row), "moments": _segment_rows(first, last, 2 * row)}
+def _voxels(first: int, last: int, channels: int, *names: str) -> dict[str, Extent]:
+    """The extent of voxels first..last-1 of several images."""
+    return each((4 * channels * first, 4 * channels * last), *names)
 
 
-@kernel(_group_moments_extents)
+@kernel(
+    lambda channels, first, last: {
+        **_voxels(first, last, channels, "x"),
+        "moments": _segment_rows(first, last, 8 * channels),
+    }
+)
 def group_moments(x, channels, first, last, moments):  # type: ignore[no-untyped-def]
     """Mean of, and sum of squares around it, of every channel and SEGMENT voxels from `first`, a multiple, to last-1.
 
@@ -247,13 +222,12 @@ def group_moments(x, channels, first, last, moments):  # type: ignore[no-untyped
             put(row + step + 4 * c, total, left)
 
 
-def _join_moments_extents(
-    moments: int, voxels: int, channels: int, groups: int, eps: float, mean: int, inverse: int
-) -> dict[str, Extent]:  # fmt: skip
-    return {"moments": _segment_rows(0, voxels, 8 * channels), "mean": (0, 4 * groups), "inverse": (0, 4 * groups)}
-
-
-@kernel(_join_moments_extents)
+@kernel(
+    lambda voxels, channels, groups: {
+        "moments": _segment_rows(0, voxels, 8 * channels),
+        **each((0, 4 * groups), "mean", "inverse"),
+    }
+)
 def join_moments(moments, voxels, channels, groups, eps, mean, inverse):  # type: ignore[no-untyped-def]
     """Write mean and 1 / deviation of every group from the rows of `group_moments`, added in order in float64."""
     width = channels // groups
@@ -277,15 +251,12 @@ def join_moments(moments, voxels, channels, groups, eps, mean, inverse):  # type
         store(inverse + 4 * group, full(1.0 / math.sqrt(total / (voxels * width) + eps), 1))
 
 
-def _group_forward_extents(
-    x: int, out: int, mean: int, scale: int, shift: int, channels: int, first: int, last: int
-) -> dict[str, Extent]:  # fmt: skip
-    row = 4 * channels
-    voxels = (first * row, last * row)
-    return {"x": voxels, "out": voxels, "mean": (0, row), "scale": (0, row), "shift": (0, row)}
-
-
-@kernel(_group_forward_extents)
+@kernel(
+    lambda channels, first, last: {
+        **_voxels(first, last, channels, "x", "out"),
+        **each((0, 4 * channels), "mean", "scale", "shift"),
+    }
+)
 def group_forward(x, out, mean, scale, shift, channels, first, last):  # type: ignore[no-untyped-def]
     """Write relu((x - mean) * scale + shift) for voxels first..last-1; mean, scale and shift are of channels."""
     step = 4 * channels
@@ -299,16 +270,13 @@ def group_forward(x, out, mean, scale, shift, channels, first, last):  # type: i
                 put(out + at, maximum(value, full(0.0, LANES)), left)
 
 
-def _group_sums_extents(
-    x: int, grad: int, mean: int, inverse: int, scale: int, shift: int, channels: int, first: int, last: int, sums: int
-) -> dict[str, Extent]:  # fmt: skip
-    row = 4 * channels
-    voxels = (first * row, last * row)
-    vectors = dict.fromkeys(("mean", "inverse", "scale", "shift"), (0, row))
-    return {"x": voxels, "grad": voxels, **vectors, "sums": _segment_rows(first, last, 2 * row)}
-
-
-@kernel(_group_sums_extents)
+@kernel(
+    lambda channels, first, last: {
+        **_voxels(first, last, channels, "x", "grad"),
+        **each((0, 4 * channels), "mean", "inverse", "scale", "shift"),
+        "sums": _segment_rows(first, last, 8 * channels),
+    }
+)
 def group_sums(x, grad, mean, inverse, scale, shift, channels, first, last, sums):  # type: ignore[no-untyped-def]
     """Shares of dweight and dbias of every SEGMENT voxels from `first`, a multiple, to last-1.
 
@@ -330,14 +298,9 @@ def group_sums(x, grad, mean, inverse, scale, shift, channels, first, last, sums
             put(row + step + 4 * c, common, left)
 
 
-def _group_backward_extents(
-    x: int, grad: int, dx: int, mean: int, scale: int, shift: int, along: int, common: int, channels: int, first: int,
-    last: int,
-) -> dict[str, Extent]:  # fmt: skip
-    row = 4 * channels
-    voxels = (first * row, last * row)
-    vectors = dict.fromkeys(("mean", "scale", "shift", "along", "common"), (0, row))
-    return {"x": voxels, "grad": voxels, "dx": voxels, **vectors}
+def _group_backward_extents(channels: int, first: int, last: int) -> dict[str, Extent]:
+    vectors = each((0, 4 * channels), "mean", "scale", "shift", "along", "common")
+    return {**_voxels(first, last, channels, "x", "grad", "dx"), **vectors}
 
 
 @kernel(_group_backward_extents)

@@ -9,46 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_tags = (torch.Tag.pt2_compliant_tag,)
-Functions = Callable[[], tuple[Callable[..., Any], Callable[..., Any]]]
+Function = Callable[..., Any]
+Functions = Callable[[], tuple[Function, Function]]
 """Gives an operator's forward and backward function; called on first use, so that only then Numba is loaded."""
 
 
 class Operator:
-    """An operator: call it like the function; `register_fake` and `register_autograd` as in `torch.library`.
+    """An operator `lightm::name` with its schema, function and the shapes and dtypes that come out: call it.
 
     `torch.library.custom_op` would do, but its first call loads PyTorch's compiler: a second and 140 MB.
     """
 
     def __init__(
-        self, name: str, function: Callable[..., Any], schema: str | None = None, devices: Sequence[str] = ("CPU",)
+        self, name: str, schema: str, function: Function, fake: Function, devices: Sequence[str] = ("CPU",)
     ) -> None:
-        self.name = name
-        schema = schema or torch.library.infer_schema(function, mutates_args=())
-        torch.library.define(name, schema, tags=_tags)
-        torch.library.impl(name, tuple(devices), function)
-        space, short = name.split("::")
-        self._call = getattr(getattr(torch.ops, space), short).default
-        self.__doc__ = function.__doc__
+        self._name = f"lightm::{name}"
+        torch.library.define(self._name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(self._name, tuple(devices), function)
+        torch.library.register_fake(self._name, fake)
+        self._call = getattr(torch.ops.lightm, name).default
 
     def __call__(self, *args: Any) -> Any:
         return self._call(*args)
 
-    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Register what shapes and dtypes come out."""
-        torch.library.register_fake(self.name, function)
-        return function
-
-    def register_autograd(
-        self, backward: Callable[..., Any], *, setup_context: Callable[..., None] | None = None
-    ) -> None:
-        """Register the backward pass."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
-
-
-def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Decorate the CPU function of operator `name`; its annotations give the schema."""
-    return lambda function: Operator(name, function)
+    def register_autograd(self, backward: Function, keep: Function | None = None) -> None:
+        """Register the backward pass, and what it keeps, as in `torch.library`."""
+        torch.library.register_autograd(self._name, backward, setup_context=keep)
 
 
 def empty_like_first(x: Tensor, *_: Any) -> Tensor:
@@ -60,12 +46,12 @@ def differentiable(
     name: str,
     inputs: str,
     functions: Functions,
-    fake: Callable[..., Any] = empty_like_first,
+    fake: Function = empty_like_first,
     outputs: int = 1,
     gradients: int = 1,
     devices: Sequence[str] = ("CPU",),
 ) -> Operator:
-    """Register operator `name` and its backward pass, the operator `name`_backward.
+    """Register operator `lightm::name` and its backward pass, `lightm::name_backward`.
 
     Args:
         inputs: the schema of the inputs, e.g. "Tensor x, Tensor? bias, bool silu".
@@ -84,12 +70,6 @@ def differentiable(
 
     def results(count: int) -> str:
         return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
-
-    def run(*args: Any) -> Any:
-        return functions()[0](*args)
-
-    def run_back(*args: Any) -> Any:
-        return functions()[1](*args)
 
     def fake_back(*args: Any) -> Any:
         given = [args[gradients + i] for i in tensors]
@@ -112,9 +92,9 @@ def differentiable(
             found[i] = None if given[i] is None else grad
         return found[0] if len(found) == 1 else tuple(found)
 
-    back = Operator(f"{name}_backward", run_back, f"({sent}, {inputs}{kept}) -> {results(len(tensors))}", devices)
-    back.register_fake(fake_back)
-    made = Operator(name, run, f"({inputs}) -> {results(outputs)}", devices)
-    made.register_fake(fake)
-    made.register_autograd(backward, setup_context=keep)
+    schema = f"({sent}, {inputs}{kept}) -> {results(len(tensors))}"
+    back = Operator(f"{name}_backward", schema, lambda *args: functions()[1](*args), fake_back, devices)
+    schema = f"({inputs}) -> {results(outputs)}"
+    made = Operator(name, schema, lambda *args: functions()[0](*args), fake, devices)
+    made.register_autograd(backward, keep)
     return made

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightm.ops.checks import check_kinds, choose
-from lightm.ops.register import differentiable, operator
+from lightm.ops.register import Operator, differentiable
+from lightm.ops.threads import doubled, halved
 
 
 def max_pool2(x: Tensor, impl: str = "auto") -> Tensor:
@@ -19,12 +20,8 @@ def max_pool2(x: Tensor, impl: str = "auto") -> Tensor:
         x: (Bt, Y, X, C) or (Bt, Z, Y, X, C); a last odd row, column or plane is left out.
         impl: "cpu" (Numba kernel), "reference" (PyTorch's own), or "auto" as in `selective_scan`.
 
-    Returns:
-        (Bt, *(spatial // 2), C) in x's dtype. Where several voxels are largest, the gradient goes to the first.
-
-    Raises:
-        ValueError: a shape, dtype or `impl` that does not fit.
-
+    Returns: (Bt, *(spatial // 2), C) in x's dtype. Where several voxels are largest, the gradient goes to the first.
+    Raises ValueError for a shape, dtype or `impl` that does not fit.
     Cost: x is read once and is what the backward pass keeps (no indices).
     """
     return _pool("max_pool2", "max", x, impl)
@@ -45,13 +42,9 @@ def upsample_linear2(x: Tensor, impl: str = "auto") -> Tensor:
         x: (Bt, Y, X, C) or (Bt, Z, Y, X, C).
         impl: "cpu" (Numba kernel), "reference" (PyTorch's own), or "auto" as in `selective_scan`.
 
-    Returns:
-        (Bt, *(spatial * 2), C) in x's dtype.
-
-    Raises:
-        ValueError: a shape, dtype or `impl` that does not fit.
-
-    Cost: about one multiply-add an output and axis; nothing is kept for the backward pass.
+    Returns: (Bt, *(spatial * 2), C) in x's dtype.
+    Raises ValueError for a shape, dtype or `impl` that does not fit.
+    Cost: about one multiply-add per output and axis; nothing is kept for the backward pass.
     """
     _check("upsample_linear2", x)
     if choose("upsample_linear2", impl, x) == "reference":
@@ -74,57 +67,33 @@ def _pool(name: str, kind: str, x: Tensor, impl: str) -> Tensor:
     if min(x.shape[1:-1]) < 2:
         raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected 2 voxels or more along every spatial axis")
     if choose(name, impl, x) == "reference":
-        pools: dict[tuple[str, int], Callable[..., Tensor]] = {
-            ("max", 4): functional.max_pool2d,
-            ("max", 5): functional.max_pool3d,
-            ("avg", 4): functional.avg_pool2d,
-            ("avg", 5): functional.avg_pool3d,
-        }
-        return pools[kind, x.dim()](x.movedim(-1, 1), 2).movedim(1, -1).contiguous()
+        run: Callable[..., Tensor] = getattr(functional, f"{kind}_pool{x.dim() - 2}d")
+        return run(x.movedim(-1, 1), 2).movedim(1, -1).contiguous()
     return pool_op(x, kind)
 
 
-def _pooling() -> Any:
-    from lightm.ops.resample_cpu import pool_backward, pool_forward
+def _cpu() -> Any:
+    from lightm.ops import resample_cpu
 
-    return pool_forward, pool_backward
-
-
-def _fake_pool(x: Tensor, kind: str) -> Tensor:
-    return x.new_empty((x.shape[0], *(size // 2 for size in x.shape[1:-1]), x.shape[-1]))
+    return resample_cpu
 
 
-pool_op = differentiable("lightm::pool2", "Tensor x, str kind", _pooling, _fake_pool)
-
-
-@operator("lightm::upsample_linear2")
-def upsample_op(x: Tensor) -> Tensor:
-    """The CPU interpolation kernel as a PyTorch operator."""
-    from lightm.ops.resample_cpu import upsample_forward
-
-    return upsample_forward(x)
-
-
-@upsample_op.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], *(size * 2 for size in x.shape[1:-1]), x.shape[-1]))
-
-
-@operator("lightm::upsample_linear2_backward")
-def upsample_backward_op(grad_y: Tensor) -> Tensor:
-    """Gradient of the interpolated tensor."""
-    from lightm.ops.resample_cpu import upsample_backward
-
-    return upsample_backward(grad_y)
-
-
-@upsample_backward_op.register_fake
-def _(grad_y: Tensor) -> Tensor:
-    return grad_y.new_empty((grad_y.shape[0], *(size // 2 for size in grad_y.shape[1:-1]), grad_y.shape[-1]))
-
-
-def _upsample_grad(ctx: Any, grad_y: Tensor) -> Tensor:
-    return upsample_backward_op(grad_y)
-
-
-upsample_op.register_autograd(_upsample_grad)
+pool_op = differentiable(
+    "pool2",
+    "Tensor x, str kind",
+    lambda: (_cpu().pool_forward, _cpu().pool_backward),
+    lambda x, kind: x.new_empty(halved(x)),
+)
+upsample_op = Operator(
+    "upsample_linear2",
+    "(Tensor x) -> Tensor",
+    lambda x: _cpu().upsample_forward(x),
+    lambda x: x.new_empty(doubled(x)),
+)
+upsample_backward_op = Operator(
+    "upsample_linear2_backward",
+    "(Tensor grad_y) -> Tensor",
+    lambda grad_y: _cpu().upsample_backward(grad_y),
+    lambda grad_y: grad_y.new_empty(halved(grad_y)),
+)
+upsample_op.register_autograd(lambda ctx, grad_y: upsample_backward_op(grad_y))

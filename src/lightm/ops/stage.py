@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightm.ops.checks import check_shape
+from lightm.ops.checks import check_shape, wants_grad
 from lightm.ops.norms import GroupNormParameters
+from lightm.ops.threads import doubled
 
 
 def stage_runs_fused(*tensors: Tensor) -> bool:
@@ -41,30 +43,30 @@ def decoder_stage(
     float32 on the CPU. With `overwrite_skip`, without gradients only, the memory of a contiguous `skip` is used for
     x: its content is lost.
     Raises ValueError for other shapes, types or devices, and for groups that do not divide C.
-    Returns (B, *2S, C). Memory: the result, x unless it takes the skip's place, and some planes a thread. For the
+    Returns (B, *2S, C). Memory: the result, x unless it takes the skip's place, and some planes per thread. For the
     backward pass only low and skip are kept; it computes the rest again and needs about five tensors of skip's size.
     """
     tensors = (low, skip, norm1.weight, norm1.bias, depthwise, pointwise, scale, norm2.weight, norm2.bias)
     _check_image("decoder_stage", "low", low)
-    sizes, channels = low.shape[1:-1], low.shape[-1]
-    doubled = (low.shape[0], *(2 * size for size in sizes), channels)
-    check_shape("decoder_stage", "skip", skip, doubled, "(B, *2S, C) for low (B, *S, C)")
+    channels, kernel = low.shape[-1], (3,) * (low.dim() - 2)
+    check_shape("decoder_stage", "skip", skip, doubled(low), "(B, *2S, C) for low (B, *S, C)")
     _check_weights(
         "decoder_stage",
         channels,
         {"norm1": norm1, "norm2": norm2},
-        depthwise=(depthwise, ((3,) * len(sizes) + (channels,))),
+        depthwise=(depthwise, (*kernel, channels)),
         pointwise=(pointwise, (channels, channels)),
         scale=(scale, (1,) if scale.numel() == 1 else (channels,)),
-        skip=(skip, doubled),
+        skip=(skip, doubled(low)),
     )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        result: Tensor = _Stage.apply(norm1, norm2, *tensors)
-        return result
-    from lightm.ops.stage_cpu import run_stage
+    from lightm.ops.stage_cpu import run_stage, run_stage_backward
 
+    settings = (norm1.groups, norm1.eps, norm2.groups, norm2.eps)
+    if wants_grad(*tensors):
+        result: Tensor = _Recomputed.apply(run_stage, run_stage_backward, settings, *tensors)
+        return result
     with torch.no_grad():
-        return run_stage(low, skip, norm1, depthwise, pointwise, scale, norm2, overwrite_skip)
+        return run_stage(tensors, *settings, overwrite_skip)
 
 
 def _check_image(operator: str, name: str, x: Tensor) -> None:
@@ -93,22 +95,21 @@ def _check_weights(
         _check_kind(operator, name, tensor)
 
 
-class _Stage(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, norm1: GroupNormParameters, norm2: GroupNormParameters, *tensors: Tensor) -> Tensor:
-        from lightm.ops.stage_cpu import run_stage
+class _Recomputed(torch.autograd.Function):
+    """run(tensors, *settings), whose backward pass `back` starts from the tensors."""
 
-        low, skip, _, _, depthwise, pointwise, scale, _, _ = tensors
-        ctx.norms = (norm1.groups, norm1.eps, norm2.groups, norm2.eps)
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[..., Tensor], back: Callable[..., Any], settings: tuple[Any, ...], *tensors: Tensor
+    ) -> Tensor:
+        ctx.back, ctx.settings = back, settings
         ctx.save_for_backward(*tensors)
-        return run_stage(low, skip, norm1, depthwise, pointwise, scale, norm2, False)
+        return run(tensors, *settings)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from lightm.ops.stage_cpu import run_stage_backward
-
-        return None, None, *run_stage_backward(grad, *ctx.saved_tensors, *ctx.norms)
+        return None, None, None, *ctx.back(grad, ctx.saved_tensors, *ctx.settings)
 
 
 def decoder_head(
@@ -133,30 +134,10 @@ def decoder_head(
         bias=(bias, tuple(weight.shape[:1])),
     )
     tensors = (x, norm.weight, norm.bias, scale, offset, weight, bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        result: Tensor = _Head.apply(norm.groups, norm.eps, *tensors)
+    from lightm.ops.stage_cpu import run_head, run_head_backward
+
+    if wants_grad(*tensors):
+        result: Tensor = _Recomputed.apply(run_head, run_head_backward, (norm.groups, norm.eps), *tensors)
         return result
-    from lightm.ops.stage_cpu import run_head
-
     with torch.no_grad():
-        return run_head(x, norm, scale, offset, weight, bias)
-
-
-class _Head(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, groups: int, eps: float, *tensors: Tensor) -> Tensor:
-        from lightm.ops.stage_cpu import run_head
-
-        x, norm_weight, norm_bias, scale, offset, weight, bias = tensors
-        ctx.groups, ctx.eps = groups, eps
-        ctx.save_for_backward(x, norm_weight, norm_bias, scale, offset, weight)
-        return run_head(x, GroupNormParameters(norm_weight, norm_bias, groups, eps), scale, offset, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from lightm.ops.stage_cpu import run_head_backward
-
-        x, norm_weight, norm_bias, scale, offset, weight = ctx.saved_tensors
-        given = (grad, x, norm_weight, norm_bias, scale, offset, weight, ctx.groups, ctx.eps)
-        return None, None, *run_head_backward(*given)
+        return run_head(tensors, norm.groups, norm.eps)

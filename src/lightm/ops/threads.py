@@ -1,4 +1,4 @@
-"""A small pool of threads for kernels that release the interpreter lock.
+"""A small pool of threads for kernels that release the interpreter lock, and how work is cut for it.
 
 Work is cut into numbered items, every item writes its own outputs, and idle threads fetch the next number:
 the result depends neither on the number of threads nor on which of them did what. The calling thread works too
@@ -15,7 +15,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+from torch import Tensor
 
+_ROWS = 16  # rows of one work item in 2D; fixed, so that sums do not depend on the number of threads
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -57,6 +59,53 @@ def parallel_for(work: Callable[[int, int], None], items: int) -> None:
     for error in errors:
         if error is not None:
             raise error
+
+
+def for_blocks(entries: int, length: int, block: int, work: Callable[[int, int, int, int], None]) -> None:
+    """Call work(entry, first, last + 1, worker) for the `length` tokens of every entry, in blocks of `block`."""
+    blocks = -(-length // block)
+
+    def item(index: int, worker: int) -> None:
+        entry, part = divmod(index, blocks)
+        work(entry, part * block, min((part + 1) * block, length), worker)
+
+    parallel_for(item, entries * blocks)
+
+
+def plane_sizes(x: Tensor) -> tuple[int, int, int]:
+    """(depth, height, width) of x (Bt, *spatial, C); depth is 1 in 2D."""
+    sizes = x.shape[1:-1]
+    return (sizes[0], sizes[1], sizes[2]) if len(sizes) == 3 else (1, sizes[0], sizes[1])
+
+
+def halved(x: Tensor) -> tuple[int, ...]:
+    """The shape of x (Bt, *spatial, C) pooled by 2."""
+    return (x.shape[0], *(size // 2 for size in x.shape[1:-1]), x.shape[-1])
+
+
+def doubled(x: Tensor) -> tuple[int, ...]:
+    """The shape of x (Bt, *spatial, C) with every spatial axis doubled."""
+    return (x.shape[0], *(size * 2 for size in x.shape[1:-1]), x.shape[-1])
+
+
+def row_chunks(x: Tensor) -> int:
+    """How many chunks `for_rows` cuts the rows of x into."""
+    depth, height, _ = plane_sizes(x)
+    return x.shape[0] * depth * (1 if x.dim() == 5 else -(-height // _ROWS))
+
+
+def for_rows(x: Tensor, work: Callable[[int, int, int, int, int], None]) -> None:
+    """Call work(chunk, entry, z, first row, last row + 1) for all rows of x: by planes in 3D, by 16 rows in 2D."""
+    depth, height, _ = plane_sizes(x)
+    block = height if x.dim() == 5 else _ROWS
+    blocks = -(-height // block)
+
+    def item(index: int, worker: int) -> None:
+        plane, part = divmod(index, blocks)
+        entry, z = divmod(plane, depth)
+        work(index, entry, z, part * block, min((part + 1) * block, height))
+
+    parallel_for(item, row_chunks(x))
 
 
 def _submit(share: Callable[[int], None], helpers: int) -> list[Future[None]]:

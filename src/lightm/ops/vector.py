@@ -1,7 +1,8 @@
 """Vectors of float32 as a Numba type, so that kernels are plain Python with SIMD values in registers.
 
 A value of type `Vector(n)` is LLVM's `<n x float>`: `+ - * /` work lane by lane, tuples of vectors stay in
-registers, and LLVM maps them to AVX-512, AVX2 or NEON. Addresses are 64-bit integers and count bytes.
+registers, and LLVM maps them to AVX-512, AVX2 or NEON. For rows of any width there are vectors of which only some lanes
+are in use, and sums across lanes. Addresses are 64-bit integers and count bytes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import errors
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from lightm.ops.jit import LANES, device_function
 
 FLOAT = ir.FloatType()
 INT = ir.IntType(32)
@@ -32,8 +36,7 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, ir.VectorType(FLOAT, kind.lanes))
 
 
-V1, V4, V8, V16 = (Vector(lanes) for lanes in (1, 4, 8, 16))
-BY_LANES = {kind.lanes: kind for kind in (V1, V4, V8, V16)}
+BY_LANES = {lanes: Vector(lanes) for lanes in (1, 4, 8, 16)}
 
 
 def _operator(symbol: Any, emit: str) -> None:
@@ -51,13 +54,10 @@ def _operator(symbol: Any, emit: str) -> None:
         lower_builtin(symbol, kind, kind)(lower)
 
 
-for _symbol, _emit in (
-    (operator.add, "fadd"),
-    (operator.sub, "fsub"),
-    (operator.mul, "fmul"),
-    (operator.truediv, "fdiv"),
-):
-    _operator(_symbol, _emit)
+_operator(operator.add, "fadd")
+_operator(operator.sub, "fsub")
+_operator(operator.mul, "fmul")
+_operator(operator.truediv, "fdiv")
 
 
 # What the intrinsics of this package emit ---------------------------------------------------------------------
@@ -71,9 +71,7 @@ def splat(value: float, like: ir.VectorType) -> ir.Constant:
 def call(builder: Any, name: str, result: Any, *args: Any) -> Any:
     """A call of an LLVM intrinsic, e.g. `llvm.fmuladd.v16f32`."""
     kind = ir.FunctionType(result, [arg.type for arg in args])
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(builder.module, kind, name)
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
     return builder.call(function, args)
 
 
@@ -99,12 +97,9 @@ def emit_broadcast(builder: Any, address: Any, lanes: int) -> Any:
 
 
 def emit_splat(builder: Any, scalar: Any, lanes: int) -> Any:
-    """A float value in every lane."""
-    kind = ir.VectorType(FLOAT, lanes)
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, INT(0))
-    return builder.shuffle_vector(
-        one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(INT, lanes), [0] * lanes)
-    )
+    """A number in every lane."""
+    nothing = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+    return emit_shuffle(builder, builder.insert_element(nothing, scalar, INT(0)), None, [0] * lanes)
 
 
 def emit_select(builder: Any, symbol: str, x: Any, bound: Any) -> Any:
@@ -118,54 +113,42 @@ def emit_offset(builder: Any, address: Any, byte_count: int) -> Any:
 
 
 def emit_shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    """Pick lanes out of a (numbers 0..) and b (numbers a.count..)."""
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, len(lanes)), lanes))
+    """Pick lanes out of a (numbers 0..) and b (numbers a.count.., where it is not None)."""
+    other = ir.Constant(a.type, ir.Undefined) if b is None else b
+    return builder.shuffle_vector(a, other, ir.Constant(ir.VectorType(INT, len(lanes)), lanes))
 
 
 # Intrinsics ---------------------------------------------------------------------------------------------------
 
 
-def literal(kind: Any) -> int | None:
-    return kind.literal_value if isinstance(kind, types.IntegerLiteral) else None
+def literal(kind: Any) -> int:
+    """The value of a constant argument; Numba tries other ways to compile a call where it is none."""
+    if not isinstance(kind, types.IntegerLiteral):
+        raise errors.RequireLiteralValue("this argument of a kernel's function has to be a constant")
+    return int(kind.literal_value)
 
 
 @intrinsic(prefer_literal=True)
 def load(typing: Any, address: Any, lanes: Any) -> Any:
     """load(address, lanes): the vector at an address; `lanes` is a constant."""
     count = literal(lanes)
-    if count is None:
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return emit_load(builder, args[0], count)
-
-    return BY_LANES[count](types.int64, lanes), generate
+    return BY_LANES[count](types.int64, lanes), lambda context, builder, sig, args: emit_load(builder, args[0], count)
 
 
 @intrinsic(prefer_literal=True)
 def broadcast(typing: Any, address: Any, lanes: Any) -> Any:
     """broadcast(address, lanes): the float at an address in every lane."""
     count = literal(lanes)
-    if count is None:
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return emit_broadcast(builder, args[0], count)
-
-    return BY_LANES[count](types.int64, lanes), generate
+    result = BY_LANES[count]
+    return result(types.int64, lanes), lambda context, builder, sig, args: emit_broadcast(builder, args[0], count)
 
 
 @intrinsic(prefer_literal=True)
 def full(typing: Any, value: Any, lanes: Any) -> Any:
     """full(value, lanes): a number in every lane."""
     count = literal(lanes)
-    if count is None:
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return emit_splat(builder, args[0], count)
-
-    return BY_LANES[count](types.float32, lanes), generate
+    result = BY_LANES[count]
+    return result(types.float32, lanes), lambda context, builder, sig, args: emit_splat(builder, args[0], count)
 
 
 @intrinsic
@@ -182,29 +165,26 @@ def store(typing: Any, address: Any, value: Any) -> Any:
 @intrinsic
 def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """fma(a, b, c): a * b + c."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return emit_fma(builder, *args)
-
-    return a(a, a, a), generate
+    return a(a, a, a), lambda context, builder, sig, args: emit_fma(builder, *args)
 
 
 @intrinsic
 def maximum(typing: Any, a: Any, b: Any) -> Any:
     """maximum(a, b) lane by lane; NaN where a is."""
+    return a(a, a), lambda context, builder, sig, args: emit_select(builder, "<", *args)
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return emit_select(builder, "<", *args)
 
-    return a(a, a), generate
+@intrinsic
+def root(typing: Any, vector: Any) -> Any:
+    """The square root lane by lane."""
+    name = f"llvm.sqrt.v{vector.lanes}f32"
+    return vector(vector), lambda context, builder, sig, args: call(builder, name, args[0].type, args[0])
 
 
 @intrinsic(prefer_literal=True)
 def load_rows(typing: Any, address: Any, count: Any, lanes: Any) -> Any:
     """load_rows(address, count, lanes): a tuple of `count` vectors stored one after the other."""
     rows, width = literal(count), literal(lanes)
-    if rows is None or width is None:
-        return None
     result = types.UniTuple(BY_LANES[width], rows)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -220,9 +200,101 @@ def store_rows(typing: Any, address: Any, rows: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         for row in range(rows.count):
-            emit_store(
-                builder, emit_offset(builder, args[0], 4 * rows.dtype.lanes * row), builder.extract_value(args[1], row)
-            )
+            at = emit_offset(builder, args[0], 4 * rows.dtype.lanes * row)
+            emit_store(builder, at, builder.extract_value(args[1], row))
         return context.get_dummy_value()
 
     return types.void(types.int64, rows), generate
+
+
+# Lanes: some of them, and sums across them ----------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def spread(typing: Any, vector: Any, width: Any) -> Any:
+    """spread(vector, width): in every lane the sum of its `width` neighbours, a power of two; width is a constant."""
+    count = literal(width)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value, half = args[0], count // 2
+        while half:
+            value = builder.fadd(value, emit_shuffle(builder, value, value, [i ^ half for i in range(vector.lanes)]))
+            half //= 2
+        return value
+
+    return vector(vector, width), generate
+
+
+@intrinsic
+def number(typing: Any, address: Any) -> Any:
+    """The float32 at an address as a float64."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = builder.load(builder.inttoptr(args[0], FLOAT.as_pointer()), align=4)
+        return builder.fpext(value, ir.DoubleType())
+
+    return types.float64(types.int64), generate
+
+
+def _lanes_below(builder: Any, count: Any) -> Any:
+    """Which lanes have a number below `count` (64 bits)."""
+    counts = emit_splat(builder, builder.trunc(count, INT), LANES)
+    return builder.icmp_signed("<", ir.Constant(counts.type, list(range(LANES))), counts)
+
+
+@intrinsic
+def keep(typing: Any, vector: Any, count: Any) -> Any:
+    """The first `count` lanes, at least 1; 0 in the others."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.select(_lanes_below(builder, args[1]), args[0], splat(0.0, args[0].type))
+
+    return vector(vector, types.int64), generate
+
+
+@intrinsic
+def load_some(typing: Any, address: Any, count: Any) -> Any:
+    """The vector whose first `count` lanes are at an address; 0 in the others, whose memory is not touched."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.VectorType(FLOAT, LANES)
+        at = builder.inttoptr(args[0], kind.as_pointer())
+        mask = _lanes_below(builder, args[1])
+        name = f"llvm.masked.load.v{LANES}f32.p0v{LANES}f32"
+        return call(builder, name, kind, at, INT(4), mask, splat(0.0, kind))
+
+    return BY_LANES[LANES](types.int64, types.int64), generate
+
+
+@intrinsic
+def store_some(typing: Any, address: Any, vector: Any, count: Any) -> Any:
+    """Write the first `count` lanes at an address."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        at = builder.inttoptr(args[0], args[1].type.as_pointer())
+        name = f"llvm.masked.store.v{LANES}f32.p0v{LANES}f32"
+        call(builder, name, ir.VoidType(), args[1], at, INT(4), _lanes_below(builder, args[2]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, vector, types.int64), generate
+
+
+@device_function
+def get(address, count):  # type: ignore[no-untyped-def]
+    """A vector, or its first `count` lanes when they are fewer than LANES."""
+    return load(address, LANES) if count >= LANES else load_some(address, count)
+
+
+@device_function
+def put(address, vector, count):  # type: ignore[no-untyped-def]
+    """Write a vector, or its first `count` lanes when they are fewer than LANES."""
+    if count >= LANES:
+        store(address, vector)
+    else:
+        store_some(address, vector, count)
+
+
+@device_function
+def clear(address, count):  # type: ignore[no-untyped-def]
+    for c in range(count):
+        store(address + 4 * c, full(0.0, 1))

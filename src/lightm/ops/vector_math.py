@@ -1,10 +1,9 @@
-"""exp2, exp, log1p, softplus and sigmoid of float32 vectors.
+"""exp2, softplus and sigmoid of float32 vectors, and the moments of rows and of lanes.
 
-exp2(x) = 2^r * p(x - r), r = round(x), p of degree 5 with p(0) = 1 fitted to the least relative error on
-[-1/2, 1/2]: 9.2e-8 for the polynomial, below 1.7e-7 (1.4 units in the last place) with rounding. With AVX-512
-the scaling by 2^r is one instruction and exact also for subnormal, zero and infinite results. Elsewhere x is
-clamped to [-126, 127], r is found by adding 1.5 * 2^23 and added to the exponent as an integer; then the
-smallest result is 2^-126 instead of 0 and the largest 2^127 instead of infinity.
+exp2(x) = 2^r * p(x - r), r = round(x), p of degree 5 with p(0) = 1 fitted to the least relative error on [-1/2, 1/2]:
+README.md has the errors. With AVX-512 the scaling by 2^r is one instruction and exact also for subnormal, zero and
+infinite results. Elsewhere x is clamped to [-126, 127], r is found by adding 1.5 * 2^23 and added to the exponent as an
+integer; then the smallest result is 2^-126 instead of 0 and the largest 2^127 instead of infinity.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Any
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from lightm.ops.jit import AVX512, device_function
-from lightm.ops.vector import INT, call, emit_fma, emit_select, fma, full, maximum, splat
+from lightm.ops.jit import AVX512, LANES, device_function
+from lightm.ops.vector import INT, call, emit_fma, emit_select, fma, full, get, keep, maximum, root, splat, spread
 
 _EXP2 = (0.69314698, 0.24022242, 0.05550734, 0.00967151, 0.00132647)
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it leaves a float32 rounded to an integer in its low bits
@@ -50,11 +49,7 @@ def emit_exp2(builder: Any, x: Any) -> Any:
 @intrinsic
 def exp2(typing: Any, x: Any) -> Any:
     """exp2(vector): 2^x lane by lane."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return emit_exp2(builder, args[0])
-
-    return x(x), generate
+    return x(x), lambda context, builder, sig, args: emit_exp2(builder, args[0])
 
 
 @intrinsic
@@ -96,3 +91,26 @@ def softplus(x, lanes):  # type: ignore[no-untyped-def]
     p = fma(p, w, full(0.33333208, lanes))
     p = fma(p, w, full(1.0, lanes))
     return maximum(x, zero) + (s + s) * p
+
+
+@device_function
+def moments(y, width, eps):  # type: ignore[no-untyped-def]
+    """(mean, 1 / deviation) of `width` channels at y, in every lane."""
+    scale = full(1.0 / width, LANES)
+    total = full(0.0, LANES)
+    for c in range(0, width, LANES):
+        total = total + get(y + 4 * c, width - c)
+    mean = spread(total, LANES) * scale
+    total = full(0.0, LANES)
+    for c in range(0, width, LANES):
+        far = keep(get(y + 4 * c, width - c) - mean, width - c)
+        total = fma(far, far, total)
+    return mean, full(1.0, LANES) / root(fma(spread(total, LANES), scale, full(eps, LANES)))
+
+
+@device_function
+def lane_moments(values, eps, width):  # type: ignore[no-untyped-def]
+    """(values - mean, 1 / deviation) of every `width` neighbouring lanes."""
+    scale = full(1.0 / width, LANES)
+    far = values - spread(values, width) * scale
+    return far, full(1.0, LANES) / root(fma(spread(far * far, width), scale, full(eps, LANES)))

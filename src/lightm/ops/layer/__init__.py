@@ -26,11 +26,7 @@ def layer_runs_fused(x: Tensor, parameters: LayerParameters) -> bool:
 
 
 def state_space_layer(
-    x: Tensor,
-    parameters: LayerParameters,
-    scan: str = "raster",
-    pooling: str | None = None,
-    keep_states: int = 0,
+    x: Tensor, parameters: LayerParameters, scan: str = "raster", pooling: str | None = None, keep_states: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """Run a state-space layer without whole inner tensors: out = Linear(LayerNorm(VSS(LayerNorm(x)) + r)).
 

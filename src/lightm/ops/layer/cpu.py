@@ -1,13 +1,14 @@
 """A whole state-space layer on the CPU without gradients: tokens stream through it in chunks that fit the cache.
 
-A chunk is three work items: blocks of tokens up to the scan, tiles of channels through the scan with the state
-carried, blocks of tokens from the scan to the result. The third of a chunk runs with the first of the next one.
-Nothing of the inner width is ever there for more than two chunks.
+A chunk is three work items, the third of which runs with the first of the next chunk: README.md says which. Nothing of
+the inner width is ever there for more than two chunks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lightm.ops.layer.kernels import BLOCK, scratch_floats
 from lightm.ops.layer.parameters import LayerParameters
 from lightm.ops.resample_cpu import pool_into
 from lightm.ops.scan.kernels import STATE_SIZES, forward_kernel
-from lightm.ops.threads import parallel_for, worker_count
+from lightm.ops.threads import for_blocks, parallel_for, worker_count
 from lightm.ops.vector_math import LOG2E
 
 # their many arguments are handed on as tuples
@@ -34,9 +35,7 @@ Order = tuple[int, ...]
 
 def orders(sizes: tuple[int, ...], scan: str) -> list[Order]:
     """(base, n1, n2, s0, s1, s2) of every order of the tokens of an image of these sizes, see `kernels`."""
-    tokens = 1
-    for size in sizes:
-        tokens *= size
+    tokens = math.prod(sizes)
     raster = (0, 1, tokens, 0, 0, 1)
     if scan == "raster":
         return [raster]
@@ -65,7 +64,7 @@ def _chunks(tokens: int, slab: int, longest: int) -> list[tuple[int, int]]:
 class _Run:
     """One layer on one batch entry."""
 
-    def __init__(self, x: Tensor, out_rows: Tensor, p: LayerParameters) -> None:
+    def __init__(self, x: Tensor, p: LayerParameters) -> None:
         self.p, self.x = p, x
         self.keep: list[Tensor] = []  # vectors whose addresses the kernels are given
         self.row_out = 4 * p.out_channels
@@ -117,24 +116,22 @@ class _Run:
 
         def before(k: int, block: int, worker: int) -> None:
             start, stop = chunks[k]
-            first = start + block * _PIECE
-            t = first - start
+            t = block * _PIECE
             _before(
-                address(self.x), c, *order, *self.norm, *self.before, first, min(first + _PIECE, stop),
+                address(self.x), c, *order, *self.norm, *self.before, start + t, min(start + t + _PIECE, stop),
                 rows(k, 0, t), rows(k, 1, t), rows(k, 2, t), address(numbers[k % 2]) + t * self.numbers_row,
                 self.numbers_row, address(self.scratch[worker]),
             )  # fmt: skip
 
         def after(k: int, block: int, worker: int) -> None:
             start, stop = chunks[k]
-            first = start + block * _PIECE
-            t = first - start
+            t = block * _PIECE
             _after(
                 rows(k, 2, t), rows(k, 1, t), *self.gate, address(self.x), c, *order, *self.end, mode, sums,
-                out(first), self.row_out, first, min(first + _PIECE, stop), address(self.scratch[worker]),
+                out(start + t), self.row_out, start + t, min(start + t + _PIECE, stop), address(self.scratch[worker]),
             )  # fmt: skip
 
-        def scan(k: int, tile: int) -> None:
+        def scan(k: int, tile: int, worker: int) -> None:
             across = tile * 4 * LANES
             at = address(numbers[k % 2]) + tile * p.groups // self.tiles * 4 * p.states
             tokens = chunks[k][1] - chunks[k][0]
@@ -164,23 +161,18 @@ class _Run:
             if starts:
                 if keep and chunks[k][0] % keep == 0:
                     self.kept[chunks[k][0] // keep] = state.transpose(1, 2).reshape(p.inner, p.states)
-
-                def across(tile: int, worker: int, k: int = k) -> None:
-                    scan(k, tile)
-
-                parallel_for(across, self.tiles)
+                parallel_for(partial(scan, k), self.tiles)
 
     def finish_rows(self, sums: int, first: int, last: int, out: Any) -> None:
         """The layer's end for rows first..last-1 of the sums over several orders."""
 
-        def work(block: int, worker: int) -> None:
-            start = first + block * _PIECE
+        def work(entry: int, begin: int, end: int, worker: int) -> None:
             _finish(
-                sums, address(self.x), self.p.channels, *self.end, out(start), self.row_out, start,
-                min(start + _PIECE, last), address(self.scratch[worker]),
+                sums, address(self.x), self.p.channels, *self.end, out(first + begin), self.row_out, first + begin,
+                first + end, address(self.scratch[worker]),
             )  # fmt: skip
 
-        parallel_for(work, -(-(last - first) // _PIECE))
+        for_blocks(1, last - first, _PIECE, work)
 
 
 def run_layer(
@@ -200,7 +192,7 @@ def run_layer(
     slab_tokens = rows * plane
     slab = None if pooling is None else x.new_empty((rows, *sizes[1:], p.out_channels))
     for entry in range(batch):
-        run = _Run(x[entry], result[entry], p)
+        run = _Run(x[entry], p)
         base = address(result[entry]) if slab is None else address(slab)
 
         def out(t: int, base: int = base, row: int = run.row_out) -> int:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightm.ops.bounds import NOTHING, Extent
+from lightm.ops.bounds import NOTHING, Extent, each
 from lightm.ops.jit import LANES, device_function, kernel
-from lightm.ops.matmul_kernels import SCRATCH, multiply, multiply_extents
-from lightm.ops.vector import fma, full, load, store
-from lightm.ops.vector_math import sigmoid, softplus
-from lightm.ops.vector_parts import get, lane_moments, moments, put
+from lightm.ops.matmul_cpu import SCRATCH, multiply, multiply_extents
+from lightm.ops.vector import fma, full, get, load, put, store
+from lightm.ops.vector_math import lane_moments, moments, sigmoid, softplus
 
 HALF = LANES // 2
 BLOCK = 192
@@ -35,11 +34,8 @@ def _normalise(x, out, channels, weight, bias, eps):  # type: ignore[no-untyped-
     mean, inverse = moments(x, channels, eps)
     for c in range(0, channels, LANES):
         left = channels - c
-        put(
-            out + 4 * c,
-            fma((get(x + 4 * c, left) - mean) * inverse, get(weight + 4 * c, left), get(bias + 4 * c, left)),
-            left,
-        )
+        normed = (get(x + 4 * c, left) - mean) * inverse
+        put(out + 4 * c, fma(normed, get(weight + 4 * c, left), get(bias + 4 * c, left)), left)
 
 
 def _image_rows(begin: int, end: int, order: tuple[int, ...], row: int) -> Extent:
@@ -63,11 +59,9 @@ def _matmul_extents(
 
 
 def _before_extents(
-    x: int, channels: int, base: int, n1: int, n2: int, s0: int, s1: int, s2: int, norm_weight: int, norm_bias: int,
-    eps: float, x_plan: int, x_blocks: int, x_weight: int, x_zero: int, z_plan: int, z_blocks: int, z_weight: int,
-    z_zero: int, conv: int, conv_bias: int, d_conv: int, inner: int, m_plan: int, m_blocks: int, m_weight: int,
-    m_zero: int, low: int, dt_plan: int, dt_blocks: int, dt_weight: int, dt_bias: int, begin: int, end: int, u: int,
-    z: int, d: int, numbers: int, numbers_row: int, scratch: int,
+    channels: int, base: int, n1: int, n2: int, s0: int, s1: int, s2: int, x_plan: int, x_blocks: int, z_plan: int,
+    z_blocks: int, d_conv: int, inner: int, m_plan: int, m_blocks: int, low: int, dt_plan: int, dt_blocks: int,
+    begin: int, end: int, numbers_row: int,
 ) -> dict[str, Extent]:  # fmt: skip
     tokens, row, wide = end - begin, 4 * channels, 4 * inner
     of_x, _, _ = _matmul_extents("x", x_plan, x_blocks, wide, tokens)
@@ -77,17 +71,14 @@ def _before_extents(
     last_row = (tokens - 1) * numbers_row
     return {
         "x": _image_rows(max(begin - d_conv + 1, 0), end, (base, n1, n2, s0, s1, s2), row),
-        "norm_weight": (0, row),
-        "norm_bias": (0, row),
+        **each((0, row), "norm_weight", "norm_bias"),
         **of_x,
         **of_z,
         "conv": (0, d_conv * wide),
         "conv_bias": (0, wide),
         **of_m,
         **of_dt,
-        "u": (0, tokens * wide),
-        "z": (0, tokens * wide),
-        "d": (0, tokens * wide),
+        **each((0, tokens * wide), "u", "z", "d"),
         "numbers": (min(made[0], low + first), max(made[1], last_row + low + last)) if tokens else NOTHING,
         "scratch": (0, SCRATCH + (BLOCK + d_conv) * row + (min(BLOCK, tokens) + d_conv - 1) * wide),
     }
@@ -182,27 +173,19 @@ def _finish_row(  # type: ignore[no-untyped-def]
 
 
 def _after_extents(
-    y: int, z: int, inner: int, width: int, gate_weight: int, gate_bias: int, gate_eps: float, o_plan: int,
-    o_blocks: int, o_weight: int, o_zero: int, x: int, channels: int, base: int, n1: int, n2: int, s0: int, s1: int,
-    s2: int, norm_weight: int, norm_bias: int, eps: float, scale: int, of_norm: int, out_weight: int, out_bias: int,
-    out_eps: float, p_plan: int, p_blocks: int, p_weight: int, p_bias: int, mode: int, sums: int, out: int,
-    out_row: int, begin: int, end: int, scratch: int,
+    inner: int, width: int, o_plan: int, o_blocks: int, channels: int, base: int, n1: int, n2: int, s0: int, s1: int,
+    s2: int, p_plan: int, p_blocks: int, mode: int, out_row: int, begin: int, end: int,
 ) -> dict[str, Extent]:  # fmt: skip
     tokens, row, wide = end - begin, 4 * channels, 4 * inner
     of_o, _, _ = _matmul_extents("o", o_plan, o_blocks, row, tokens)
     of_p, _, made = _matmul_extents("p", p_plan, p_blocks, out_row, tokens if mode == 0 else 0)
     places = _image_rows(begin, end, (base, n1, n2, s0, s1, s2), row)
-    vectors = dict.fromkeys(
-        ("norm_weight", "norm_bias", "scale", "out_weight", "out_bias"), (0, row if mode == 0 else 0)
-    )
     return {
-        "y": (0, tokens * wide),
-        "z": (0, tokens * wide),
-        "gate_weight": (0, wide if width else 0),
-        "gate_bias": (0, wide if width else 0),
+        **each((0, tokens * wide), "y", "z"),
+        **each((0, wide if width else 0), "gate_weight", "gate_bias"),
         **of_o,
         "x": places if mode == 0 else NOTHING,
-        **vectors,
+        **each((0, row if mode == 0 else 0), "norm_weight", "norm_bias", "scale", "out_weight", "out_bias"),
         **of_p,
         "sums": NOTHING if mode == 0 else places,
         "out": made,
@@ -253,18 +236,12 @@ def after_scan(  # type: ignore[no-untyped-def]
         out += (last - first) * out_row
 
 
-def _finish_extents(
-    sums: int, x: int, channels: int, norm_weight: int, norm_bias: int, eps: float, scale: int, of_norm: int,
-    out_weight: int, out_bias: int, out_eps: float, p_plan: int, p_blocks: int, p_weight: int, p_bias: int, out: int,
-    out_row: int, begin: int, end: int, scratch: int,
-) -> dict[str, Extent]:  # fmt: skip
+def _finish_extents(channels: int, p_plan: int, p_blocks: int, out_row: int, begin: int, end: int) -> dict[str, Extent]:
     row = 4 * channels
     of_p, _, made = _matmul_extents("p", p_plan, p_blocks, out_row, end - begin)
-    vectors = dict.fromkeys(("norm_weight", "norm_bias", "scale", "out_weight", "out_bias"), (0, row))
     return {
-        "sums": (begin * row, end * row),
-        "x": (begin * row, end * row),
-        **vectors,
+        **each((begin * row, end * row), "sums", "x"),
+        **each((0, row), "norm_weight", "norm_bias", "scale", "out_weight", "out_bias"),
         **of_p,
         "out": made,
         "scratch": (0, SCRATCH + (BLOCK + 1) * row),

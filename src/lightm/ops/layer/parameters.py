@@ -14,9 +14,9 @@ from torch import Tensor
 class LayerParameters:
     """Tensors of a layer: out = Linear(LayerNorm(VSS(LayerNorm(x)) + scale * residual)).
 
-    C channels, E inner channels in G equal groups with matrices and B, C of their own (1 for RVM, the parts of SPM),
-    N states, R = rank of dt, K = kernel size of the convolution (d_conv). Matrices are (G, out / G, in / G) as in
-    `torch.nn.Linear`.
+    C `channels`, E `inner` channels in G equal `groups` with matrices and B, C of their own (1 for RVM, the parts of
+    SPM), N `states`, R = rank of dt, K = kernel size of the convolution (d_conv). Matrices are (G, out / G, in / G) as
+    in `torch.nn.Linear`.
     """
 
     norm: tuple[Tensor, Tensor, float]  # weight (C), bias (C), eps
@@ -41,33 +41,28 @@ class LayerParameters:
 
     @property
     def groups(self) -> int:
-        """G."""
         return self.in_x.shape[0]
 
     @property
     def channels(self) -> int:
-        """C."""
         return self.projection.shape[1]
 
     @property
     def inner(self) -> int:
-        """E."""
         return self.A.shape[0]
 
     @property
     def states(self) -> int:
-        """N."""
         return self.A.shape[1]
 
     @property
     def out_channels(self) -> int:
-        """Channels of the result."""
         return self.projection.shape[0]
 
     @cached_property
     def packed(self) -> dict[str, Any]:
         """The matrices packed for the kernels; kept for the life of this object."""
-        from lightm.ops.matmul_kernels import Packed
+        from lightm.ops.matmul_cpu import Packed
 
         def diagonal(*weights: Tensor) -> Tensor:
             """(in, out) with the groups along the diagonal, one weight after the other in the columns."""

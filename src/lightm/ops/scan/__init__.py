@@ -1,14 +1,16 @@
-"""The selective scan of Mamba: the public function, its checks and the choice of an implementation."""
+"""The selective scan of Mamba: the public functions, the choice of an implementation, the oracle, the operators."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
-from lightm.ops.checks import check_kinds, check_shape, choose, wants_grad
-from lightm.ops.scan.gpu import triton_limits
-from lightm.ops.scan.inputs import CHUNK, ScanInputs, in_state_blocks
-from lightm.ops.scan.operator import scan_op, triton_scan_op
-from lightm.ops.scan.reference import reference_scan
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightm.ops.checks import check_kinds, choose, inner_type, wants_grad
+from lightm.ops.scan.gpu import plan_for, triton_limits
+from lightm.ops.scan.inputs import CHUNK, ScanInputs, checked, declare_scan, in_state_blocks
 
 __all__ = ["reference_scan", "selective_scan", "selective_scan_with_state"]
 
@@ -46,13 +48,10 @@ def selective_scan(
             Triton; not timed on hardware yet), "reference" (plain PyTorch, any device, float64 too), or "auto": "cpu"
             or, on a GPU, "triton" where possible, else "reference"; what was chosen is logged once.
 
-    Returns:
-        y (Bt, L, E) in u's dtype; `selective_scan_with_state` also returns the states after the last token.
-        Arithmetic is float32 (float64 for float64 input) inside whatever the inputs' types, which may be mixed.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or an `impl` that cannot take these tensors.
-        TypeError: something that is not a tensor.
+    Returns: y (Bt, L, E) in u's dtype; `selective_scan_with_state` also returns the states after the last token.
+    Arithmetic is float32 (float64 for float64 input) inside whatever the inputs' types, which may be mixed.
+    Raises ValueError for shapes, dtypes or devices that do not fit and an `impl` that cannot take these tensors,
+    TypeError for something that is not a tensor.
 
     Cost of "cpu": L E N exponentials and about 3 L E N multiply-adds forward, about 2.3 times that backward; memory
     beyond the inputs and y: L E N / 64 floats of kept states when a gradient is wanted, otherwise a constant. Cost of
@@ -86,54 +85,75 @@ def selective_scan_with_state(
     """
     inputs = ScanInputs(u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state)
     check_kinds(_NAME, {name: x for name, x in inputs._asdict().items() if name != "delta_softplus"})
-    _check_shapes(inputs)
-    if B.dim() == 3:
-        inputs = inputs._replace(B=B.unsqueeze(2), C=C.unsqueeze(2))
-    chosen = choose(_NAME, impl, u, triton_limits=triton_limits)
-    if chosen == "reference":
-        return reference_scan(inputs)
-    if chosen == "triton":
-        y, state, _ = triton_scan_op(*inputs)
-        return y, state
-    return in_state_blocks(_on_cpu, inputs)
-
-
-def _on_cpu(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    y, state, _ = scan_op(*inputs, CHUNK if wants_grad(*inputs) else 0)
-    return y, state
-
-
-def _check_shapes(inputs: ScanInputs) -> None:
-    u, delta, A, B, C, d_skip, z, delta_bias, _, initial_state = inputs
     if u.dim() != 3:
         raise ValueError(
             f"{_NAME}: u has shape {tuple(u.shape)}, expected (Bt, L, E); flatten the spatial axes to tokens with "
             "the channels last, e.g. x.flatten(1, -2)"
         )
-    batch, length, channels = u.shape
-    if A.dim() != 2 or A.shape[0] != channels or A.shape[1] < 1:
+    if A.dim() != 2 or A.shape[0] != u.shape[2] or A.shape[1] < 1:
         raise ValueError(
-            f"{_NAME}: A has shape {tuple(A.shape)}, expected ({channels}, N) = (E, N) with N >= 1, "
+            f"{_NAME}: A has shape {tuple(A.shape)}, expected ({u.shape[2]}, N) = (E, N) with N >= 1, "
             "E from u's last axis"
         )
-    states = A.shape[1]
-    if B.dim() not in (3, 4) or tuple(B.shape[:2]) != (batch, length) or B.shape[-1] != states:
-        raise ValueError(
-            f"{_NAME}: B has shape {tuple(B.shape)}, expected ({batch}, {length}, {states}) = (Bt, L, N) or "
-            f"({batch}, {length}, G, {states}) = (Bt, L, G, N)"
-        )
-    if B.dim() == 4 and (B.shape[2] < 1 or channels % B.shape[2]):
-        raise ValueError(
-            f"{_NAME}: B has G = {B.shape[2]} groups, which do not divide the E = {channels} channels of u into equal "
-            "parts"
-        )
-    check_shape(_NAME, "C", C, B.shape, "the shape of B")
-    check_shape(_NAME, "delta", delta, u.shape, "(Bt, L, E), the shape of u")
+    inputs = checked(_NAME, inputs, A.shape[1])
+    chosen = choose(_NAME, impl, u, triton_limits=triton_limits)
+    if chosen == "reference":
+        return reference_scan(inputs)
+    if chosen == "triton":
+        return triton_scan_op(*inputs)[:2]
+    return in_state_blocks(lambda block: scan_op(*block, CHUNK if wants_grad(*block) else 0)[:2], inputs)
+
+
+def reference_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """The scan token by token in plain PyTorch, (y, last state): the oracle of the fast implementations.
+
+    Works on any device, in float64 when u is float64 and in float32 otherwise; y has u's dtype. Time O(Bt L E N) in
+    L steps of Python; autograd keeps every step's state.
+    """
+    u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
+    inner = inner_type(u)
+    dt = delta.to(inner)
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(inner)
+    if delta_softplus:
+        dt = functional.softplus(dt)
+    x, decay_rate = u.to(inner), A.to(inner)
+    b, c = (part.to(inner).repeat_interleave(u.shape[2] // B.shape[2], dim=2) for part in (B, C))  # (Bt, L, E, N)
+    h = u.new_zeros((u.shape[0], *A.shape), dtype=inner) if initial_state is None else initial_state.to(inner)
+    outputs = []
+    # unbind, not indexing: autograd would fill a whole tensor with zeros for every indexed token
+    for x_t, dt_t, b_t, c_t in zip(*(part.unbind(1) for part in (x, dt, b, c)), strict=True):
+        step = dt_t.unsqueeze(-1)  # (Bt, E, 1)
+        h = torch.exp(step * decay_rate) * h + step * b_t * x_t.unsqueeze(-1)
+        outputs.append((h * c_t).sum(-1))
+    y = torch.stack(outputs, dim=1) if outputs else x
+    if d_skip is not None:
+        y = y + d_skip.to(inner) * x
     if z is not None:
-        check_shape(_NAME, "z", z, u.shape, "(Bt, L, E), the shape of u")
-    for name, vector in (("d_skip", d_skip), ("delta_bias", delta_bias)):
-        if vector is not None:
-            check_shape(_NAME, name, vector, (channels,), "(E,), E from u's last axis")
-    if initial_state is not None:
-        expected = (batch, channels, states)
-        check_shape(_NAME, "initial_state", initial_state, expected, "(Bt, E, N)")
+        y = y * functional.silu(z.to(inner))
+    return y.to(u.dtype), h
+
+
+def _cpu() -> Any:
+    from lightm.ops.scan.cpu import run_backward, run_forward
+
+    return run_forward, run_backward
+
+
+def _cpu_saved(inputs: ScanInputs, chunk: int) -> tuple[int, ...]:
+    from lightm.ops.scan.cpu import layout_of
+
+    return layout_of(inputs).saved_shape(chunk)
+
+
+def _triton() -> Any:
+    from lightm.ops.scan.gpu import run_backward, run_forward
+
+    return run_forward, run_backward
+
+
+scan_op = declare_scan(_NAME, _cpu, _cpu_saved)
+# "CPU" is for Triton's interpreter alone: `triton_limits` lets no other tensor of a CPU come here
+triton_scan_op = declare_scan(
+    "selective_scan_triton", _triton, lambda x: plan_for(x).starts_shape, more="", devices=("CPU", "CUDA")
+)

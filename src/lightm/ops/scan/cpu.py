@@ -1,105 +1,117 @@
-"""The selective scan on the CPU: the Numba kernels, spread over batch entries and tiles of channels."""
+"""The selective scan on the CPU: the Numba kernels, spread over batch entries and tiles of channels.
+
+Where there are more threads than tiles, the tokens are cut into parts that threads take side by side, as README.md says
+under "Threads and bits". What a part does to the states before it is h -> exp2(a * sum of dt) * h + h0, with h0 the
+states it leaves when it begins with zeros.
+"""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightm.ops.bounds import address
 from lightm.ops.jit import LANES
+from lightm.ops.memory import RESULTS
 from lightm.ops.scan.inputs import ScanGradients, ScanInputs, ScanResults, check_chunk, gradient_of
 from lightm.ops.scan.kernels import backward_kernel, forward_kernel, scratch_floats, sum_kernel, summary_kernel
-from lightm.ops.scan.layout import SEGMENT, Layout
-from lightm.ops.scan.parts import carry_states, cut, part_count
-from lightm.ops.scan.results import RESULTS
-from lightm.ops.threads import parallel_for, worker_count
+from lightm.ops.scan.layout import SEGMENT, Layout, places, strided_address
+from lightm.ops.threads import for_blocks, parallel_for, worker_count
 from lightm.ops.vector_math import LOG2E
 
 PASS = 64  # tokens that the forward kernel takes at a time when no states are kept
+SHORTEST = 2048
+"""Tokens of a part that are worth handing to a thread."""
 _TILE = 4 * LANES  # bytes of one row of a tile
 
 
 def layout_of(inputs: ScanInputs) -> Layout:
     """How the kernels see these inputs."""
     u, B = inputs.u, inputs.B
-    layout = Layout(u.shape[0], u.shape[1], u.shape[2], B.shape[2], B.shape[3])
-    return replace(layout, paired=layout.can_pair)
+    return Layout(u.shape[0], u.shape[1], u.shape[2], B.shape[2], B.shape[3], pair=True)
 
 
-def strided_address(x: Tensor | None) -> tuple[int, int, int]:
-    """(address, bytes between batch entries, bytes between tokens); zeros for None."""
-    return (0, 0, 0) if x is None else (address(x), 4 * x.stride(0), 4 * x.stride(1))
+def part_count(items: int, threads: int, tokens: int) -> int:
+    """Parts to cut the tokens of each of `items` tiles into; 1 where it would not pay."""
+    for_one = min(threads // max(items, 1), tokens // SHORTEST - 1)
+    return for_one + 1 if for_one >= 2 else 1
 
 
-def _parameters(layout: Layout, A: Tensor, rows: tuple[Tensor | None, ...]) -> tuple[Tensor, list[Tensor | None]]:
-    """A times log2(e) and the vectors over channels, in tiles."""
-    tiled = [None if x is None else layout.tile_rows(x.unsqueeze(-1)) for x in rows]
-    return layout.tile_states(A.float() * LOG2E), tiled
+def cut(tokens: int, parts: int, chunk: int) -> list[int]:
+    """parts + 1 borders from 0 to `tokens`, multiples of `chunk` but for the last."""
+    chunks = -(-tokens // chunk)
+    return [min(chunks * part // parts * chunk, tokens) for part in range(parts)] + [tokens]
+
+
+def carry_states(first: Tensor, alone: Tensor, steps: Tensor, decay: Tensor) -> Tensor:
+    """States before every part but the first, from those that the first one leaves (Bt, tiles, N, LANES).
+
+    `alone` (parts - 2, Bt, tiles, N, LANES): what the second to last but one leave when they begin with zeros; `steps`
+    (parts - 2, Bt, tiles, 1, LANES): their sums of dt; `decay` (tiles, N, LANES): A times log2(e).
+    """
+    states = [first]
+    for left, total in zip(alone, steps, strict=True):
+        states.append(left + torch.exp2(decay * total) * states[-1])
+    return torch.stack(states)
+
+
+def _parameters(layout: Layout, inputs: ScanInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A times log2(e), d_skip and delta_bias, in tiles."""
+    skip, bias = (None if x is None else layout.tile_rows(x.unsqueeze(-1)) for x in (inputs.d_skip, inputs.delta_bias))
+    return layout.tile_states(inputs.A.float() * LOG2E), skip, bias
+
+
+def _input_rows(layout: Layout, inputs: ScanInputs, start: int, stop: int) -> tuple[list[Tensor | None], list[int]]:
+    """Rows of (u, delta, B, C, z) of a segment, and the bytes between the groups of B and of C."""
+    u, delta, z = (layout.channel_rows(x, start, stop) for x in (inputs.u, inputs.delta, inputs.z))
+    b, c = (layout.number_rows(x, start, stop) for x in (inputs.B, inputs.C))
+    return [u, delta, b, c, z], [4 * b.stride(2), 4 * c.stride(2)]
 
 
 def run_forward(inputs: ScanInputs, chunk: int) -> ScanResults:
     """Run the scan; states before every `chunk`-th token are kept, none when chunk is 0."""
-    u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
-    layout = layout_of(inputs)
+    u, delta, B, C, z, soft = inputs.u, inputs.delta, inputs.B, inputs.C, inputs.z, int(inputs.delta_softplus)
+    layout, begin = layout_of(inputs), inputs.initial_state
     y = RESULTS.empty(u.shape, u.dtype)
-    decay, (skip, bias) = _parameters(layout, A, (d_skip, delta_bias))
-    state = torch.zeros(layout.state_shape) if initial_state is None else layout.tile_states(initial_state)
+    decay, skip, bias = _parameters(layout, inputs)
+    state = torch.zeros(layout.state_shape) if begin is None else layout.tile_states(begin)
     saved = torch.empty(layout.saved_shape(chunk))
     number = saved.shape[2]
-    rows = [x for x in (u, delta, z, y) if x is not None]
-    in_place = all(map(layout.channels_in_place, rows)) and all(map(layout.numbers_in_place, (B, C)))
-    segment = max(layout.length, 1) if in_place else SEGMENT
+    segment = max(layout.length, 1) if layout.in_place((u, delta, z, y), (B, C)) else SEGMENT
     run = forward_kernel(layout.kernel_states, layout.groups_of_tile)
     items = layout.batch * layout.tiles
     pass_tokens = chunk or PASS
     most_parts = part_count(items, torch.get_num_threads(), min(segment, layout.length))
     scratch = torch.empty((worker_count(items * most_parts), pass_tokens * LANES))
     skip_at, bias_at = strided_address(skip)[0], strided_address(bias)[0]
-    state_bytes = 4 * layout.kernel_states * LANES
+    state_bytes = layout.state_bytes
 
     def sweep(start: int, stop: int) -> None:
-        u_rows, delta_rows = (layout.channel_rows(x, start, stop) for x in (u, delta))
-        z_rows = None if z is None else layout.channel_rows(z, start, stop)
-        b_rows, c_rows = (layout.number_rows(x, start, stop) for x in (B, C))
+        rows, group_bytes = _input_rows(layout, inputs, start, stop)
         y_rows = layout.row_buffer(y, start, stop)
-        spots = [strided_address(x) for x in (u_rows, delta_rows, b_rows, c_rows, z_rows, y_rows)]
-        group_bytes = (4 * b_rows.stride(2), 4 * c_rows.stride(2))
+        spots = [strided_address(x) for x in (*rows, y_rows)]
 
         def where(item: int, first: int) -> list[int]:
             """Addresses and steps of the rows of a tile from token `first` on."""
             entry, tile = divmod(item, layout.tiles)
             group = layout.first_group(tile)
             across = [tile * _TILE] * 2 + [group * size for size in group_bytes] + [tile * _TILE] * 2
-            found: list[int] = []
-            for (at, entry_step, step), offset in zip(spots, across, strict=True):
-                found += [at + entry * entry_step + offset + first * step if at else 0, step]
-            return found
+            return places(spots, across, entry, first)
 
         def vectors(item: int) -> tuple[int, int, int]:
             """Addresses of a tile's A, d_skip and delta_bias."""
             tile = item % layout.tiles
-            return (
-                address(decay) + tile * state_bytes,
-                skip_at + tile * _TILE if skip_at else 0,
-                bias_at + tile * _TILE if bias_at else 0,
-            )
+            across = tile * _TILE
+            a_at = address(decay) + tile * state_bytes
+            return a_at, skip_at + across if skip_at else 0, bias_at + across if bias_at else 0
 
         def scan(item: int, worker: int, first: int, last: int, state_at: int) -> None:
             number_before = item * number + (start + first) // pass_tokens
             run(
-                *where(item, first),
-                *vectors(item),
-                int(delta_softplus),
-                state_at + item * state_bytes,
-                address(saved) + number_before * state_bytes if chunk else 0,
-                state_bytes,
-                pass_tokens,
-                last - first,
-                address(scratch[worker]),
-                *group_bytes,
-            )
+                *where(item, first), *vectors(item), soft, state_at + item * state_bytes,
+                address(saved) + number_before * state_bytes if chunk else 0, state_bytes, pass_tokens, last - first,
+                address(scratch[worker]), *group_bytes,
+            )  # fmt: skip
 
         parts = part_count(items, torch.get_num_threads(), stop - start)
         if parts == 1:
@@ -117,20 +129,12 @@ def run_forward(inputs: ScanInputs, chunk: int) -> ScanResults:
             if part == 0:
                 scan(item, worker, 0, borders[1], address(state))
                 return
-            rows = where(item, borders[part])
             a_at, _, own_bias = vectors(item)
             sum_up(
-                *rows[:6],
-                a_at,
-                own_bias,
-                int(delta_softplus),
-                address(alone[part - 1]) + item * state_bytes,
-                address(steps[part - 1]) + item * _TILE,
-                pass_tokens,
-                borders[part + 1] - borders[part],
-                address(scratch[worker]),
-                group_bytes[0],
-            )
+                *where(item, borders[part])[:6], a_at, own_bias, soft, address(alone[part - 1]) + item * state_bytes,
+                address(steps[part - 1]) + item * _TILE, pass_tokens, borders[part + 1] - borders[part],
+                address(scratch[worker]), group_bytes[0],
+            )  # fmt: skip
 
         parallel_for(first_round, items * (parts - 1))
         between = carry_states(state, alone, steps, decay)
@@ -150,32 +154,23 @@ def run_forward(inputs: ScanInputs, chunk: int) -> ScanResults:
 
 def sum_tiles(layout: Layout, parts: Tensor, result: Tensor, start: int, stop: int) -> None:
     """Tokens start..stop-1 of dB or dC (Bt, L, G, N) from the tiles' shares (Bt, tiles, longest, kernel_states)."""
-    n, tokens, block = layout.kernel_states, stop - start, 1024
+    n, tokens = layout.kernel_states, stop - start
     if layout.paired:  # one tile per group: nothing to add
         own = parts[:, :, :tokens].unflatten(-1, (2, n))[..., : layout.states]  # (Bt, tiles, tokens, 2, N)
         result[:, start:stop] = own.movedim(2, 1).reshape(layout.batch, tokens, layout.groups, layout.states)
         return
     in_place = layout.numbers_in_place(result)
     total = result[:, start:stop] if in_place else torch.empty((layout.batch, tokens, layout.groups, n))
-    run = sum_kernel(n)
-    blocks = -(-tokens // block)
-    part_bytes = 4 * parts.stride(1)
+    run, part_bytes = sum_kernel(n), 4 * parts.stride(1)
 
-    def work(item: int, worker: int) -> None:
-        row, index = divmod(item, blocks)
+    def work(row: int, first: int, last: int, worker: int) -> None:
         entry, group = divmod(row, layout.groups)
         first_tile = entry * layout.tiles + group * layout.tiles_of_group
-        run(
-            address(parts) + first_tile * part_bytes,
-            part_bytes,
-            layout.tiles_of_group,
-            address(total) + 4 * (entry * total.stride(0) + group * n),
-            4 * layout.groups * n,
-            index * block,
-            min((index + 1) * block, tokens),
-        )
+        to = address(total) + 4 * (entry * total.stride(0) + group * n)
+        of = address(parts) + first_tile * part_bytes
+        run(of, part_bytes, layout.tiles_of_group, to, 4 * layout.groups * n, first, last)
 
-    parallel_for(work, layout.batch * layout.groups * blocks)
+    for_blocks(layout.batch * layout.groups, tokens, 1024, work)
     if not in_place:
         result[:, start:stop] = total[..., : layout.states]
 
@@ -184,70 +179,47 @@ def run_backward(grad_y: Tensor, grad_state: Tensor, inputs: ScanInputs, chunk: 
     """Return the gradients of all inputs."""
     check_chunk("selective_scan", chunk)
     u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
-    layout = layout_of(inputs)
-    decay, (skip, bias) = _parameters(layout, A, (d_skip, delta_bias))
+    layout, soft = layout_of(inputs), int(delta_softplus)
+    decay, skip, bias = _parameters(layout, inputs)
     du, ddelta = torch.empty(u.shape, dtype=u.dtype), torch.empty(delta.shape, dtype=delta.dtype)
     dz = torch.empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype)
     dB, dC = torch.empty(B.shape, dtype=B.dtype), torch.empty(C.shape, dtype=C.dtype)
-    n = layout.kernel_states
+    n, number = layout.kernel_states, saved.shape[2]
     items = layout.batch * layout.tiles
     carry = layout.tile_states(grad_state)
     dA = torch.zeros((layout.batch, layout.tiles, n, LANES))
     dskip, dbias = (torch.zeros((layout.batch, layout.tiles, 1, LANES)) for _ in range(2))
-    number = saved.shape[2]
-    longest = min(SEGMENT, layout.length)
-    sums = layout.groups_of_tile * n
+    longest, sums = min(SEGMENT, layout.length), layout.groups_of_tile * n
     parts_b, parts_c = (torch.empty((layout.batch, layout.tiles, longest, sums)) for _ in range(2))
+    part_bytes = 4 * longest * sums
     scratch = torch.empty((worker_count(items), scratch_floats(n, chunk)))
     run = backward_kernel(n, layout.groups_of_tile)
     skip_at, bias_at = strided_address(skip)[0], strided_address(bias)[0]
-    state_bytes = 4 * n * LANES
+    state_bytes = layout.state_bytes
+    results = (du, ddelta) if z is None else (du, ddelta, dz)
 
     def sweep(start: int, stop: int) -> None:
-        tokens = stop - start
-        rows = [layout.channel_rows(x, start, stop) for x in (u, delta)]
-        rows += [layout.number_rows(x, start, stop) for x in (B, C)]
-        z_rows = None if z is None else layout.channel_rows(z, start, stop)
+        rows, group_bytes = _input_rows(layout, inputs, start, stop)
         dy_rows = layout.channel_rows(grad_y, start, stop)
-        outputs = [layout.row_buffer(x, start, stop) for x in (du, ddelta)]
-        dz_rows = None if z is None else layout.row_buffer(dz, start, stop)
-        spots_in = [strided_address(x) for x in (*rows, z_rows, dy_rows)]
-        spots_out = [strided_address(x) for x in (*outputs, dz_rows)]
-        group_bytes = [4 * x.stride(2) for x in rows[2:]]
+        buffers = [layout.row_buffer(x, start, stop) for x in results]
+        spots = [strided_address(x) for x in (*rows, dy_rows, *buffers, *[None] * (3 - len(buffers)))]
 
         def work(item: int, worker: int) -> None:
             entry, tile = divmod(item, layout.tiles)
-            group = layout.first_group(tile)
-            across = [tile * _TILE] * 2 + [group * size for size in group_bytes] + [tile * _TILE] * 5
-            where: list[int] = []
-            for (at, entry_step, step), offset in zip(spots_in + spots_out, across, strict=True):
-                where += [at + entry * entry_step + offset if at else 0, step]
+            group, across = layout.first_group(tile), tile * _TILE
+            where = places(spots, [across] * 2 + [group * size for size in group_bytes] + [across] * 5, entry)
             run(
-                *where[:12],
-                address(decay) + tile * state_bytes,
-                skip_at + tile * _TILE if skip_at else 0,
-                bias_at + tile * _TILE if bias_at else 0,
-                int(delta_softplus),
-                address(saved) + (item * number + start // chunk) * state_bytes,
-                state_bytes,
-                chunk,
-                tokens,
-                *where[12:],
-                address(parts_b) + item * longest * sums * 4,
-                address(parts_c) + item * longest * sums * 4,
-                address(carry) + item * state_bytes,
-                address(dA) + item * state_bytes,
-                address(dskip) + item * _TILE,
-                address(dbias) + item * _TILE,
-                address(scratch[worker]),
-                *group_bytes,
-            )
+                *where[:12], address(decay) + tile * state_bytes, skip_at + across if skip_at else 0,
+                bias_at + across if bias_at else 0, soft,
+                address(saved) + (item * number + start // chunk) * state_bytes, state_bytes, chunk, stop - start,
+                *where[12:], address(parts_b) + item * part_bytes, address(parts_c) + item * part_bytes,
+                address(carry) + item * state_bytes, address(dA) + item * state_bytes, address(dskip) + item * _TILE,
+                address(dbias) + item * _TILE, address(scratch[worker]), *group_bytes,
+            )  # fmt: skip
 
         parallel_for(work, items)
-        for buffer, result in zip(outputs, (du, ddelta), strict=True):
+        for buffer, result in zip(buffers, results, strict=True):
             layout.finish_rows(buffer, result, start, stop)
-        if dz_rows is not None:
-            layout.finish_rows(dz_rows, dz, start, stop)
         for parts, result in ((parts_b, dB), (parts_c, dC)):
             sum_tiles(layout, parts, result, start, stop)
 

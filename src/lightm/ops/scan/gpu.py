@@ -7,7 +7,7 @@ targets; chunk lengths and tile sizes are estimates.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from functools import partial
 from importlib import metadata, util
 from typing import Any
 
@@ -65,81 +65,31 @@ def triton_limits(lead: Tensor) -> str | None:
     )
 
 
-@dataclass(frozen=True)
 class Plan:
     """How one call is cut into programs; a function of its shapes alone, so that every GPU adds in the same order."""
 
-    batch: int
-    length: int
-    channels: int
-    groups: int
-    states: int
-
-    @property
-    def of_group(self) -> int:
-        """Channels of a group."""
-        return self.channels // self.groups
-
-    @property
-    def block_n(self) -> int:
-        """States of a tile: N, padded to a power of two."""
-        return _power_of_two(self.states)
-
-    @property
-    def block_e(self) -> int:
-        """Channels of a tile: at most a warp's 32 lanes, and fewer where they have many states or a group is small."""
-        return max(4, min(32, _TILE // self.block_n, _power_of_two(self.of_group)))
-
-    @property
-    def group_blocks(self) -> int:
-        """Tiles of a group; the last one may be part padding."""
-        return -(-self.of_group // self.block_e)
-
-    @property
-    def blocks(self) -> int:
-        """Tiles of all groups."""
-        return self.groups * self.group_blocks
-
-    @property
-    def chunk(self) -> int:
-        """Tokens of a chunk: as many as leave enough programs to fill a large GPU."""
-        rows = self.batch * self.blocks * self.length
-        return next((size for size in _CHUNKS if rows >= size * _ENOUGH), _CHUNKS[-1])
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of one batch entry."""
-        return -(-self.length // self.chunk)
-
-    @property
-    def items(self) -> int:
-        """Programs: one for every batch entry, chunk and tile."""
-        return self.batch * self.chunks * self.blocks
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to run."""
-        return self.batch * self.length * self.channels == 0
-
-    @property
-    def starts_shape(self) -> tuple[int, ...]:
-        """The shape of the states before every chunk."""
-        return self.batch, self.chunks, self.states, self.channels
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """What every kernel over chunks gets after `chunks`."""
-        return self.channels, self.blocks, self.group_blocks
+    def __init__(self, batch: int, length: int, channels: int, groups: int, states: int) -> None:
+        self.batch, self.length, self.channels, self.groups, self.states = batch, length, channels, groups, states
+        self.of_group = channels // groups
+        self.block_n = _power_of_two(states)  # states of a tile
+        # channels of a tile: at most a warp's 32 lanes, and fewer where they have many states or a group is small
+        self.block_e = max(4, min(32, _TILE // self.block_n, _power_of_two(self.of_group)))
+        self.group_blocks = -(-self.of_group // self.block_e)  # tiles of a group; the last one may be part padding
+        self.blocks = groups * self.group_blocks
+        # tokens of a chunk: as many as leave enough programs to fill a large GPU
+        rows = batch * self.blocks * length
+        self.chunk = next((size for size in _CHUNKS if rows >= size * _ENOUGH), _CHUNKS[-1])
+        self.chunks = -(-length // self.chunk)
+        self.items = batch * self.chunks * self.blocks  # programs: one for every batch entry, chunk and tile
+        self.empty = batch * length * channels == 0
+        self.starts_shape = (batch, self.chunks, states, channels)  # of the states before every chunk
+        # what every kernel over chunks gets after `chunks`, and last
+        self.sizes, self.tail = (channels, self.blocks, self.group_blocks), (self.of_group, states)
 
     def meta(self, softplus: bool, unroll: int) -> dict[str, Any]:
-        """Compile-time arguments of the kernels over chunks; one warp a program."""
-        return {
-            "SOFTPLUS": softplus,
-            "BLOCK_E": self.block_e,
-            "BLOCK_N": self.block_n,
-            "UNROLL": unroll,
-            "num_warps": 1,
-        }
+        """Compile-time arguments of the kernels over chunks; one warp per program."""
+        tile = {"BLOCK_E": self.block_e, "BLOCK_N": self.block_n}
+        return {"SOFTPLUS": softplus, **tile, "UNROLL": unroll, "num_warps": 1}
 
 
 def _power_of_two(number: int) -> int:
@@ -186,22 +136,19 @@ def run_forward(inputs: ScanInputs) -> ScanResults:
 
     u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
     plan = plan_for(inputs)
-
-    def floats(*shape: int) -> Tensor:
-        return u.new_empty(shape, dtype=torch.float32)
-
+    floats = partial(u.new_empty, dtype=torch.float32)
     y = u.new_empty(u.shape)
-    starts = floats(*plan.starts_shape)
+    starts = floats(plan.starts_shape)
     if plan.empty:
-        last = floats(plan.batch, plan.channels, plan.states)
+        last = floats((plan.batch, plan.channels, plan.states))
         return y, last.zero_() if initial_state is None else last.copy_(initial_state), starts
-    last = floats(plan.batch, plan.states, plan.channels)
-    sums = floats(plan.batch, plan.chunks, plan.channels)
+    last = floats((plan.batch, plan.states, plan.channels))
+    sums = floats((plan.batch, plan.chunks, plan.channels))
     meta = plan.meta(delta_softplus, _UNROLL)
     A = _by_channel(A)
     one = (*_strided(u, 3), *_strided(delta, 3), *_strided(A, 2), *_strided(B, 4))
     bias = _strided(delta_bias, 1)
-    tail = (*plan.sizes, plan.of_group, plan.states)
+    tail = (*plan.sizes, *plan.tail)
     count = plan.chunks - 1
     with torch.cuda.device_of(u):
         if count:
@@ -225,36 +172,32 @@ def _slots(plan: Plan, device: torch.device) -> int:
 
 def run_backward(grad_y: Tensor, grad_state: Tensor, inputs: ScanInputs, starts: Tensor) -> ScanGradients:
     """Return the gradients of all inputs."""
-    from lightm.ops.scan.triton_backward import backward_kernel, grad_end_kernel
+    from lightm.ops.scan.triton_kernels import backward_kernel, grad_end_kernel
 
     u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
     plan = plan_for(inputs)
-
-    def floats(*shape: int) -> Tensor:
-        return u.new_empty(shape, dtype=torch.float32)
-
+    floats = partial(u.new_empty, dtype=torch.float32)
     du, ddelta = u.new_empty(u.shape), delta.new_empty(delta.shape)
     dz = floats(0) if z is None else z.new_empty(z.shape)
-    dbegin = floats(plan.batch, plan.states, plan.channels)
-    parts_b, parts_c = (floats(plan.group_blocks, *B.shape) for _ in range(2))
-    parts_a = floats(*plan.starts_shape)
-    parts_skip, parts_bias = (floats(plan.batch, plan.chunks, plan.channels) for _ in range(2))
+    dbegin = floats((plan.batch, plan.states, plan.channels))
+    parts_b, parts_c = (floats((plan.group_blocks, *B.shape)) for _ in range(2))
+    parts_a = floats(plan.starts_shape)
+    parts_skip, parts_bias = (floats((plan.batch, plan.chunks, plan.channels)) for _ in range(2))
     if plan.empty:
         dbegin.copy_(grad_state.transpose(1, 2))
     else:
-        sums = floats(plan.batch, plan.chunks, plan.channels)
+        sums = floats((plan.batch, plan.chunks, plan.channels))
         arriving = torch.empty_like(starts)
         slots = _slots(plan, u.device)
-        scratch = floats(slots, plan.chunk // _UNROLL_BACKWARD, plan.block_e * plan.block_n)
+        scratch = floats((slots, plan.chunk // _UNROLL_BACKWARD, plan.block_e * plan.block_n))
         count = plan.chunks - 1
         bias, gate = _strided(delta_bias, 1), _strided(z, 3)
         rates = _by_channel(A)
-        tail = (plan.of_group, plan.states)
         with torch.cuda.device_of(u):
             if count:
                 grad_end_kernel[(plan.batch * count * plan.blocks,)](
                     *_strided(grad_y, 3), *_strided(delta, 3), *_strided(rates, 2), *_strided(C, 4), *gate, *bias,
-                    arriving, sums, plan.length, plan.chunk, count, plan.chunks, *plan.sizes, *tail,
+                    arriving, sums, plan.length, plan.chunk, count, plan.chunks, *plan.sizes, *plan.tail,
                     **plan.meta(delta_softplus, _UNROLL),
                 )  # fmt: skip
             _carry(plan, arriving, sums, rates, grad_state, reverse=True)
@@ -262,7 +205,7 @@ def run_backward(grad_y: Tensor, grad_state: Tensor, inputs: ScanInputs, starts:
                 *_strided(grad_y, 3), *_strided(u, 3), *_strided(delta, 3), *_strided(rates, 2),
                 *_strided(B, 4), *_strided(C, 4), *_strided(d_skip, 1), *gate, *bias, starts, arriving, scratch,
                 du, ddelta, dz, parts_b, parts_c, parts_a, parts_skip, parts_bias, dbegin,
-                plan.items, plan.length, plan.chunk, plan.chunks, *plan.sizes, plan.groups, *tail,
+                plan.items, plan.length, plan.chunk, plan.chunks, *plan.sizes, plan.groups, *plan.tail,
                 **plan.meta(delta_softplus, _UNROLL_BACKWARD),
             )  # fmt: skip
     dA = parts_a.sum((0, 1)).t().to(A.dtype, memory_format=torch.contiguous_format)

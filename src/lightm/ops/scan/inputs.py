@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightm.ops.register import Functions, Operator, differentiable
+from lightm.ops.checks import check_shape
+from lightm.ops.register import Function, Functions, Operator, differentiable
 
 CHUNK = 64
 """Tokens between kept states: the backward pass recomputes the states of one such chunk at a time."""
@@ -34,7 +35,7 @@ class ScanInputs(NamedTuple):
 
 ScanResults = tuple[Tensor, Tensor, Tensor]
 """(y, last state, kept states)."""
-ScanGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+ScanGradients = tuple[Tensor, ...]
 """Gradients of (u, delta, A, B, C, d_skip, z, delta_bias, initial_state), each in its tensor's type; empty for absent
 ones."""
 
@@ -44,12 +45,40 @@ _SCHEMA = (
 )
 
 
+def checked(name: str, inputs: ScanInputs, states: int | None = None) -> ScanInputs:
+    """The inputs, B and C as (Bt, L, G, N); ValueError unless they fit u (Bt, L, E) or (Bt, L, H, P) and N = `states`.
+
+    With heads there is one A, step, skip and bias for each of them.
+    """
+    u, delta, A, B, C, d_skip, z, delta_bias, _, initial_state = inputs
+    batch, length, parts = u.shape[:3]
+    heads = u.dim() == 4
+    part, kind, axis, axes = ("H", "heads", "third", "H, P") if heads else ("E", "channels", "last", "E")
+    fits = B.shape[-1] >= 1 if states is None else B.shape[-1] == states
+    if B.dim() not in (3, 4) or tuple(B.shape[:2]) != (batch, length) or not fits:
+        n, more = ("N", " with N >= 1") if states is None else (states, "")
+        raise ValueError(
+            f"{name}: B has shape {tuple(B.shape)}, expected ({batch}, {length}, {n}) = (Bt, L, N) or "
+            f"({batch}, {length}, G, {n}) = (Bt, L, G, N){more}"
+        )
+    if B.dim() == 4 and (B.shape[2] < 1 or parts % B.shape[2]):
+        raise ValueError(
+            f"{name}: B has G = {B.shape[2]} groups, which do not divide the {part} = {parts} {kind} of u into equal "
+            "parts"
+        )
+    check_shape(name, "C", C, B.shape, "the shape of B")
+    what = "one step per head" if heads else "the shape of u"
+    check_shape(name, "delta", delta, u.shape[:3], f"(Bt, L, {part}), {what}")
+    check_shape(name, "z", z, u.shape, f"(Bt, L, {axes}), the shape of u")
+    for of, vector in (("A", A if heads else None), ("d_skip", d_skip), ("delta_bias", delta_bias)):
+        check_shape(name, of, vector, (parts,), f"({part},), {part} from u's {axis} axis")
+    expected = (batch, *u.shape[2:], B.shape[-1])
+    check_shape(name, "initial_state", initial_state, expected, f"(Bt, {axes}, N)")
+    return inputs if B.dim() == 4 else inputs._replace(B=B.unsqueeze(2), C=C.unsqueeze(2))
+
+
 def declare_scan(
-    name: str,
-    functions: Functions,
-    saved_shape: Callable[..., tuple[int, ...]],
-    more: str = ", int chunk",
-    devices: Sequence[str] = ("CPU",),
+    name: str, functions: Functions, saved_shape: Function, more: str = ", int chunk", devices: Sequence[str] = ("CPU",)
 ) -> Operator:
     """Register a scan over u (Bt, L, E) with states (Bt, E, N) as an operator with a backward pass.
 
@@ -58,13 +87,11 @@ def declare_scan(
     """
     number = len(ScanInputs._fields)
 
-    def flat() -> tuple[Callable[..., ScanResults], Callable[..., ScanGradients]]:
-        forward, backward = functions()
+    def flat() -> tuple[Function, Function]:
+        run, back = functions()
         return (
-            lambda *given: forward(ScanInputs(*given[:number]), *given[number:]),
-            lambda grad_y, grad_state, *given: backward(
-                grad_y, grad_state, ScanInputs(*given[:number]), *given[number:]
-            ),
+            lambda *given: run(ScanInputs(*given[:number]), *given[number:]),
+            lambda dy, dstate, *given: back(dy, dstate, ScanInputs(*given[:number]), *given[number:]),
         )
 
     def fake(*given: Any) -> ScanResults:

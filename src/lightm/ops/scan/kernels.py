@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from lightm.ops.bounds import Extent, Extents
+from lightm.ops.bounds import Extent, each, row_extents
 from lightm.ops.bounds import rows as rows_of
 from lightm.ops.jit import LANES, device_function, kernel
 from lightm.ops.scan.step import absorb, advance_groups, record, retreat
@@ -38,35 +38,27 @@ def _numbers(tokens: int, step: int, states: int, gap: int, groups: int) -> Exte
     return (low + min(gap, 0), high + max(gap, 0)) if groups == 2 and high else (low, high)
 
 
-def _forward_extents(states: int, groups: int) -> Extents:
-    def extents(
-        u: int, u_step: int, delta: int, delta_step: int, b: int, b_step: int, c: int, c_step: int, z: int, z_step: int,
-        y: int, y_step: int, a: int, skip: int, bias: int, soft: int, state: int, saved: int, saved_step: int,
-        chunk: int, tokens: int, scratch: int, b_gap: int, c_gap: int,
-    ) -> dict[str, Extent]:  # fmt: skip
-        return {
-            "u": rows_of(0, tokens, u_step, _ROW),
-            "delta": rows_of(0, tokens, delta_step, _ROW),
-            "b": _numbers(tokens, b_step, states, b_gap, groups),
-            "c": _numbers(tokens, c_step, states, c_gap, groups),
-            "z": rows_of(0, tokens if z else 0, z_step, _ROW),
-            "y": rows_of(0, tokens, y_step, _ROW),
-            "a": (0, _ROW * states),
-            "skip": (0, _ROW if skip else 0),
-            "bias": (0, _ROW if bias else 0),
-            "state": (0, _ROW * states),
-            "saved": rows_of(0, -(-tokens // chunk) if saved else 0, saved_step, _ROW * states),
-            "scratch": (0, _ROW * min(chunk, tokens) if soft or bias else 0),
-        }
-
-    return extents
-
-
 @cache
 def forward_kernel(states: int, groups: int = 1) -> Callable[..., Any]:
     """The forward kernel for N = `states` and so many groups in a tile."""
 
-    @kernel(_forward_extents(states, groups))
+    def extents(
+        u_step: int, delta_step: int, b_step: int, c_step: int, z: int, z_step: int, y_step: int, skip: int, bias: int,
+        soft: int, saved: int, saved_step: int, chunk: int, tokens: int, b_gap: int, c_gap: int,
+    ) -> dict[str, Extent]:  # fmt: skip
+        return {
+            **row_extents(0, tokens, _ROW, u=u_step, delta=delta_step, y=y_step),
+            **row_extents(0, tokens if z else 0, _ROW, z=z_step),
+            "b": _numbers(tokens, b_step, states, b_gap, groups),
+            "c": _numbers(tokens, c_step, states, c_gap, groups),
+            **each((0, _ROW * states), "a", "state"),
+            "skip": (0, _ROW if skip else 0),
+            "bias": (0, _ROW if bias else 0),
+            "saved": rows_of(0, -(-tokens // chunk) if saved else 0, saved_step, _ROW * states),
+            "scratch": (0, _ROW * min(chunk, tokens) if soft or bias else 0),
+        }
+
+    @kernel(extents)
     def scan_forward(  # type: ignore[no-untyped-def]
         u, u_step, delta, delta_step, b, b_step, c, c_step, z, z_step, y, y_step,
         a, skip, bias, soft, state, saved, saved_step, chunk, tokens, scratch, b_gap, c_gap,
@@ -104,30 +96,23 @@ def forward_kernel(states: int, groups: int = 1) -> Callable[..., Any]:
     return scan_forward
 
 
-def _summary_extents(states: int, groups: int) -> Extents:
-    def extents(
-        u: int, u_step: int, delta: int, delta_step: int, b: int, b_step: int, a: int, bias: int, soft: int, state: int,
-        steps: int, chunk: int, tokens: int, scratch: int, b_gap: int,
-    ) -> dict[str, Extent]:  # fmt: skip
-        return {
-            "u": rows_of(0, tokens, u_step, _ROW),
-            "delta": rows_of(0, tokens, delta_step, _ROW),
-            "b": _numbers(tokens, b_step, states, b_gap, groups),
-            "a": (0, _ROW * states),
-            "bias": (0, _ROW if bias else 0),
-            "state": (0, _ROW * states),
-            "steps": (0, _ROW),
-            "scratch": (0, _ROW * min(chunk, tokens)),
-        }
-
-    return extents
-
-
 @cache
 def summary_kernel(states: int, groups: int = 1) -> Callable[..., Any]:
     """The kernel that says what a part of the tokens does to the states, for N = `states`."""
 
-    @kernel(_summary_extents(states, groups))
+    def extents(
+        u_step: int, delta_step: int, b_step: int, bias: int, chunk: int, tokens: int, b_gap: int
+    ) -> dict[str, Extent]:
+        return {
+            **row_extents(0, tokens, _ROW, u=u_step, delta=delta_step),
+            "b": _numbers(tokens, b_step, states, b_gap, groups),
+            **each((0, _ROW * states), "a", "state"),
+            "bias": (0, _ROW if bias else 0),
+            "steps": (0, _ROW),
+            "scratch": (0, _ROW * min(chunk, tokens)),
+        }
+
+    @kernel(extents)
     def scan_summary(  # type: ignore[no-untyped-def]
         u, u_step, delta, delta_step, b, b_step, a, bias, soft, state, steps, chunk, tokens, scratch, b_gap,
     ):  # fmt: skip
@@ -155,47 +140,31 @@ def summary_kernel(states: int, groups: int = 1) -> Callable[..., Any]:
     return scan_summary
 
 
-def _backward_extents(states: int, groups: int) -> Extents:
-    def extents(
-        u: int, u_step: int, delta: int, delta_step: int, b: int, b_step: int, c: int, c_step: int, z: int, z_step: int,
-        dy: int, dy_step: int, a: int, skip: int, bias: int, soft: int, saved: int, saved_step: int, chunk: int,
-        tokens: int, du: int, du_step: int, ddelta: int, ddelta_step: int, dz: int, dz_step: int, db: int, dc: int,
-        carry: int, da: int, dskip: int, dbias: int, scratch: int, b_gap: int, c_gap: int,
-    ) -> dict[str, Extent]:  # fmt: skip
-        sums = 4 * states * groups
-        return {
-            "u": rows_of(0, tokens, u_step, _ROW),
-            "delta": rows_of(0, tokens, delta_step, _ROW),
-            "b": _numbers(tokens, b_step, states, b_gap, groups),
-            "c": _numbers(tokens, c_step, states, c_gap, groups),
-            "z": rows_of(0, tokens if z else 0, z_step, _ROW),
-            "dy": rows_of(0, tokens, dy_step, _ROW),
-            "a": (0, _ROW * states),
-            "skip": (0, _ROW if skip else 0),
-            "bias": (0, _ROW if bias else 0),
-            "saved": rows_of(0, -(-tokens // chunk), saved_step, _ROW * states),
-            "du": rows_of(0, tokens, du_step, _ROW),
-            "ddelta": rows_of(0, tokens, ddelta_step, _ROW),
-            "dz": rows_of(0, tokens if z else 0, dz_step, _ROW),
-            "db": (0, sums * tokens),
-            "dc": (0, sums * tokens),
-            "carry": (0, _ROW * states),
-            "da": (0, _ROW * states),
-            "dskip": (0, _ROW),
-            "dbias": (0, _ROW),
-            "scratch": (0, 4 * scratch_floats(states, chunk)),
-        }
-
-    return extents
-
-
 @cache
 def backward_kernel(states: int, groups: int = 1) -> Callable[..., Any]:
     """The backward kernel for N = `states` and so many groups in a tile."""
     rows = _ROW * states
     sums = 4 * states * groups
 
-    @kernel(_backward_extents(states, groups))
+    def extents(
+        u_step: int, delta_step: int, b_step: int, c_step: int, z: int, z_step: int, dy_step: int, skip: int, bias: int,
+        saved_step: int, chunk: int, tokens: int, du_step: int, ddelta_step: int, dz_step: int, b_gap: int, c_gap: int,
+    ) -> dict[str, Extent]:  # fmt: skip
+        return {
+            **row_extents(0, tokens, _ROW, u=u_step, delta=delta_step, dy=dy_step, du=du_step, ddelta=ddelta_step),
+            **row_extents(0, tokens if z else 0, _ROW, z=z_step, dz=dz_step),
+            "b": _numbers(tokens, b_step, states, b_gap, groups),
+            "c": _numbers(tokens, c_step, states, c_gap, groups),
+            "skip": (0, _ROW if skip else 0),
+            "bias": (0, _ROW if bias else 0),
+            "saved": rows_of(0, -(-tokens // chunk), saved_step, _ROW * states),
+            **each((0, 4 * states * groups * tokens), "db", "dc"),
+            **each((0, _ROW * states), "a", "carry", "da"),
+            **each((0, _ROW), "dskip", "dbias"),
+            "scratch": (0, 4 * scratch_floats(states, chunk)),
+        }
+
+    @kernel(extents)
     def scan_backward(  # type: ignore[no-untyped-def]
         u, u_step, delta, delta_step, b, b_step, c, c_step, z, z_step, dy, dy_step,
         a, skip, bias, soft, saved, saved_step, chunk, tokens,
@@ -275,24 +244,16 @@ def backward_kernel(states: int, groups: int = 1) -> Callable[..., Any]:
     return scan_backward
 
 
-def _sum_extents(states: int) -> Extents:
-    def extents(
-        parts: int, part_step: int, tiles: int, out: int, out_step: int, first: int, last: int
-    ) -> dict[str, Extent]:
-        low, high = rows_of(first, last, 4 * states, 4 * states)
-        return {
-            "parts": (low, high + (tiles - 1) * part_step if high else 0),
-            "out": rows_of(first, last, out_step, 4 * states),
-        }
-
-    return extents
-
-
 @cache
 def sum_kernel(states: int) -> Callable[..., Any]:
     """The kernel that adds the tiles' shares of dB or dC for N = `states`."""
 
-    @kernel(_sum_extents(states))
+    def extents(part_step: int, tiles: int, out_step: int, first: int, last: int) -> dict[str, Extent]:
+        low, high = rows_of(first, last, 4 * states, 4 * states)
+        parts = (low, high + (tiles - 1) * part_step if high else 0)
+        return {"parts": parts, "out": rows_of(first, last, out_step, 4 * states)}
+
+    @kernel(extents)
     def scan_sum(parts, part_step, tiles, out, out_step, first, last):  # type: ignore[no-untyped-def]
         """out[t] = sum over tiles, in order, of parts[tile][t] for tokens first..last-1; N floats per token."""
         for t in range(first, last):

@@ -6,13 +6,13 @@ Otherwise a segment of tokens at a time is copied into that form, so that the co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightm.ops.bounds import address
 from lightm.ops.jit import LANES
 from lightm.ops.scan.kernels import STATE_SIZES
 
@@ -20,71 +20,34 @@ SEGMENT = 8192
 """Tokens copied, or swept backward, at a time; a multiple of every chunk length."""
 
 
-@dataclass(frozen=True)
 class Layout:
-    """Sizes of one call."""
+    """Sizes of one call.
 
-    batch: int
-    length: int
-    channels: int
-    groups: int
-    states: int
-    paired: bool = False
-    """Whether a tile holds two groups, one in each half of its lanes; only where `can_pair`."""
+    With `pair`, where groups are so small, and so many, that two fit in a tile, a tile holds two: one in each half of
+    its lanes. Otherwise a group has tiles of its own, the last of which may be part padding.
+    """
 
-    @cached_property
-    def can_pair(self) -> bool:
-        """Whether groups are so small, and so many, that two fit in a tile."""
-        return self.groups % 2 == 0 and self.of_group <= LANES // 2
-
-    @cached_property
-    def of_group(self) -> int:
-        """Channels of a group."""
-        return self.channels // self.groups
-
-    @cached_property
-    def tiles_of_group(self) -> int:
-        """Tiles of a group that shares none; the last one may be part padding."""
-        return -(-self.of_group // LANES)
-
-    @cached_property
-    def group_width(self) -> int:
-        """Channels of a group with its padding."""
-        return LANES // 2 if self.paired else self.tiles_of_group * LANES
-
-    @cached_property
-    def groups_of_tile(self) -> int:
-        """Groups that have channels in one tile."""
-        return 2 if self.paired else 1
-
-    @cached_property
-    def tiles(self) -> int:
-        """Tiles of all groups."""
-        return self.groups * self.group_width // LANES
+    def __init__(self, batch: int, length: int, channels: int, groups: int, states: int, pair: bool = False) -> None:
+        self.batch, self.length, self.channels, self.groups, self.states = batch, length, channels, groups, states
+        self.of_group = channels // groups  # channels of a group
+        self.paired = pair and groups % 2 == 0 and self.of_group <= LANES // 2
+        self.tiles_of_group = -(-self.of_group // LANES)  # where it shares none
+        self.groups_of_tile = 2 if self.paired else 1
+        self.group_width = LANES // 2 if self.paired else self.tiles_of_group * LANES  # with its padding
+        self.tiles = groups * self.group_width // LANES
+        self.width = self.tiles * LANES  # channels with the padding of every group
+        self.kernel_states = next(size for size in STATE_SIZES if size >= states)  # the compiled size that holds N
+        self.state_shape = (batch, self.tiles, self.kernel_states, LANES)
+        self.state_bytes = 4 * self.kernel_states * LANES  # of one tile
 
     def first_group(self, tile: int) -> int:
         """The (first) group of a tile."""
         return 2 * tile if self.paired else tile // self.tiles_of_group
 
-    @cached_property
-    def width(self) -> int:
-        """Channels with the padding of every group."""
-        return self.tiles * LANES
-
-    @cached_property
-    def state_shape(self) -> tuple[int, ...]:
-        """The shape of all states in tiles."""
-        return self.batch, self.tiles, self.kernel_states, LANES
-
     def saved_shape(self, chunk: int) -> tuple[int, ...]:
         """The shape of the states kept before every `chunk`-th token; none where it is 0."""
         number = -(-self.length // chunk) if chunk else 0
         return self.batch, self.tiles, number, self.kernel_states, LANES
-
-    @cached_property
-    def kernel_states(self) -> int:
-        """The compiled state size that holds N."""
-        return next(size for size in STATE_SIZES if size >= self.states)
 
     def tile_rows(self, x: Tensor) -> Tensor:
         """(..., E, n) -> (..., tiles, n, LANES), float32, padded with zeros."""
@@ -115,8 +78,14 @@ class Layout:
         """Whether the kernels can read B or C (Bt, L, G, N) where they are."""
         return x.dtype == torch.float32 and x.stride(-1) == 1 and self.kernel_states == self.states
 
-    def channel_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+    def in_place(self, rows: Sequence[Tensor | None], numbers: Sequence[Tensor]) -> bool:
+        """Whether nothing has to be copied, of rows (Bt, L, E) and of B and C."""
+        return all(x is None or self.channels_in_place(x) for x in rows) and all(map(self.numbers_in_place, numbers))
+
+    def channel_rows(self, x: Tensor | None, start: int, stop: int) -> Tensor | None:
         """Tokens start..stop-1 of x (Bt, L, E) as (Bt, stop - start, width) rows for the kernels."""
+        if x is None:
+            return None
         part = x[:, start:stop]
         if self.channels_in_place(x):
             return part
@@ -145,3 +114,16 @@ class Layout:
             return
         part = buffer.reshape(self.batch, stop - start, self.groups, self.group_width)
         result[:, start:stop] = part[..., : self.of_group].reshape(self.batch, stop - start, self.channels)
+
+
+def strided_address(x: Tensor | None) -> tuple[int, int, int]:
+    """(address, bytes between batch entries, bytes between tokens); zeros for None."""
+    return (0, 0, 0) if x is None else (address(x), 4 * x.stride(0), 4 * x.stride(1))
+
+
+def places(spots: Sequence[tuple[int, int, int]], across: Sequence[int], entry: int, first: int = 0) -> list[int]:
+    """(address, bytes between tokens) of each tensor's rows of an entry from token `first` on, `across` bytes in."""
+    found: list[int] = []
+    for (at, entry_step, step), offset in zip(spots, across, strict=True):
+        found += [at + entry * entry_step + offset + first * step if at else 0, step]
+    return found

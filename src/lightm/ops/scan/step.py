@@ -15,20 +15,16 @@ from numba import types
 from numba.extending import intrinsic
 
 from lightm.ops.jit import AVX512
-from lightm.ops.vector import (
-    emit_broadcast,
-    emit_fma,
-    emit_load,
-    emit_offset,
-    emit_shuffle,
-    emit_store,
-    splat,
-)
+from lightm.ops.vector import emit_broadcast, emit_fma, emit_load, emit_offset, emit_shuffle, emit_store, splat
 from lightm.ops.vector_math import emit_exp2
 
 
 def emit_row(builder: Any, address: Any, row: int, lanes: int) -> Any:
     return emit_load(builder, emit_offset(builder, address, 4 * lanes * row), lanes)
+
+
+def emit_store_row(builder: Any, address: Any, row: int, value: Any) -> None:
+    emit_store(builder, emit_offset(builder, address, 4 * value.type.count * row), value)
 
 
 def emit_number(builder: Any, address: Any, row: int, lanes: int) -> Any:
@@ -50,9 +46,9 @@ def _two(groups: Any) -> bool:
     return bool(groups.literal_value == 2)
 
 
-def _step(builder: Any, dt: Any, dt_u: Any, state: Any, row: int, a: Any, b: Any, gap: Any) -> tuple[Any, Any]:
+def _step(builder: Any, dt: Any, dt_u: Any, states: Any, row: int, a: Any, b: Any, gap: Any) -> tuple[Any, Any]:
     """(decay, state after the token) of state number `row`."""
-    lanes = dt.type.count
+    lanes, state = dt.type.count, builder.extract_value(states, row)
     decay = emit_exp2(builder, builder.fmul(dt, emit_row(builder, a, row, lanes)))
     return decay, emit_fma(builder, decay, state, builder.fmul(dt_u, _shared(builder, b, row, lanes, gap)))
 
@@ -63,7 +59,7 @@ def _generate_advance(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     lanes = dt.type.count
     after, sums = [], [splat(0.0, dt.type), splat(0.0, dt.type)]
     for n in range(sig.args[0].count):
-        _, state = _step(builder, dt, dt_u, builder.extract_value(states, n), n, a_at, b_at, b_gap)
+        _, state = _step(builder, dt, dt_u, states, n, a_at, b_at, b_gap)
         sums[n % 2] = emit_fma(builder, state, _shared(builder, c_at, n, lanes, c_gap), sums[n % 2])
         after.append(state)
         dt, sums[n % 2] = _in_order(builder, dt, sums[n % 2])
@@ -89,8 +85,7 @@ def _in_order(builder: Any, dt: Any, done: Any) -> tuple[Any, Any]:
 @intrinsic
 def advance(typing: Any, h: Any, d: Any, du: Any, a: Any, b: Any, c: Any) -> Any:
     """advance(h, d, du, a, b, c): (states after the token, sum over n of C[n] * h[n])."""
-    result = types.Tuple((h, d))
-    return result(h, d, d, types.int64, types.int64, types.int64), _generate_advance
+    return types.Tuple((h, d))(h, d, d, *[types.int64] * 3), _generate_advance
 
 
 @intrinsic(prefer_literal=True)
@@ -98,8 +93,7 @@ def advance_groups(
     typing: Any, h: Any, d: Any, du: Any, a: Any, b: Any, c: Any, b_gap: Any, c_gap: Any, groups: Any
 ) -> Any:
     """advance_groups(h, d, du, a, b, c, b_gap, c_gap, groups): `advance` with one or two groups in the tile."""
-    result = types.Tuple((h, d))
-    return result(h, d, d, *[types.int64] * 5, groups), _generate_advance
+    return types.Tuple((h, d))(h, d, d, *[types.int64] * 5, groups), _generate_advance
 
 
 @intrinsic(prefer_literal=True)
@@ -110,9 +104,7 @@ def absorb(typing: Any, h: Any, d: Any, du: Any, a: Any, b: Any, b_gap: Any, gro
         states, dt, dt_u, a_at, b_at, gap, _ = args
         after = []
         for n in range(h.count):
-            _, state = _step(
-                builder, dt, dt_u, builder.extract_value(states, n), n, a_at, b_at, gap if _two(groups) else None
-            )
+            _, state = _step(builder, dt, dt_u, states, n, a_at, b_at, gap if _two(groups) else None)
             dt, state = _in_order(builder, dt, state)
             after.append(state)
         return context.make_tuple(builder, sig.return_type, after)
@@ -129,14 +121,11 @@ def record(
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         states, dt, dt_u, a_at, b_at, h_at, x_at, gap, _ = args
-        lanes = dt.type.count
         after = []
         for n in range(h.count):
-            decay, state = _step(
-                builder, dt, dt_u, builder.extract_value(states, n), n, a_at, b_at, gap if _two(groups) else None
-            )
-            emit_store(builder, emit_offset(builder, h_at, 4 * lanes * n), state)
-            emit_store(builder, emit_offset(builder, x_at, 4 * lanes * n), decay)
+            decay, state = _step(builder, dt, dt_u, states, n, a_at, b_at, gap if _two(groups) else None)
+            emit_store_row(builder, h_at, n, state)
+            emit_store_row(builder, x_at, n, decay)
             after.append(state)
         return context.make_tuple(builder, sig.return_type, after)
 
@@ -145,24 +134,9 @@ def record(
 
 @intrinsic(prefer_literal=True)
 def retreat(
-    typing: Any,
-    g: Any,
-    d: Any,
-    du: Any,
-    dy: Any,
-    a: Any,
-    b: Any,
-    c: Any,
-    h_after: Any,
-    h_before: Any,
-    x: Any,
-    da: Any,
-    db: Any,
-    dc: Any,
-    b_gap: Any,
-    c_gap: Any,
-    groups: Any,
-) -> Any:
+    typing: Any, g: Any, d: Any, du: Any, dy: Any, a: Any, b: Any, c: Any, h_after: Any, h_before: Any, x: Any, da: Any,
+    db: Any, dc: Any, b_gap: Any, c_gap: Any, groups: Any,
+) -> Any:  # fmt: skip
     """One token of the reverse sweep.
 
     g holds the gradients that reach the token's states from later tokens. With G[n] = g[n] + dy * C[n] and
@@ -187,62 +161,66 @@ def retreat(
             passed = builder.fmul(state_grad, emit_row(builder, x_at, n, lanes))
             q = builder.fmul(passed, emit_row(builder, before_at, n, lanes))
             sum_a = emit_fma(builder, q, emit_row(builder, a_at, n, lanes), sum_a)
-            emit_store(
-                builder,
-                emit_offset(builder, da_at, 4 * lanes * n),
-                emit_fma(builder, dt, q, emit_row(builder, da_at, n, lanes)),
-            )
+            emit_store_row(builder, da_at, n, emit_fma(builder, dt, q, emit_row(builder, da_at, n, lanes)))
             earlier.append(passed)
             for_b.append(builder.fmul(state_grad, dt_u))
             for_c.append(builder.fmul(grad, after))
         for vectors, address in ((for_b, db_at), (for_c, dc_at)):
-            if _two(groups):
-                _store_half_sums(builder, vectors, address)
-            else:
-                _store_sums(builder, vectors, address)
+            for part in range(2 if _two(groups) else 1):
+                sums = Sums(builder)
+                for vector in vectors:
+                    sums.add(_half(builder, vector, part) if _two(groups) else vector)
+                sums.store(emit_offset(builder, address, 4 * len(vectors) * part))
         states = context.make_tuple(builder, g, earlier)
         return context.make_tuple(builder, sig.return_type, [states, sum_a, sum_b, sum_c])
 
-    result = types.Tuple((g, d, d, d))
-    return result(g, d, d, d, *[types.int64] * 11, groups), generate
+    return types.Tuple((g, d, d, d))(g, d, d, d, *[types.int64] * 11, groups), generate
 
 
-def _store_half_sums(builder: Any, vectors: list[Any], address: Any) -> None:
-    """Write the sum of the lower lanes of each vector, N floats, and then those of the upper lanes."""
-    half = vectors[0].type.count // 2
-    nothing = ir.Constant(vectors[0].type, ir.Undefined)
-    for part in range(2):
-        lanes = list(range(part * half, (part + 1) * half))
-        halves = [emit_shuffle(builder, vector, nothing, lanes) for vector in vectors]
-        _store_sums(builder, halves, emit_offset(builder, address, 4 * len(vectors) * part))
+def _half(builder: Any, vector: Any, part: int) -> Any:
+    """The lower (0) or upper (1) lanes."""
+    half = vector.type.count // 2
+    return emit_shuffle(builder, vector, None, list(range(part * half, (part + 1) * half)))
 
 
-def _store_sums(builder: Any, vectors: list[Any], address: Any) -> None:
-    """Write the sum of the lanes of each vector, N floats.
+class Sums:
+    """The sums of the lanes of vectors that come one after the other, a power of two of them.
 
-    Pairs of vectors are folded into one with half the lanes for each, until a lane is a sum: about three
-    instructions per vector instead of four shuffles and four additions. `owner[lane]` is the vector that a lane
-    of the folded vectors belongs to.
+    Two vectors are folded into one with half the lanes for each as soon as there are two of a kind, so that only a few
+    are alive and the others' registers are free for states.
     """
-    lanes = vectors[0].type.count
-    folded = [(vector, [n] * lanes) for n, vector in enumerate(vectors)]
-    width = lanes  # lanes that still belong to one sum
-    while width > 1 and len(folded) > 1:
-        folded = [emit_fold(builder, *folded[i], *folded[i + 1], width) for i in range(0, len(folded), 2)]
-        width //= 2
-    while width > 1:
-        folded = [emit_halve(builder, *folded[0], width)]
-        width //= 2
-    at = 0
-    for vector, owner in folded:
-        order = sorted(range(len(owner)), key=owner.__getitem__)
-        if owner != sorted(owner):
-            vector = emit_shuffle(builder, vector, ir.Constant(vector.type, ir.Undefined), order)
-        emit_store(builder, emit_offset(builder, address, 4 * at), vector)
-        at += len(owner)
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+        self.count = 0
+        self.folded: list[tuple[Any, list[int], int]] = []  # vector, whose sum a lane belongs to, lanes of a sum
+
+    def add(self, vector: Any) -> None:
+        """Take one more vector."""
+        lanes = vector.type.count
+        owner, width = [self.count] * lanes, lanes
+        while width > 1 and self.folded and self.folded[-1][2] == width:
+            first, of_first, _ = self.folded.pop()
+            vector, owner = _fold(self.builder, first, of_first, vector, owner, width)
+            width //= 2
+        self.folded.append((vector, owner, width))
+        self.count += 1
+
+    def store(self, address: Any) -> None:
+        """Write the sums in the order in which their vectors came."""
+        at = 0
+        for vector, owner, width in self.folded:
+            while width > 1:
+                vector, owner = _halve(self.builder, vector, owner, width)
+                width //= 2
+            order = sorted(range(len(owner)), key=owner.__getitem__)
+            if order != list(range(len(owner))):
+                vector = emit_shuffle(self.builder, vector, None, order)
+            emit_store(self.builder, emit_offset(self.builder, address, 4 * at), vector)
+            at += len(owner)
 
 
-def emit_fold(builder: Any, a: Any, of_a: list[int], b: Any, of_b: list[int], width: int) -> tuple[Any, list[int]]:
+def _fold(builder: Any, a: Any, of_a: list[int], b: Any, of_b: list[int], width: int) -> tuple[Any, list[int]]:
     """Add the two halves of every block of `width` lanes of a and b, side by side in one vector."""
     lanes = len(of_a)
     group = max(width, 4)  # shuffles within four lanes, or of whole groups of four, are the cheap ones
@@ -253,16 +231,13 @@ def emit_fold(builder: Any, a: Any, of_a: list[int], b: Any, of_b: list[int], wi
             low += [base + block + lane for block in range(0, group, width) for lane in range(half)]
     high = [lane + half for lane in low]
     owner = of_a + of_b
-    return (
-        builder.fadd(emit_shuffle(builder, a, b, low), emit_shuffle(builder, a, b, high)),
-        [owner[lane] for lane in low],
-    )
+    total = builder.fadd(emit_shuffle(builder, a, b, low), emit_shuffle(builder, a, b, high))
+    return total, [owner[lane] for lane in low]
 
 
-def emit_halve(builder: Any, a: Any, of_a: list[int], width: int) -> tuple[Any, list[int]]:
+def _halve(builder: Any, a: Any, of_a: list[int], width: int) -> tuple[Any, list[int]]:
     """Add the two halves of every block of `width` lanes of a."""
     half = width // 2
     low = [block + lane for block in range(0, len(of_a), width) for lane in range(half)]
-    nothing = ir.Constant(a.type, ir.Undefined)
-    high = emit_shuffle(builder, a, nothing, [lane + half for lane in low])
-    return builder.fadd(emit_shuffle(builder, a, nothing, low), high), [of_a[lane] for lane in low]
+    high = emit_shuffle(builder, a, None, [lane + half for lane in low])
+    return builder.fadd(emit_shuffle(builder, a, None, low), high), [of_a[lane] for lane in low]

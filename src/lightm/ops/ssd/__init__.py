@@ -1,14 +1,16 @@
-"""The SSD scan of Mamba-2: the public function, its checks and the choice of an implementation."""
+"""The SSD scan of Mamba-2: the public functions, the choice of an implementation, the oracle, the operator."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
-from lightm.ops.checks import check_kinds, check_shape, choose, wants_grad
-from lightm.ops.scan.inputs import CHUNK, ScanInputs, in_state_blocks
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightm.ops.checks import check_kinds, choose, inner_type, wants_grad
+from lightm.ops.scan.inputs import CHUNK, ScanInputs, checked, declare_scan, in_state_blocks
 from lightm.ops.ssd.chunked import chunked_ssd
-from lightm.ops.ssd.operator import ssd_op
-from lightm.ops.ssd.reference import reference_ssd
 
 __all__ = ["reference_ssd", "ssd_scan", "ssd_scan_with_state"]
 
@@ -48,13 +50,10 @@ def ssd_scan(
             tokens in plain PyTorch, any device, float64 too), "reference" (token by token in plain PyTorch), or "auto":
             "cpu" where possible, else "chunked"; what was chosen is logged once.
 
-    Returns:
-        y (Bt, L, H, P) in u's dtype; `ssd_scan_with_state` also returns the states after the last token. Arithmetic is
-        float32 (float64 for float64 input) inside whatever the inputs' types, which may be mixed.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or an `impl` that cannot take these tensors.
-        TypeError: something that is not a tensor.
+    Returns: y (Bt, L, H, P) in u's dtype; `ssd_scan_with_state` also returns the states after the last token.
+    Arithmetic is float32 (float64 for float64 input) inside whatever the inputs' types, which may be mixed.
+    Raises ValueError for shapes, dtypes or devices that do not fit and an `impl` that cannot take these tensors,
+    TypeError for something that is not a tensor.
 
     Cost, E = H * P. "cpu": L E / 16 exponentials (one per token and vector of channels, at least L H) and 3 L E N
     multiply-adds forward, about four times that backward; P is padded to a multiple of 16 (8 without AVX-512).
@@ -84,9 +83,12 @@ def ssd_scan_with_state(
     """
     inputs = ScanInputs(u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state)
     check_kinds(_NAME, {name: x for name, x in inputs._asdict().items() if name != "delta_softplus"})
-    _check_shapes(inputs)
-    if B.dim() == 3:
-        inputs = inputs._replace(B=B.unsqueeze(2), C=C.unsqueeze(2))
+    if u.dim() != 4 or 0 in u.shape[2:]:
+        raise ValueError(
+            f"{_NAME}: u has shape {tuple(u.shape)}, expected (Bt, L, H, P), H heads of P channels; split the channels "
+            "into heads, e.g. u.unflatten(-1, (-1, 16))"
+        )
+    inputs = checked(_NAME, inputs)
     chosen = choose(_NAME, impl, u, fallback="chunked")
     if chosen == "reference":
         return reference_ssd(inputs)
@@ -104,29 +106,48 @@ def _on_cpu(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     return y.unflatten(2, u.shape[2:]), state.unflatten(1, u.shape[2:])
 
 
-def _check_shapes(inputs: ScanInputs) -> None:
-    u, delta, A, B, C, d_skip, z, delta_bias, _, initial_state = inputs
-    if u.dim() != 4 or 0 in u.shape[2:]:
-        raise ValueError(
-            f"{_NAME}: u has shape {tuple(u.shape)}, expected (Bt, L, H, P), H heads of P channels; split the channels "
-            "into heads, e.g. u.unflatten(-1, (-1, 16))"
-        )
-    batch, length, heads, width = u.shape
-    if B.dim() not in (3, 4) or tuple(B.shape[:2]) != (batch, length) or B.shape[-1] < 1:
-        raise ValueError(
-            f"{_NAME}: B has shape {tuple(B.shape)}, expected ({batch}, {length}, N) = (Bt, L, N) or "
-            f"({batch}, {length}, G, N) = (Bt, L, G, N) with N >= 1"
-        )
-    if B.dim() == 4 and (B.shape[2] < 1 or heads % B.shape[2]):
-        raise ValueError(
-            f"{_NAME}: B has G = {B.shape[2]} groups, which do not divide the H = {heads} heads of u into equal parts"
-        )
-    check_shape(_NAME, "C", C, B.shape, "the shape of B")
-    check_shape(_NAME, "delta", delta, u.shape[:3], "(Bt, L, H), one step per head")
+def reference_ssd(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """The scan token by token in plain PyTorch, (y, last state): the oracle of the fast implementations.
+
+    Works on any device, in float64 when u is float64 and in float32 otherwise; y has u's dtype. Time
+    O(Bt L H P N) in L steps of Python; autograd keeps every step's state.
+    """
+    u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
+    inner = inner_type(u)
+    batch, _, heads, width = u.shape
+    dt = delta.to(inner)
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(inner)
+    if delta_softplus:
+        dt = functional.softplus(dt)
+    x, rate = u.to(inner), A.to(inner)
+    b, c = (part.to(inner).repeat_interleave(heads // B.shape[2], dim=2) for part in (B, C))  # (Bt, L, H, N)
+    shape = (batch, heads, width, B.shape[3])
+    h = u.new_zeros(shape, dtype=inner) if initial_state is None else initial_state.to(inner)
+    outputs = []
+    # unbind, not indexing: autograd would fill a whole tensor with zeros for every indexed token
+    for x_t, dt_t, b_t, c_t in zip(*(part.unbind(1) for part in (x, dt, b, c)), strict=True):
+        inflow = (dt_t.unsqueeze(-1) * x_t).unsqueeze(-1) * b_t.unsqueeze(-2)  # (Bt, H, P, N)
+        h = torch.exp(dt_t * rate)[..., None, None] * h + inflow
+        outputs.append((h * c_t.unsqueeze(-2)).sum(-1))
+    y = torch.stack(outputs, dim=1) if outputs else x
+    if d_skip is not None:
+        y = y + d_skip.to(inner).unsqueeze(-1) * x
     if z is not None:
-        check_shape(_NAME, "z", z, u.shape, "(Bt, L, H, P), the shape of u")
-    for name, vector in (("A", A), ("d_skip", d_skip), ("delta_bias", delta_bias)):
-        if vector is not None:
-            check_shape(_NAME, name, vector, (heads,), "(H,), H from u's third axis")
-    if initial_state is not None:
-        check_shape(_NAME, "initial_state", initial_state, (batch, heads, width, B.shape[-1]), "(Bt, H, P, N)")
+        y = y * functional.silu(z.to(inner))
+    return y.to(u.dtype), h
+
+
+def _cpu() -> Any:
+    from lightm.ops.ssd.cpu import run_backward, run_forward
+
+    return run_forward, run_backward
+
+
+def _saved(inputs: ScanInputs, chunk: int) -> tuple[int, ...]:
+    from lightm.ops.ssd.cpu import layout_of
+
+    return layout_of(inputs).saved_shape(chunk)
+
+
+ssd_op = declare_scan(_NAME, _cpu, _saved)

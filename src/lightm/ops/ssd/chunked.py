@@ -1,16 +1,13 @@
 """The SSD scan as matmuls over chunks of tokens (Mamba-2, arXiv 2405.21060, section 6), on any device.
 
-For one head, with a[t] = dt[t] * A, S its running sum inside a chunk of Q tokens, x[t] = dt[t] * u[t]:
-
-    y[t] = sum over s <= t in the chunk of exp(S[t] - S[s]) * (C[t] . B[s]) * x[s]  +  exp(S[t]) * C[t] h
-    h    <- exp(S[end]) * h + sum over s of exp(S[end] - S[s]) * x[s] (outer) B[s]
-
-Every exponent is a sum of a over a range of tokens, never positive when A is not: nothing overflows. The sums are
-kept in float64, because the difference of two large running sums would lose a small one between them.
+The equations are in ops/README.md. Every exponent is a sum of a over a range of tokens, never positive when A is not:
+nothing overflows. The sums are kept in float64, because the difference of two large running sums would lose a small one
+between them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lightm.ops.checks import wants_grad
+from lightm.ops.checks import inner_type, wants_grad
 from lightm.ops.scan.inputs import ScanInputs
 
 CHUNK = 32
@@ -26,7 +23,8 @@ CHUNK = 32
 SEGMENT = 4096
 """Tokens whose temporaries are alive at a time; a multiple of CHUNK."""
 
-Optionals = tuple[Tensor | None, ...]
+Optionals = Sequence[Any]
+"""Tensors, some of them None."""
 
 
 def _decays(sums: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,19 +36,9 @@ def _decays(sums: Tensor, dtype: torch.dtype) -> Tensor:
     return gaps.masked_fill_(future, float("-inf")).to(dtype).exp_()
 
 
-def _segment(
-    state: Tensor,
-    softplus: bool,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    d_skip: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _segment(state: Tensor, softplus: bool, tensors: Optionals) -> tuple[Tensor, Tensor]:
     """(y, state after) of some tokens; `state` and the arithmetic are float32 or float64, y has u's type."""
+    u, delta, A, B, C, d_skip, z, delta_bias = tensors
     inner = state.dtype
     _, length, heads, width = u.shape
     groups, states = B.shape[2:]
@@ -116,21 +104,16 @@ class _Chunked(torch.autograd.Function):
         grads = [torch.zeros_like(x) if need else None for x, need in zip(tensors, wanted, strict=True)]
         for index in reversed(range(len(entered))):
             start = index * SEGMENT
-            leaves = [
-                None if x is None else x.detach().requires_grad_(need)
-                for x, need in zip(_part(tensors, start), wanted, strict=True)
-            ]
+            parts = zip(_part(tensors, start), wanted, strict=True)
+            leaves = [None if x is None else x.detach().requires_grad_(need) for x, need in parts]
             entering = entered[index].detach().requires_grad_()
             with torch.enable_grad():
-                y, state = _segment(entering, ctx.softplus, *leaves)  # type: ignore[arg-type]
+                y, state = _segment(entering, ctx.softplus, leaves)
             asked = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
-            found = iter(
-                torch.autograd.grad((y, state), [entering, *asked], (grad_y[:, start : start + SEGMENT], grad_state))
-            )
-            grad_state = next(found)
-            for target in _part(tuple(grads), start):
-                if target is not None:
-                    target += next(found)
+            given = (grad_y[:, start : start + SEGMENT], grad_state)
+            grad_state, *found = torch.autograd.grad((y, state), [entering, *asked], given)
+            for target, grad in zip((x for x in _part(grads, start) if x is not None), found, strict=True):
+                target += grad
         return None, grad_state if ctx.needs_input_grad[1] else None, *grads
 
 
@@ -139,20 +122,18 @@ def chunked_forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(y, last state, with `keep` the states before every segment) of (u, delta, A, B, C, d_skip, z, delta_bias)."""
     u = tensors[0]
-    if u is None:
-        raise TypeError("u is missing")
     y, entered = torch.empty(u.shape, dtype=u.dtype, device=u.device), []
     for start in range(0, u.shape[1], SEGMENT):
         if keep:
             entered.append(state)
-        y[:, start : start + SEGMENT], state = _segment(state, softplus, *_part(tensors, start))  # type: ignore[arg-type]
+        y[:, start : start + SEGMENT], state = _segment(state, softplus, _part(tensors, start))
     return y, state, entered
 
 
 def chunked_ssd(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Return (y, last state)."""
     u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
-    inner = torch.float64 if u.dtype == torch.float64 else torch.float32
+    inner = inner_type(u)
     shape = (u.shape[0], u.shape[2], u.shape[3], B.shape[3])
     state = u.new_zeros(shape, dtype=inner) if initial_state is None else initial_state.to(inner)
     # parameters in the inner type: their gradients are summed over the segments

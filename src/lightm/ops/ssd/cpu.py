@@ -10,15 +10,14 @@ from torch import Tensor
 
 from lightm.ops.bounds import address
 from lightm.ops.jit import LANES
-from lightm.ops.scan.cpu import strided_address, sum_tiles
+from lightm.ops.memory import RESULTS
+from lightm.ops.scan.cpu import PASS, sum_tiles
 from lightm.ops.scan.inputs import ScanGradients, ScanInputs, ScanResults, check_chunk, gradient_of
-from lightm.ops.scan.layout import SEGMENT, Layout
-from lightm.ops.scan.results import RESULTS
+from lightm.ops.scan.layout import SEGMENT, Layout, places, strided_address
 from lightm.ops.ssd.kernels import backward_kernel, forward_kernel, scratch_floats
 from lightm.ops.threads import parallel_for, worker_count
 from lightm.ops.vector_math import LOG2E
 
-PASS = 64  # tokens that the forward kernel takes at a time when no states are kept
 _TILE = 4 * LANES  # bytes of one row of a tile
 
 
@@ -28,9 +27,10 @@ def layout_of(inputs: ScanInputs) -> Layout:
     return Layout(u.shape[0], u.shape[1], u.shape[2], inputs.A.shape[0], inputs.B.shape[3])
 
 
-def _numbers(x: Tensor | None) -> Tensor | None:
-    """A vector over heads as consecutive float32 numbers."""
-    return None if x is None else x.float().contiguous()
+def _numbers(inputs: ScanInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A times log2(e), d_skip and delta_bias: vectors over heads as consecutive float32 numbers."""
+    skip, bias = (None if x is None else x.float().contiguous() for x in (inputs.d_skip, inputs.delta_bias))
+    return inputs.A.float() * LOG2E, skip, bias
 
 
 def _at(x: Tensor | None, head: int) -> int:
@@ -38,56 +38,48 @@ def _at(x: Tensor | None, head: int) -> int:
     return 0 if x is None else address(x) + 4 * head
 
 
+def _input_rows(layout: Layout, inputs: ScanInputs, start: int, stop: int) -> tuple[list[Tensor | None], list[int]]:
+    """Rows of (u, delta, B, C, z) of a segment, and the bytes between heads of delta and between groups of B and C."""
+    u, z = (layout.channel_rows(x, start, stop) for x in (inputs.u, inputs.z))
+    delta = inputs.delta[:, start:stop].float()
+    b, c = (layout.number_rows(x, start, stop) for x in (inputs.B, inputs.C))
+    return [u, delta, b, c, z], [4 * x.stride(2) for x in (delta, b, c)]
+
+
 def run_forward(inputs: ScanInputs, chunk: int) -> ScanResults:
     """Run the scan; states before every `chunk`-th token are kept, none when chunk is 0.
 
     u, z and y are (Bt, L, H * P), delta (Bt, L, H), states (Bt, H * P, N).
     """
-    u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
-    layout = layout_of(inputs)
+    u, delta, B, C, z, soft = inputs.u, inputs.delta, inputs.B, inputs.C, inputs.z, int(inputs.delta_softplus)
+    layout, begin = layout_of(inputs), inputs.initial_state
     heads_of_group = layout.groups // B.shape[2]
     y = RESULTS.empty(u.shape, u.dtype)
-    rate, skip, bias = A.float() * LOG2E, _numbers(d_skip), _numbers(delta_bias)
-    state = torch.zeros(layout.state_shape) if initial_state is None else layout.tile_states(initial_state)
+    rate, skip, bias = _numbers(inputs)
+    state = torch.zeros(layout.state_shape) if begin is None else layout.tile_states(begin)
     saved = torch.empty(layout.saved_shape(chunk))
     number = saved.shape[2]
-    rows = [x for x in (u, z, y) if x is not None]
-    in_place = all(map(layout.channels_in_place, rows)) and all(map(layout.numbers_in_place, (B, C)))
-    in_place = in_place and delta.dtype == torch.float32
+    in_place = layout.in_place((u, z, y), (B, C)) and delta.dtype == torch.float32
     segment = max(layout.length, 1) if in_place else SEGMENT
     run = forward_kernel(layout.kernel_states)
     scratch = torch.empty((worker_count(layout.batch * layout.tiles), 2 * (chunk or PASS)))
-    state_bytes = 4 * layout.kernel_states * LANES
+    state_bytes = layout.state_bytes
 
     def sweep(start: int, stop: int) -> None:
-        u_rows, delta_rows = layout.channel_rows(u, start, stop), delta[:, start:stop].float()
-        b_rows, c_rows = (layout.number_rows(x, start, stop) for x in (B, C))
-        z_rows = None if z is None else layout.channel_rows(z, start, stop)
+        rows, (delta_bytes, *group_bytes) = _input_rows(layout, inputs, start, stop)
         y_rows = layout.row_buffer(y, start, stop)
-        spots = [strided_address(x) for x in (u_rows, delta_rows, b_rows, c_rows, z_rows, y_rows)]
-        delta_bytes, group_bytes = 4 * delta_rows.stride(2), (4 * b_rows.stride(2), 4 * c_rows.stride(2))
+        spots = [strided_address(x) for x in (*rows, y_rows)]
 
         def work(item: int, worker: int) -> None:
             entry, tile = divmod(item, layout.tiles)
-            head = tile // layout.tiles_of_group
+            head, across = tile // layout.tiles_of_group, tile * _TILE
             in_group = [head // heads_of_group * size for size in group_bytes]
-            across = [tile * _TILE, head * delta_bytes, *in_group, tile * _TILE, tile * _TILE]
-            where: list[int] = []
-            for (at, entry_step, step), offset in zip(spots, across, strict=True):
-                where += [at + entry * entry_step + offset if at else 0, step]
             run(
-                *where,
-                _at(rate, head),
-                _at(skip, head),
-                _at(bias, head),
-                int(delta_softplus),
-                address(state) + item * state_bytes,
-                address(saved) + (item * number + start // chunk) * state_bytes if chunk else 0,
-                state_bytes,
-                chunk or PASS,
-                stop - start,
-                address(scratch[worker]),
-            )
+                *places(spots, [across, head * delta_bytes, *in_group, across, across], entry), _at(rate, head),
+                _at(skip, head), _at(bias, head), soft, address(state) + item * state_bytes,
+                address(saved) + (item * number + start // chunk) * state_bytes if chunk else 0, state_bytes,
+                chunk or PASS, stop - start, address(scratch[worker]),
+            )  # fmt: skip
 
         parallel_for(work, layout.batch * layout.tiles)
         layout.finish_rows(y_rows, y, start, stop)
@@ -101,11 +93,11 @@ def run_backward(grad_y: Tensor, grad_state: Tensor, inputs: ScanInputs, chunk: 
     """Return the gradients of all inputs."""
     check_chunk("ssd_scan", chunk)
     u, delta, A, B, C, d_skip, z, delta_bias, delta_softplus, initial_state = inputs
-    layout = layout_of(inputs)
+    layout, soft = layout_of(inputs), int(delta_softplus)
     heads_of_group = layout.groups // B.shape[2]
     # the same tiles, seen from the groups of B and C
     shared = Layout(layout.batch, layout.length, layout.width, B.shape[2], layout.states)
-    rate, skip, bias = A.float() * LOG2E, _numbers(d_skip), _numbers(delta_bias)
+    rate, skip, bias = _numbers(inputs)
     du, ddelta = torch.empty(u.shape, dtype=u.dtype), torch.empty(delta.shape, dtype=delta.dtype)
     dz = torch.empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype)
     dB, dC = torch.empty(B.shape, dtype=B.dtype), torch.empty(C.shape, dtype=C.dtype)
@@ -117,48 +109,31 @@ def run_backward(grad_y: Tensor, grad_state: Tensor, inputs: ScanInputs, chunk: 
     parts_d = torch.empty((layout.batch, layout.groups, layout.tiles_of_group, longest))
     scratch = torch.empty((worker_count(items), scratch_floats(n, chunk)))
     run = backward_kernel(n)
-    state_bytes = 4 * n * LANES
+    state_bytes, part_bytes = layout.state_bytes, 4 * longest * n
+    results = (du,) if z is None else (du, dz)
 
     def sweep(start: int, stop: int) -> None:
-        u_rows, delta_rows = layout.channel_rows(u, start, stop), delta[:, start:stop].float()
-        b_rows, c_rows = (layout.number_rows(x, start, stop) for x in (B, C))
-        z_rows = None if z is None else layout.channel_rows(z, start, stop)
-        dy_rows, du_rows = layout.channel_rows(grad_y, start, stop), layout.row_buffer(du, start, stop)
-        dz_rows = None if z is None else layout.row_buffer(dz, start, stop)
-        spots = [strided_address(x) for x in (u_rows, delta_rows, b_rows, c_rows, z_rows, dy_rows, du_rows, dz_rows)]
-        delta_bytes, group_bytes = 4 * delta_rows.stride(2), (4 * b_rows.stride(2), 4 * c_rows.stride(2))
+        rows, (delta_bytes, *group_bytes) = _input_rows(layout, inputs, start, stop)
+        dy_rows = layout.channel_rows(grad_y, start, stop)
+        buffers = [layout.row_buffer(x, start, stop) for x in results]
+        spots = [strided_address(x) for x in (*rows, dy_rows, *buffers, *[None] * (2 - len(buffers)))]
 
         def work(item: int, worker: int) -> None:
             entry, tile = divmod(item, layout.tiles)
-            head = tile // layout.tiles_of_group
+            head, across = tile // layout.tiles_of_group, tile * _TILE
             in_group = [head // heads_of_group * size for size in group_bytes]
-            across = [tile * _TILE, head * delta_bytes, *in_group] + [tile * _TILE] * 4
-            where: list[int] = []
-            for (at, entry_step, step), offset in zip(spots, across, strict=True):
-                where += [at + entry * entry_step + offset if at else 0, step]
+            where = places(spots, [across, head * delta_bytes, *in_group] + [across] * 4, entry)
             run(
-                *where[:12],
-                _at(rate, head),
-                _at(skip, head),
-                _at(bias, head),
-                int(delta_softplus),
-                address(saved) + (item * number + start // chunk) * state_bytes,
-                state_bytes,
-                chunk,
-                stop - start,
-                *where[12:],
-                address(parts_d) + item * longest * 4,
-                address(parts_b) + item * longest * n * 4,
-                address(parts_c) + item * longest * n * 4,
-                address(carry) + item * state_bytes,
-                *(address(sums[i]) + item * _TILE for i in range(3)),
-                address(scratch[worker]),
-            )
+                *where[:12], _at(rate, head), _at(skip, head), _at(bias, head), soft,
+                address(saved) + (item * number + start // chunk) * state_bytes, state_bytes, chunk, stop - start,
+                *where[12:], address(parts_d) + item * longest * 4, address(parts_b) + item * part_bytes,
+                address(parts_c) + item * part_bytes, address(carry) + item * state_bytes,
+                *(address(sums[i]) + item * _TILE for i in range(3)), address(scratch[worker]),
+            )  # fmt: skip
 
         parallel_for(work, items)
-        layout.finish_rows(du_rows, du, start, stop)
-        if dz_rows is not None:
-            layout.finish_rows(dz_rows, dz, start, stop)
+        for buffer, result in zip(buffers, results, strict=True):
+            layout.finish_rows(buffer, result, start, stop)
         ddelta[:, start:stop] = _in_order(parts_d)[..., : stop - start].transpose(1, 2)
         for parts, result in ((parts_b, dB), (parts_c, dC)):
             sum_tiles(shared, parts, result, start, stop)

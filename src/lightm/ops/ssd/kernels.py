@@ -1,5 +1,8 @@
 """The SSD scan's kernels: a segment of tokens for one tile of channels of one head, forward and backward.
 
+A token's step is LLVM code as in `ops/scan/step.py`, but its decay is one vector for all states. Names: h states,
+du = dt * u, x = exp(dt * A); rows of N vectors are stored one after the other; B and C are N floats shared by the tile.
+
 All arguments are integers: addresses of float32 data, strides and sizes in bytes or tokens as named. A tile is
 LANES channels; `*_step` is the distance in bytes from one token to the next; `chunk` is a multiple of LANES.
 A head's numbers (delta, A, bias, skip) are single floats. Steps dt and decays exp(dt * A) depend on the token and the
@@ -12,14 +15,104 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from lightm.ops.bounds import Extent, Extents
+from numba import types
+from numba.extending import intrinsic
+
+from lightm.ops.bounds import Extent, each, row_extents
 from lightm.ops.bounds import rows as rows_of
 from lightm.ops.jit import LANES, device_function, kernel
-from lightm.ops.ssd.step import advance, record, retreat, store_sum
-from lightm.ops.vector import broadcast, fma, full, load, load_rows, store, store_rows
+from lightm.ops.scan.step import Sums, emit_number, emit_row, emit_store_row
+from lightm.ops.vector import broadcast, emit_fma, fma, full, load, load_rows, splat, store, store_rows
 from lightm.ops.vector_math import LN2, exp2, sigmoid, softplus
 
 _ROW = 4 * LANES
+
+
+@intrinsic
+def advance(typing: Any, h: Any, x: Any, du: Any, b: Any, c: Any) -> Any:
+    """advance(h, x, du, b, c): (states after the token, sum over n of C[n] * h[n])."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        states, decay, dt_u, b_at, c_at = args
+        lanes = decay.type.count
+        after, sums = [], [splat(0.0, decay.type), splat(0.0, decay.type)]
+        for n in range(h.count):
+            inflow = builder.fmul(dt_u, emit_number(builder, b_at, n, lanes))
+            state = emit_fma(builder, decay, builder.extract_value(states, n), inflow)
+            sums[n % 2] = emit_fma(builder, state, emit_number(builder, c_at, n, lanes), sums[n % 2])
+            after.append(state)
+        total = builder.fadd(*sums)
+        return context.make_tuple(builder, sig.return_type, [context.make_tuple(builder, h, after), total])
+
+    return types.Tuple((h, x))(h, x, x, types.int64, types.int64), generate
+
+
+@intrinsic
+def record(typing: Any, h: Any, x: Any, du: Any, b: Any, h_out: Any) -> Any:
+    """record(h, x, du, b, h_out): states after the token, which are also written as rows."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        states, decay, dt_u, b_at, h_at = args
+        lanes = decay.type.count
+        after = []
+        for n in range(h.count):
+            inflow = builder.fmul(dt_u, emit_number(builder, b_at, n, lanes))
+            state = emit_fma(builder, decay, builder.extract_value(states, n), inflow)
+            emit_store_row(builder, h_at, n, state)
+            after.append(state)
+        return context.make_tuple(builder, sig.return_type, after)
+
+    return h(h, x, x, types.int64, types.int64), generate
+
+
+@intrinsic
+def retreat(
+    typing: Any, g: Any, x: Any, du: Any, dy: Any, b: Any, c: Any, h_after: Any, h_before: Any, db: Any, dc: Any
+) -> Any:
+    """One token of the reverse sweep.
+
+    g holds the gradients that reach the token's states from later tokens. With G[n] = g[n] + dy * C[n] and
+    q[n] = G[n] * x * h_before[n], returns (x * G[n] for the token before, sum of q[n], sum of B[n] * G[n],
+    sum of C[n] * h_after[n]) and writes the N sums over the tile's channels of du * G and dy * h_after at `db`
+    and `dc`.
+    """
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        carried, decay, dt_u, grad, b_at, c_at, after_at, before_at, db_at, dc_at = args
+        lanes = decay.type.count
+        zero = splat(0.0, decay.type)
+        sum_q, sum_b, sum_c = zero, zero, zero
+        earlier, for_b, for_c = [], Sums(builder), Sums(builder)
+        for n in range(g.count):
+            c_n = emit_number(builder, c_at, n, lanes)
+            state_grad = emit_fma(builder, grad, c_n, builder.extract_value(carried, n))
+            after = emit_row(builder, after_at, n, lanes)
+            sum_c = emit_fma(builder, after, c_n, sum_c)
+            sum_b = emit_fma(builder, state_grad, emit_number(builder, b_at, n, lanes), sum_b)
+            passed = builder.fmul(state_grad, decay)
+            sum_q = emit_fma(builder, passed, emit_row(builder, before_at, n, lanes), sum_q)
+            earlier.append(passed)
+            for_b.add(builder.fmul(state_grad, dt_u))
+            for_c.add(builder.fmul(grad, after))
+        for_b.store(db_at)
+        for_c.store(dc_at)
+        states = context.make_tuple(builder, g, earlier)
+        return context.make_tuple(builder, sig.return_type, [states, sum_q, sum_b, sum_c])
+
+    return types.Tuple((g, x, x, x))(g, x, x, x, *[types.int64] * 6), generate
+
+
+@intrinsic
+def store_sum(typing: Any, address: Any, value: Any) -> Any:
+    """store_sum(address, vector): write the sum of the lanes, one float."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        total = Sums(builder)
+        total.add(args[1])
+        total.store(args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value), generate
 
 
 @device_function
@@ -46,20 +139,20 @@ def _steps(raw, soft, rate, whole, steps, decays):  # type: ignore[no-untyped-de
         store(decays + 4 * i, exp2(d * rate))
 
 
-def _forward_extents(states: int) -> Extents:
+@cache
+def forward_kernel(states: int) -> Callable[..., Any]:
+    """The forward kernel for N = `states`."""
+
     def extents(
-        u: int, u_step: int, delta: int, delta_step: int, b: int, b_step: int, c: int, c_step: int, z: int, z_step: int,
-        y: int, y_step: int, a: int, skip: int, bias: int, soft: int, state: int, saved: int, saved_step: int,
-        chunk: int, tokens: int, scratch: int,
+        u_step: int, delta_step: int, b_step: int, c_step: int, z: int, z_step: int, y_step: int, skip: int, bias: int,
+        saved: int, saved_step: int, chunk: int, tokens: int,
     ) -> dict[str, Extent]:  # fmt: skip
         whole = -(-min(chunk, tokens) // LANES) * LANES
         return {
-            "u": rows_of(0, tokens, u_step, _ROW),
-            "delta": rows_of(0, tokens, delta_step, 4),
-            "b": rows_of(0, tokens, b_step, 4 * states),
-            "c": rows_of(0, tokens, c_step, 4 * states),
-            "z": rows_of(0, tokens if z else 0, z_step, _ROW),
-            "y": rows_of(0, tokens, y_step, _ROW),
+            **row_extents(0, tokens, _ROW, u=u_step, y=y_step),
+            **row_extents(0, tokens if z else 0, _ROW, z=z_step),
+            **row_extents(0, tokens, 4, delta=delta_step),
+            **row_extents(0, tokens, 4 * states, b=b_step, c=c_step),
             "a": (0, 4),
             "skip": (0, 4 if skip else 0),
             "bias": (0, 4 if bias else 0),
@@ -68,14 +161,7 @@ def _forward_extents(states: int) -> Extents:
             "scratch": (0, 4 * (chunk + whole) if tokens else 0),
         }
 
-    return extents
-
-
-@cache
-def forward_kernel(states: int) -> Callable[..., Any]:
-    """The forward kernel for N = `states`."""
-
-    @kernel(_forward_extents(states))
+    @kernel(extents)
     def ssd_forward(  # type: ignore[no-untyped-def]
         u, u_step, delta, delta_step, b, b_step, c, c_step, z, z_step, y, y_step,
         a, skip, bias, soft, state, saved, saved_step, chunk, tokens, scratch,
@@ -114,45 +200,32 @@ def forward_kernel(states: int) -> Callable[..., Any]:
     return ssd_forward
 
 
-def _backward_extents(states: int) -> Extents:
-    def extents(
-        u: int, u_step: int, delta: int, delta_step: int, b: int, b_step: int, c: int, c_step: int, z: int, z_step: int,
-        dy: int, dy_step: int, a: int, skip: int, bias: int, soft: int, saved: int, saved_step: int, chunk: int,
-        tokens: int, du: int, du_step: int, dz: int, dz_step: int, ddelta: int, db: int, dc: int, carry: int, da: int,
-        dskip: int, dbias: int, scratch: int,
-    ) -> dict[str, Extent]:  # fmt: skip
-        return {
-            "u": rows_of(0, tokens, u_step, _ROW),
-            "delta": rows_of(0, tokens, delta_step, 4),
-            "b": rows_of(0, tokens, b_step, 4 * states),
-            "c": rows_of(0, tokens, c_step, 4 * states),
-            "z": rows_of(0, tokens if z else 0, z_step, _ROW),
-            "dy": rows_of(0, tokens, dy_step, _ROW),
-            "a": (0, 4),
-            "skip": (0, 4 if skip else 0),
-            "bias": (0, 4 if bias else 0),
-            "saved": rows_of(0, -(-tokens // chunk), saved_step, _ROW * states),
-            "du": rows_of(0, tokens, du_step, _ROW),
-            "dz": rows_of(0, tokens if z else 0, dz_step, _ROW),
-            "ddelta": (0, -(-tokens // LANES) * _ROW),
-            "db": (0, 4 * states * tokens),
-            "dc": (0, 4 * states * tokens),
-            "carry": (0, _ROW * states),
-            "da": (0, _ROW),
-            "dskip": (0, _ROW),
-            "dbias": (0, _ROW),
-            "scratch": (0, 4 * scratch_floats(states, chunk)),
-        }
-
-    return extents
-
-
 @cache
 def backward_kernel(states: int) -> Callable[..., Any]:
     """The backward kernel for N = `states`."""
     rows = _ROW * states
 
-    @kernel(_backward_extents(states))
+    def extents(
+        u_step: int, delta_step: int, b_step: int, c_step: int, z: int, z_step: int, dy_step: int, skip: int, bias: int,
+        saved_step: int, chunk: int, tokens: int, du_step: int, dz_step: int,
+    ) -> dict[str, Extent]:  # fmt: skip
+        return {
+            **row_extents(0, tokens, _ROW, u=u_step, dy=dy_step, du=du_step),
+            **row_extents(0, tokens if z else 0, _ROW, z=z_step, dz=dz_step),
+            **row_extents(0, tokens, 4, delta=delta_step),
+            **row_extents(0, tokens, 4 * states, b=b_step, c=c_step),
+            "a": (0, 4),
+            "skip": (0, 4 if skip else 0),
+            "bias": (0, 4 if bias else 0),
+            "saved": rows_of(0, -(-tokens // chunk), saved_step, _ROW * states),
+            "ddelta": (0, -(-tokens // LANES) * _ROW),
+            **each((0, 4 * states * tokens), "db", "dc"),
+            "carry": (0, _ROW * states),
+            **each((0, _ROW), "da", "dskip", "dbias"),
+            "scratch": (0, 4 * scratch_floats(states, chunk)),
+        }
+
+    @kernel(extents)
     def ssd_backward(  # type: ignore[no-untyped-def]
         u, u_step, delta, delta_step, b, b_step, c, c_step, z, z_step, dy, dy_step,
         a, skip, bias, soft, saved, saved_step, chunk, tokens,

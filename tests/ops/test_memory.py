@@ -8,9 +8,8 @@ import threading
 import pytest
 import torch
 
-from lightm.ops import selective_scan
-from lightm.ops.scan import results
-from lightm.ops.scan.results import LARGEST, SMALLEST, Results
+from lightm.ops import memory, selective_scan
+from lightm.ops.memory import LARGEST, SMALLEST, Results
 
 FLOATS = SMALLEST // 4
 
@@ -91,8 +90,8 @@ def test_a_result_in_a_cycle_and_in_another_thread() -> None:
 
 
 def test_a_system_without_the_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results.mmap, "MADV_FREE", 9999, raising=False)
-    monkeypatch.delattr(results.mmap, "MADV_HUGEPAGE", raising=False)
+    monkeypatch.setattr(memory.mmap, "MADV_FREE", 9999, raising=False)
+    monkeypatch.delattr(memory.mmap, "MADV_HUGEPAGE", raising=False)
     pool = Results()
     y = pool.empty((FLOATS,), torch.float32).fill_(1)
     assert y.sum() == FLOATS
