@@ -19,7 +19,7 @@ from lightm.inference import Predictor
 from lightm.lab.complexity.references import COUNTED, FACTS, parameters, peer_facts, table
 from lightm.nets import PRESETS, create, load_model, save_model
 from lightm.nets.baselines import BASELINES
-from lightm.nets.baselines.umamba import MambaBlock
+from lightm.nets.baselines.mamba import MambaBlock
 from lightm.nets.presets import names
 from lightm.training import train_model
 from tests.helpers import make_balls

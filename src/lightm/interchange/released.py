@@ -13,7 +13,7 @@ from lightm.datasets.description import _channels, _labels
 from lightm.errors import InputError
 from lightm.interchange.nnunet_plans import NnunetPlan, read_nnunet_plans
 from lightm.nets.folder import save_model
-from lightm.nets.released.checkpoint import Checkpoint, build_released, read_checkpoint
+from lightm.nets.released import Checkpoint, build_released, read_checkpoint
 from lightm.preparation.plan import MULTIPLE, Plan, load_plan
 
 NETWORK = "lightm-unet-released"
@@ -50,7 +50,7 @@ def import_released(
 ) -> ImportedModel:
     """Convert weights of LightM-UNet's released code into a model folder of LightM.
 
-    checkpoint: a plain state dict, or an nnU-Net checkpoint that holds one; see `lightm.nets.released.checkpoint`.
+    checkpoint: a plain state dict, or an nnU-Net checkpoint that holds one; see `lightm.nets.released`.
     Nothing in it is executed. The network is read off the shapes. labels: name to value, background first;
     dataset_json: nnU-Net's file of labels and channels; plans: nnU-Net's plans, or a plan.yaml of LightM, which then
     says everything; configuration: of nnU-Net's plans; spacing_mm in millimetres and patch_size in voxels: (z, y, x)

@@ -13,8 +13,7 @@ from torch import nn
 
 from lightm.errors import InputError
 from lightm.nets import baselines
-from lightm.nets.lightm_unet import LightMUNet
-from lightm.nets.released import ReleasedLightMUNet
+from lightm.nets.lightm_unet import LightMUNet, ReleasedLightMUNet
 from lightm.registry import Registry
 
 Builder = Callable[..., nn.Module]

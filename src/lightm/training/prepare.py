@@ -9,7 +9,7 @@ from lightm.datasets.dataset import Dataset
 from lightm.datasets.split import Split, check_split, load_split, make_split
 from lightm.errors import InputError
 from lightm.files import LOCK, is_temporary
-from lightm.nets.described import OWN
+from lightm.nets.folder import OWN
 from lightm.preparation.plan import Plan, load_plan, make_plan
 from lightm.preparation.preprocess import PreprocessedCase
 from lightm.progress import Progress

@@ -16,9 +16,8 @@ from lightm.lab.complexity.operations import count_operations
 from lightm.lab.complexity.parameters import place
 from lightm.lab.complexity.shapes import build_network, meta_forward
 from lightm.lab.complexity.text import giga
-from lightm.nets.blocks import RVM, ConvStem, DecoderStage, DWConv, PositionConv
-from lightm.nets.released import ResidualRVM
-from lightm.nets.spm import SPM
+from lightm.nets.blocks import RVM, SPM, ConvStem, DecoderStage, DWConv, PositionConv
+from lightm.nets.lightm_unet import ResidualRVM
 
 _WIDTH, _LINE, _GAP, _MIDDLE, _PAD = 340, 17, 46, 190, 22  # of boxes, text lines, arrows, between the columns, inside
 _FILLS = {

@@ -9,9 +9,8 @@ from typing import Any
 
 from lightm.lab.complexity import formulas
 from lightm.lab.complexity.formulas import LayerSettings, Term
-from lightm.nets.lightm_unet import LightMUNet
+from lightm.nets.lightm_unet import LightMUNet, ReleasedLightMUNet
 from lightm.nets.presets import PRESETS
-from lightm.nets.released import ReleasedLightMUNet
 
 
 def settings_of(name: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from lightm import ops  # noqa: F401  (registers the operators)
 from lightm.errors import LightMError
 from lightm.lab.complexity.shapes import meta_forward
-from lightm.nets.intact import observed
+from lightm.nets.execution import observed
 
 SCAN, ATTENTION = "scan", "attention"
 _aten = torch.ops.aten
