@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightm.errors import InputError, did_you_mean
-from lightm.losses.base import IGNORE_INDEX, SegmentationLoss, WeightedSum
-from lightm.losses.custom import CustomLoss
+from lightm.losses.base import IGNORE_INDEX, CustomLoss, SegmentationLoss, WeightedSum
 from lightm.losses.overlap import Dice, FocalTversky, Tversky
 from lightm.losses.region_adaptive import AdaptiveRegion
 from lightm.losses.voxelwise import BinaryCrossEntropy, CrossEntropy, TopK

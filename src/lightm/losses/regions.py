@@ -1,4 +1,4 @@
-"""A regular grid of regions over a volume, and soft TP, FP, FN summed per region.
+"""A regular grid of regions over a volume, and soft TP, FP, FN summed per region, and over distributed ranks.
 
 Every voxel belongs to exactly one region. An axis that the grid does not divide gets shorter regions, never
 overlapping ones. Such an axis is at most two runs of equal regions, so that region sums are plain reshape +
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from lightm.errors import InputError
@@ -172,3 +172,38 @@ def per_axis(name: str, value: int | Sequence[int], spatial_dims: int) -> tuple[
             f"loss: {name}={value!r}; expected one positive integer, or {spatial_dims} of them (one per axis)"
         )
     return values
+
+
+class _RankSum(torch.autograd.Function):
+    """Sum over ranks, forward and backward.
+
+    Every rank computes the same loss L from the same sum s = sum_r c_r, and DistributedDataParallel averages the
+    gradients of W ranks. With W * dL/ds for each c_r, which the sum of equal gradients is, that average is the
+    gradient of L: that of the whole batch in one process.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return (total,)
+
+
+def sum_over_ranks(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors, each summed over all ranks; as they are outside of distributed training.
+
+    Every rank must call this with tensors of the same shapes and dtypes. Cost: one all_reduce, whatever the number
+    of tensors, and one more in the backward pass.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return tensors
+    total = _RankSum.apply(torch.cat([tensor.flatten() for tensor in tensors]))
+    parts = total.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))

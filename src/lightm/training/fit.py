@@ -18,7 +18,7 @@ from lightm.device import resolve_device
 from lightm.errors import InputError
 from lightm.files import disk_refusals
 from lightm.losses import SegmentationLoss, create_loss
-from lightm.losses.custom import CustomLoss
+from lightm.losses.base import CustomLoss
 from lightm.nets import create, save_model
 from lightm.preparation.plan import Plan
 from lightm.progress import Progress
