@@ -42,7 +42,7 @@ _PUBLIC = {
     "loss": "lightm.losses",
     "network": "lightm.nets",
     "parameter_groups": "lightm.nets",
-    "register_format": "lightm.images.formats",
+    "register_format": "lightm.images.io",
     "register_loss": "lightm.losses",
     "register_network": "lightm.nets",
     "open_dataset": "lightm.datasets.dataset",

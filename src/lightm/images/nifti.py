@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import io
 import struct
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +25,15 @@ from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
 
 from lightm.errors import InputError
-from lightm.images.finite import FiniteCheck
-from lightm.images.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes, check_place
+from lightm.images.limits import (
+    MAX_DEFLATE,
+    MAX_VOXELS,
+    PARSE_ERRORS,
+    FiniteCheck,
+    check_bytes,
+    check_place,
+    naming,
+)  # fmt: skip
 from lightm.images.volume import Volume, affine_spacing_mm
 
 _CHUNK = 1 << 20  # of one read
@@ -35,20 +41,7 @@ _SLAB_BYTES = 8 << 20
 MAX_EXTRA_BYTES = 16 << 20  # of header extensions before the voxels, and of anything behind them
 # sform and qform may place a voxel this far apart, in voxels, before a check remarks on it.
 _FORMS_APART = 0.5
-_FAULTS = (
-    ImageFileError,
-    HeaderDataError,
-    WrapStructError,
-    OSError,
-    EOFError,
-    zlib.error,
-    struct.error,
-    ValueError,
-    TypeError,
-    OverflowError,
-    KeyError,
-    IndexError,
-)
+_FAULTS = (*PARSE_ERRORS, ImageFileError, HeaderDataError, WrapStructError)
 
 
 @dataclass(frozen=True)
@@ -119,16 +112,12 @@ class Stored:
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """Open a .nii or .nii.gz file, unpacked; what reading raises becomes an InputError that names the file."""
-    try:
-        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as stream:
-            yield cast(BinaryIO, stream)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except EOFError:
-        raise InputError(f"{path}: the file ends too early (truncated); copy or download it again") from None
-    except _FAULTS as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise InputError(f"{path}: not a readable NIfTI file ({reason}); copy, download or export it again") from None
+    with naming(path, "NIfTI", _FAULTS, "copy, download or export it again"):
+        try:
+            with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as stream:
+                yield cast(BinaryIO, stream)
+        except EOFError:
+            raise InputError("the file ends too early (truncated); copy or download it again") from None
 
 
 def read_stored(stream: BinaryIO, path: Path) -> Stored:

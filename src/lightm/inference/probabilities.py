@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightm.errors import InputError
 from lightm.files import atomic_file, disk_refusals
-from lightm.images.disk_array import DiskArray
 from lightm.images.io import file_suffix
+from lightm.images.lazy import DiskArray
 from lightm.images.volume import Volume, canonical_axes
 from lightm.inference.to_native_space import piece_bytes
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lightm.images.disk_array import Box, DiskArray
-from lightm.images.lazy import LazyVolume
+from lightm.images.lazy import Box, DiskArray, LazyVolume
 from lightm.preparation.plan import ChannelNormalization, Plan
 from lightm.preparation.resample import resample_image, resampled_shape
 
