@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -40,7 +41,6 @@ from lightm.images.dicom_pixels import (
     fill,
     raw_frames,
     scaled,
-    upright_projection,
     volume_dtype,
 )  # fmt: skip
 from lightm.images.limits import MAX_VOXELS, check_bytes, check_place, naming
@@ -123,7 +123,7 @@ def _projection(series: Series) -> Volume:
             "are no stack; give each file by itself"
         )
     header = series.headers[0]
-    check_modality_lut(header)
+    check_modality_lut(header, [header.data])
     raw = raw_frames(header)
     if raw.shape[0] != 1:
         raise InputError(f"{header.file}: {raw.shape[0]} frames in a projection; give one image")
@@ -134,9 +134,10 @@ def _projection(series: Series) -> Volume:
             numbers.append(float(text(header.data, keyword) or default))
         except ValueError:
             raise InputError(f"{header.file}: {keyword} is not a number; export the image again") from None
-    still, size = np.zeros(3), (int(raw.shape[1]), int(raw.shape[2]))
-    frame = Frame(header, 0, still, np.eye(2, 3), spacing, None, numbers[0], numbers[1], size)
-    return Volume.from_spacing(upright_projection(header, scaled(raw[0], frame)), spacing)
+    values = scaled(raw[0], *numbers)
+    if text(header.data, "PhotometricInterpretation") == "MONOCHROME1":  # there large is dark
+        values = (values.max() + values.min() - values).astype(values.dtype)
+    return Volume.from_spacing(values, spacing)
 
 
 def _projection_spacing(header: Header) -> tuple[float, float]:
@@ -205,8 +206,13 @@ def stack_series(series: Series) -> Stack:
             "%s: %d image(s) are there twice with equal pixels, such as %s; each is taken once",
             where, len(dropped), dropped[0][0],
         )  # fmt: skip
-    step = _check_even(where, kept)
-    return Stack(kept, _affine(kept[0], step), dropped)
+    first, affine = kept[0], np.eye(4)
+    affine[:3, 0] = first.orientation[0] * first.spacing_mm[1]
+    affine[:3, 1] = first.orientation[1] * first.spacing_mm[0]
+    affine[:3, 2] = _check_even(where, kept)
+    affine[:3, 3] = first.position
+    # DICOM counts millimetres to the left and to the back, NIfTI to the right and to the front.
+    return Stack(kept, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine + 0.0, dropped)
 
 
 def file_frames(header: Header) -> list[Frame]:
@@ -251,9 +257,7 @@ def _frame(header: Header, index: int, groups: list[Any], size: tuple[int, int])
     spacing = _numbers(header, groups, "PixelSpacing", 2)
     if spacing.min() <= 0:
         raise InputError(f"{header.file}: PixelSpacing {spacing.tolist()} must be positive; export the series again")
-    for group in groups:
-        if "ModalityLUTSequence" in group:
-            check_modality_lut(header)
+    check_modality_lut(header, groups)
     thickness = [_optional(header, groups, key, 0.0) for key in ("SpacingBetweenSlices", "SliceThickness")]
     return Frame(
         header,
@@ -296,27 +300,26 @@ def _optional(header: Header, groups: list[Any], keyword: str, default: float) -
 
 
 def _check_alike(where: Path, frames: list[Frame]) -> None:
-    sizes = {id(frame): frame.size for frame in frames}
-    _check_one(where, frames, sizes, "sizes (rows, columns)")
+    _check_one(where, frames, [frame.size for frame in frames], "sizes (rows, columns)")
     directions: list[np.ndarray] = []
     for frame in frames:
         if not any(np.abs(frame.orientation - known).max() < 1e-3 for known in directions):
             directions.append(frame.orientation)
+    nearest = [
+        min(directions, key=lambda known: float(np.abs(frame.orientation - known).max())).ravel() for frame in frames
+    ]
+    rounded = [tuple(round(float(value), 3) + 0.0 for value in direction) for direction in nearest]
     if len(directions) > 1:
-        labels = {}
-        for frame in frames:
-            gaps = [float(np.abs(frame.orientation - known).max()) for known in directions]
-            labels[id(frame)] = tuple(round(float(v), 3) + 0.0 for v in directions[int(np.argmin(gaps))].ravel())
-        _check_one(where, frames, labels, "directions (ImageOrientationPatient), such as a scout image has")
-    spacings = {id(frame): tuple(round(step, 4) for step in frame.spacing_mm) for frame in frames}
+        _check_one(where, frames, rounded, "directions (ImageOrientationPatient), such as a scout image has")
+    spacings = [tuple(round(step, 4) for step in frame.spacing_mm) for frame in frames]
     _check_one(where, frames, spacings, "pixel spacings")
 
 
-def _check_one(where: Path, frames: list[Frame], kinds: dict[int, Any], what: str) -> None:
-    counts = Counter(kinds.values())
+def _check_one(where: Path, frames: list[Frame], kinds: Sequence[Any], what: str) -> None:
+    counts = Counter(kinds)
     if len(counts) == 1:
         return
-    example = {kinds[id(frame)]: str(frame) for frame in reversed(frames)}
+    example = dict(zip(reversed(kinds), reversed(frames), strict=True))
     lines = "\n".join(f"  {count} of {kind}, such as {example[kind]}" for kind, count in counts.most_common())
     raise InputError(
         f"{where}: the series mixes images of {len(counts)} {what}:\n{lines}\n"
@@ -325,7 +328,7 @@ def _check_one(where: Path, frames: list[Frame], kinds: dict[int, Any], what: st
 
 
 def _check_same(where: Path, first: Frame, second: Frame) -> None:
-    pixels = [scaled(raw_frames(frame.header)[frame.index], frame) for frame in (first, second)]
+    pixels = [scaled(raw_frames(frame.header)[frame.index], frame.slope, frame.intercept) for frame in (first, second)]
     apart = float(np.linalg.norm(first.position - second.position))
     if np.array_equal(pixels[0], pixels[1]) and apart <= max(_SAME_PLACE_MM, 0.1 * min(first.spacing_mm)):
         return
@@ -386,13 +389,3 @@ def _check_even(where: Path, frames: list[Frame]) -> np.ndarray:
             "not perpendicular; resample it upright first, for example with dcm2niix, and give the NIfTI file"
         )
     return np.asarray(step)
-
-
-def _affine(first: Frame, step: np.ndarray) -> np.ndarray:
-    affine = np.eye(4)
-    affine[:3, 0] = first.orientation[0] * first.spacing_mm[1]
-    affine[:3, 1] = first.orientation[1] * first.spacing_mm[0]
-    affine[:3, 2] = step
-    affine[:3, 3] = first.position
-    # DICOM counts millimetres to the left and to the back, NIfTI to the right and to the front.
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine + 0.0

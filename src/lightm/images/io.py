@@ -41,14 +41,14 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     """Read a .nii, .nii.gz or .png file, or a DICOM series, as a volume.
 
     kind="image": real voxels, dtype as stored (float32 where the header scales them). kind="label": whole numbers
-    as uint8 or int16; floats within 0.001 of a whole number are rounded. A fourth axis of length 1 is dropped;
-    an RGB PNG is read as grey when its channels are equal. DICOM (a folder, `folder::SeriesInstanceUID` or a file
-    that starts or is named as one) is read as `lightm.images.dicom.read_series` says, as an image only.
+    as uint8 or int16; floats within 0.001 of one are rounded. A fourth axis of length 1 is dropped; an RGB PNG with
+    equal channels is read as grey. DICOM (a folder, `folder::SeriesInstanceUID` or a file that starts or is named as
+    one) is read as `lightm.images.dicom.read_series` says, as an image only.
 
-    Raises InputError, naming the file, for one that is missing, empty, truncated, corrupt, of another format, of
-    more than 2^31 voxels or more than its length or the machine's memory can hold, of more than three axes, with NaN
-    or infinite voxels, or, for labels, with other than whole numbers; docs/files.md lists every rule. Cost: the voxels
-    once, once more while a label map is converted, and at most 64 MB beside them.
+    Raises InputError, naming the file, for one that is missing, empty, damaged, of another format, of more than 2^31
+    voxels or more than its length or the memory can hold, of more than three axes, with NaN or infinite voxels, or, for
+    labels, with other than whole numbers; docs/files.md lists every rule. Cost: the voxels once, once more while a
+    label map is converted, and at most 64 MB beside them.
 
     >>> data = lightm.phantoms("xray", folder / "data", cases=1, size=32)
     >>> int(lightm.read_volume(data / "labelsTr" / "xray_000.png", kind="label").data.max())
@@ -60,7 +60,12 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     suffix = file_suffix(path)
     if suffix is None:
         if path.is_dir() or dicom.is_dicom(path):
-            return _read_dicom(path, kind)
+            if kind == "label":
+                raise InputError(f"{path}: DICOM is read as an image, not as a label map; convert the labels to NIfTI")
+            volume = dicom.read_series(path)
+            with naming(path):
+                check_finite(volume.data)
+            return volume
         raise InputError(
             f"{path}: not a format that can be read; expected a name that ends in {', '.join(SUFFIXES)}, or DICOM"
         )
@@ -102,15 +107,6 @@ def place_remarks(path: Path) -> list[tuple[str, str]]:
     """Return what is odd about the place in space that a readable file gives, each with its cure."""
     suffix = file_suffix(path)
     return nifti.remarks(path) if suffix in (".nii", ".nii.gz") else []
-
-
-def _read_dicom(path: Path, kind: Kind) -> Volume:
-    if kind == "label":
-        raise InputError(f"{path}: DICOM is read as an image, not as a label map; convert the labels to NIfTI")
-    volume = dicom.read_series(path)
-    with naming(path):
-        check_finite(volume.data)
-    return volume
 
 
 def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) -> None:

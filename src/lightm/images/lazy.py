@@ -101,11 +101,10 @@ class DiskArray:
                 self._read_into(start, rows)
                 rows[:, last] = source
                 source = rows
-            self._seek(start)
-            data = memoryview(cast(Any, np.ascontiguousarray(source))).cast("B")
+            file, data = self._at(start), memoryview(cast(Any, np.ascontiguousarray(source))).cast("B")
             try:
                 while data:
-                    data = data[self._open().write(data) or 0 :]
+                    data = data[file.write(data) or 0 :]
             except OSError as error:
                 raise self._refusal(error) from None
 
@@ -121,20 +120,18 @@ class DiskArray:
             yield (first * self.shape[-2] + rows.start, rows.stop - rows.start), values[place]
 
     def _read_into(self, row: int, target: np.ndarray) -> None:
-        self._seek(row)
-        data = memoryview(cast(Any, target)).cast("B")
+        file, data = self._at(row), memoryview(cast(Any, target)).cast("B")
         while data:
-            count = self._open().readinto(data)
+            count = file.readinto(data)
             if not count:
                 raise OSError("the file ends too early; it was changed while it was read")
             data = data[count:]
 
-    def _seek(self, row: int) -> None:
-        self._open().seek(self._offset + row * self.shape[-1] * self.dtype.itemsize)
-
-    def _open(self) -> io.RawIOBase:
+    def _at(self, row: int) -> io.RawIOBase:
+        """The file at the start of a row."""
         if self._file is None:
             raise LightMError("the array was closed")
+        self._file.seek(self._offset + row * self.shape[-1] * self.dtype.itemsize)
         return self._file
 
     def _refusal(self, error: OSError) -> LightMError:

@@ -112,7 +112,7 @@ class _Writer:
             raise InputError(f"{self.where}: the label map does not lie on this series: {difference}")
         numbers = _segment_numbers(labels.data, list(self.classes.values()))[self.order]
         hd, frame, thickness = self.highdicom, self.stack.frames[0], self.grid.spacing_mm[0]
-        name = f"LightM {self.model}"[:64]
+        name, number = f"LightM {self.model}"[:64], text(self.datasets[0], "SeriesNumber")
         try:
             with quietly():
                 segmentation = hd.seg.Segmentation(
@@ -121,7 +121,7 @@ class _Writer:
                     segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
                     segment_descriptions=self._descriptions(),
                     series_instance_uid=hd.UID(),
-                    series_number=_series_number(self.datasets[0]),
+                    series_number=1000 + int(number) if number is not None and number.isdigit() else 1000,
                     sop_instance_uid=hd.UID(),
                     instance_number=1,
                     manufacturer="LightM",
@@ -211,11 +211,6 @@ def _segment_numbers(data: np.ndarray, values: list[int]) -> np.ndarray:
     for number, value in enumerate(values, start=1):
         numbers[data == value] = number
     return numbers
-
-
-def _series_number(dataset: Any) -> int:
-    number = text(dataset, "SeriesNumber")
-    return 1000 + int(number) if number is not None and number.isdigit() else 1000
 
 
 def _referenced(series: Series, stack: Stack) -> tuple[list[Any], np.ndarray]:

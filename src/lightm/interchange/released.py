@@ -71,7 +71,13 @@ def import_released(
     remarks: list[str] = []
     if plans is not None and Path(plans).suffix in (".yaml", ".yml"):
         plan = load_plan(plans)
-        _check_fit(plan, settings, str(plans))
+        given = (plan.spatial_dims, len(plan.channels), len(plan.labels))
+        needed = tuple(settings[key] for key in ("spatial_dims", "in_channels", "out_channels"))
+        if given != needed:
+            raise InputError(
+                f"{plans}: {given[0]}D with {given[1]} channels and {given[2]} labels; the network is {needed[0]}D "
+                f"with {needed[1]} channels and {needed[2]} classes"
+            )
     else:
         planned, where = _plans(found, plans, configuration, settings, assumed=spacing_mm is None)
         known, cases = _describe(found, dataset_json, labels, settings, remarks)
@@ -91,11 +97,7 @@ def import_released(
         "remarks": remarks,
     }
     save_model(
-        out,
-        network=description,
-        state_dict=network.state_dict(),
-        plan=plan.model_dump(mode="json"),
-        training=training,
+        out, network=description, state_dict=network.state_dict(), plan=plan.model_dump(mode="json"), training=training
     )
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return ImportedModel(out, description, parameters, plan, remarks)
@@ -109,16 +111,6 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if any(out.iterdir()) and not (overwrite and (out / "model.json").is_file()):
         kind = "a model; allow overwriting, or give" if (out / "model.json").is_file() else "other files; give"
         raise InputError(f"{out}: already holds {kind} another folder")
-
-
-def _check_fit(plan: Plan, settings: Mapping[str, Any], where: str) -> None:
-    given = (plan.spatial_dims, len(plan.channels), len(plan.labels))
-    needed = tuple(settings[key] for key in ("spatial_dims", "in_channels", "out_channels"))
-    if given != needed:
-        raise InputError(
-            f"{where}: {given[0]}D with {given[1]} channels and {given[2]} labels; the network is {needed[0]}D with "
-            f"{needed[1]} channels and {needed[2]} classes"
-        )
 
 
 def _read_json(path: Path | str) -> dict[str, Any]:

@@ -73,16 +73,7 @@ def intact(*modules: nn.Module | None) -> bool:
 
 def has_hooks(network: nn.Module) -> bool:
     """Whether a hook anywhere in a network may hold on to the tensors that pass by."""
-    if _global_hooks():
-        return True
-    left: list[nn.Module | None] = [network]
-    while left:
-        module = left.pop()
-        if module is not None:
-            if module._forward_hooks or module._forward_pre_hooks:
-                return True
-            left.extend(module._modules.values())
-    return False
+    return _global_hooks() or any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
 def _global_hooks() -> bool:

@@ -114,7 +114,11 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
         raise InputError(f"{path}: holds no state dict; names and tensors are expected")
-    others = [name for name, value in content.items() if not _is_plain(value)]
+    others = [
+        name
+        for name, value in content.items()
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu"
+    ]
     if others:
         raise InputError(
             f"{path}: holds no state dict: '{others[0]}' is no tensor; tensors by their names are expected, or under "
@@ -186,10 +190,6 @@ def _check_archive(path: Path) -> None:
             )
     if sum(entry.filename.endswith("/data.pkl") for entry in entries) != 1:
         raise InputError(f"{path}: a zip archive without weights of PyTorch (no data.pkl in it)")
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _kind(value: Any, kind: type) -> Any:

@@ -51,11 +51,7 @@ class PlainDynUNet(nn.Module):
 
 
 def dynunet(
-    shape: Shape,
-    *,
-    base_channels: int = 32,
-    max_channels: int | None = None,
-    spacing: Sequence[float] | None = None,
+    shape: Shape, *, base_channels: int = 32, max_channels: int | None = None, spacing: Sequence[float] | None = None
 ) -> Baseline:
     """nnU-Net's network with the stages of its rules (`plan_stages`): instance norm, leaky ReLU, one output."""
     size = shape.needed_size("nnU-Net's rules derive the stages from it")
@@ -88,14 +84,7 @@ def segresnet(
     return shape.baseline(body, 2 ** (len(blocks_down) - 1))
 
 
-def unetr(
-    shape: Shape,
-    *,
-    base_channels: int = 16,
-    hidden: int = 768,
-    mlp: int = 3072,
-    heads: int = 12,
-) -> Baseline:
+def unetr(shape: Shape, *, base_channels: int = 16, hidden: int = 768, mlp: int = 3072, heads: int = 12) -> Baseline:
     """UNETR: ViT-B/16 encoder of twelve layers, convolutional decoder on its layers 3, 6, 9 and 12."""
     dims = shape.spatial_dims
     size = shape.needed_size("a vision transformer learns a position for every part of it", (16,) * dims)

@@ -29,12 +29,7 @@ class Attention(nn.Module):
     index: Tensor
 
     def __init__(
-        self,
-        channels: int,
-        heads: int,
-        *,
-        window: Sequence[int] | None = None,
-        project_query: bool = True,
+        self, channels: int, heads: int, *, window: Sequence[int] | None = None, project_query: bool = True
     ) -> None:
         super().__init__()
         if channels % heads:
@@ -241,13 +236,7 @@ class NNFormer(nn.Module):
     """
 
     def __init__(
-        self,
-        shape: Shape,
-        image_size: Sequence[int],
-        *,
-        base_channels: int,
-        heads: Sequence[int],
-        patch: Sequence[int],
+        self, shape: Shape, image_size: Sequence[int], *, base_channels: int, heads: Sequence[int], patch: Sequence[int]
     ) -> None:
         super().__init__()
         half, second = base_channels // 2, tuple(side // 2 for side in patch)
@@ -305,11 +294,7 @@ class NNFormer(nn.Module):
 
 
 def nnformer(
-    shape: Shape,
-    *,
-    base_channels: int = 192,
-    heads: Sequence[int] = (6, 12, 24, 48),
-    patch: Sequence[int] = (4, 4, 4),
+    shape: Shape, *, base_channels: int = 192, heads: Sequence[int] = (6, 12, 24, 48), patch: Sequence[int] = (4, 4, 4)
 ) -> Baseline:
     """nnFormer in its widest configuration; raises ValueError for 2D, which the paper does not define.
 
