@@ -113,9 +113,9 @@ def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) 
     """Write a volume to a .nii, .nii.gz or .png file, complete or not at all.
 
     kind="label" stores whole numbers as uint8, or int16 where they need it; kind=None does so for bool and int64
-    arrays, which no scanner makes, and keeps every other dtype. NIfTI keeps affine and codes, units millimetres;
-    the same volume gives the same bytes. PNG takes 2D arrays of whole numbers from 0 to 255, or uint16.
-    Missing folders are made. Raises InputError for what the format cannot hold, LightMError when writing fails.
+    arrays, and keeps every other dtype. NIfTI keeps affine and codes, units millimetres; the same volume gives the same
+    bytes. PNG takes 2D arrays of whole numbers from 0 to 255, or uint16. Missing folders are made. Raises InputError
+    for what the format cannot hold, LightMError when writing fails.
 
     >>> import numpy as np
     >>> volume = lightm.Volume.from_spacing(np.ones((4, 8, 8), np.uint8), (2.0, 1.0, 1.0))
@@ -197,10 +197,10 @@ FORMATS: Registry[Format] = Registry("format", "lightm.formats", _wrap)
 def register_format(ending: str, reader: Reader, writer: Writer | None = None, *, overwrite: bool = False) -> None:
     """Make LightM read, and with a writer write, files whose names end in `ending`, such as ".nrrd".
 
-    reader: (path) -> `Volume`, its data (Z, Y, X) or (Y, X) and its affine in millimetres; it may raise any exception
-    for a file that it cannot read, which becomes an InputError that names the file. writer: (path, volume), which
-    writes the volume to the path given: a temporary one of the same ending, which takes the name of the file when it is
-    complete. LightM checks voxels and labels as in its own formats. A whole volume is read into memory.
+    reader: (path) -> `Volume`, its data (Z, Y, X) or (Y, X) and its affine in millimetres; whatever it raises
+    becomes an InputError that names the file. writer: (path, volume), which writes to the path
+    given, a temporary one of the same ending. LightM checks voxels and labels as in its own formats. A whole volume is
+    read into memory.
 
     The command line and other programs know the ending if a package declares it as an entry point of the group
     "lightm.formats" (in pyproject.toml: `[project.entry-points."lightm.formats"]`, `nrrd = "my_package:FORMAT"`, the

@@ -202,9 +202,9 @@ def read_header(path: Path | str) -> Header:
 def open_volume(path: Path | str, folder: Path | None = None) -> LazyVolume:
     """Open an image of any format that `read_volume` reads, with its checks and its messages.
 
-    folder=None: the file's voxels are held in memory in the file's dtype. Else nothing is held: boxes are read from
-    an uncompressed file itself, and from a temporary copy, unpacked in `folder`, of a compressed one. PNG and DICOM
-    are held in any case. Every voxel is read once here, so that NaN, infinities and a damaged file are found.
+    folder=None: the file's voxels are held in memory in the file's dtype. Else boxes are read from an uncompressed file
+    itself, or from a temporary copy, unpacked in `folder`, of a compressed one. PNG and DICOM are held in any case.
+    Every voxel is read once here, so that NaN, infinities and a damaged file are found.
     """
     path = Path(path)
     if not _is_streamed(path):

@@ -37,10 +37,7 @@ class Prepared:
 
 
 class _MaskedSoftmax(torch.autograd.Function):
-    """Softmax over axis 1, zero where `valid` is not; no pass over the tensor more than the softmax itself takes.
-
-    With p = 0 the softmax's own derivative p * (grad - sum(p * grad)) is zero there as well.
-    """
+    """Softmax over axis 1, zero where `valid` is not; as is its derivative p * (grad - sum(p * grad)) there."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, valid: Tensor) -> Tensor:
@@ -60,9 +57,8 @@ class _MaskedSoftmax(torch.autograd.Function):
 class SegmentationLoss(nn.Module):
     """Base of the losses: `forward(logits, target)` -> scalar (float32; float64 when the logits are float64).
 
-    Half precision and bfloat16 are cast to float32 and autocast is switched off inside: sums over a million
-    voxels and terms like eps = 1e-5 do not fit in 16 bits. Ignored voxels get a gradient of exactly zero,
-    even when their logits are not finite.
+    Half precision and bfloat16 are cast to float32 and autocast is switched off inside: sums over a million voxels and
+    terms like eps = 1e-5 do not fit in 16 bits. Ignored voxels get a gradient of exactly zero, whatever their logits.
     """
 
     spatial_dims: int
@@ -112,8 +108,7 @@ class SegmentationLoss(nn.Module):
         valid: Tensor | None = None
         if not 0 <= low <= high < self.num_classes:
             valid = target != self.ignore_index
-            counted = target.masked_fill(~valid, 0)
-            low, high = (int(value) for value in torch.aminmax(counted))
+            low, high = (int(value) for value in torch.aminmax(target.masked_fill(~valid, 0)))
             if not 0 <= low <= high < self.num_classes:
                 raise InputError(
                     f"loss: target holds class index {low if low < 0 else high}; expected "

@@ -26,30 +26,24 @@ class AdaptiveRegion(SegmentationLoss):
         alpha = A + B * (FP+eps)/(FP+FN+eps)        beta = A + B * (FN+eps)/(FP+FN+eps)
         loss  = 1 - (TP+eps) / (TP + alpha*FP + beta*FN + eps)          (A = 0.3, B = 0.4)
 
-    with soft TP, FP, FN summed over the region's voxels. Sums, not the means that some implementations pool:
-    with means, eps would weigh as much as eps * (voxels of a region) does here.
+    with soft TP, FP, FN summed over the region's voxels. Sums, not the means that some implementations pool: with
+    means, eps would weigh as much as eps * (voxels of a region) does here.
 
-    - `regions` (default 16): regions along each axis, one number or one per axis, lengths differing by at
-      most one voxel. `region_size`: their size in voxels instead, the last one of an axis holding what is
-      left. Every voxel is in exactly one region.
-    - `reduction`: "mean" over samples, classes and regions; "sum" over regions, mean over samples and
-      classes.
+    - `regions` (default 16): regions along each axis, one number or one per axis, lengths differing by at most one
+      voxel. `region_size`: their size in voxels instead, the last one of an axis holding what is left.
+    - `reduction`: "mean" over samples, classes and regions; "sum" over regions, mean over samples and classes.
     - `detach`: alpha and beta carry no gradient. By default they do.
-    - `eps` (default 1e-5 voxels): small enough that a region holding half a voxel of error is counted in
-      full. It also sets when the loss falls off a cliff. A region without foreground has the loss
-      (A+B)*FP / ((A+B)*FP + eps), a logistic curve in ln FP about FP = eps/(A+B): near 1 and without useful gradient
-      as long as it holds more than a trace of prediction, so that it dilutes the mean; then 0, in all such
-      regions within a few epochs. The fall is as high as their share of the regions and says nothing about the
-      segmentation (docs/results/arsl-cliff.md).
-    - `skip_empty`: leaves regions out of the reduction that hold no foreground and less than half a voxel of
-      predicted probability, and with them the cliff. With all of them empty the loss is 0. By default they are
-      kept, as published.
+    - `eps` (default 1e-5 voxels): a region holding half a voxel of error is counted in full. It also sets when the loss
+      falls off a cliff: a region without foreground has the loss (A+B)*FP / ((A+B)*FP + eps), near 1 and without useful
+      gradient as long as it holds more than a trace of prediction, so that it dilutes the mean; then 0, in all such
+      regions within a few epochs. The fall says nothing about the segmentation (docs/results/arsl-cliff.md).
+    - `skip_empty`: leaves out regions that hold no foreground and less than half a voxel of predicted probability, and
+      with them the cliff. With all of them empty the loss is 0. By default they are kept, as published.
     - `batch`: TP, FP, FN summed over the samples before the ratios, over those of all ranks in distributed training
       (which must then call the loss equally often); `include_background`: class 0 as well.
 
-    After a call `last_coefficients` holds its alpha and beta per class, as `coefficients` gives them.
-
-    Regions that lie wholly under the ignore mask never count. Cost: as Dice, plus the region table.
+    After a call `last_coefficients` holds its alpha and beta per class, as `coefficients` gives them. Regions that lie
+    wholly under the ignore mask never count. Cost: as Dice, plus the region table.
     """
 
     regions: int | Sequence[int] | None = None

@@ -18,9 +18,8 @@ from lightm.losses.base import IGNORE_INDEX, Prepared, SegmentationLoss, number,
 class CrossEntropy(SegmentationLoss):
     """Cross-entropy of the softmax, averaged over the voxels that are not ignored (0 when none is left).
 
-    `class_weights` (K numbers) turns the mean into a weighted mean, as in PyTorch. In distributed training
-    every rank averages over its own voxels, and the ranks' gradients are averaged: with as many counted voxels on each
-    that is the mean over all of them.
+    `class_weights` (K numbers) turns the mean into a weighted mean, as in PyTorch. In distributed training every rank
+    averages over its own voxels, and the ranks' gradients are averaged.
     """
 
     class_weights: Tensor | None
@@ -59,10 +58,9 @@ class CrossEntropy(SegmentationLoss):
 class TopK(SegmentationLoss):
     """Cross-entropy averaged over the `k` per cent of the batch's voxels where it is highest (nnU-Net: k = 10).
 
-    Wu et al., "Bridging category-level and instance-level semantic image segmentation", 2016. Ignored voxels are
-    not among those counted; the number of voxels is rounded up, and voxels that tie for the last places share them.
-    k = 100 is cross-entropy. In distributed training
-    every rank takes its own highest. Cost: cross-entropy, and a selection that is linear in the voxels.
+    Wu et al., "Bridging category-level and instance-level semantic image segmentation", 2016. Ignored voxels do not
+    count; the number of voxels is rounded up, and voxels that tie for the last places share them. k = 100 is
+    cross-entropy. In distributed training every rank takes its own highest. Cost: linear in the voxels.
     """
 
     k: float = 10.0

@@ -98,7 +98,6 @@ class RVM(TokenLayer):
     Source: LightM-UNet, Eq. 1-2 (Eq. 1 of the report prints "+ s", its text and the released code add s times the
     layer's input). `vector_scale=False` and `one_norm=True` give the released code's layer: a scalar s, and one
     LayerNorm used twice.
-
     (B, *S, C) -> (B, *S, out_channels).
     """
 

@@ -117,12 +117,12 @@ def find_model(path: Path | str) -> Path:
 def pack_model(model: Path | str, out: Path | str, *, overwrite: bool = False) -> Path:
     """Write a model folder as one safetensors file, which `load_model` reads like the folder, and return its path.
 
-    Its header's metadata holds `model.json` and `card.md` as text, under these names, and the SHA-256 of the weights'
-    bytes; the weights are those of the folder, so that any program that reads safetensors finds them.
+    The weights are the folder's, so that any program that reads safetensors finds them; the header's metadata holds
+    `model.json` and `card.md` as text, and the SHA-256 of the weights' bytes.
 
-    model: a model folder, or a run folder that holds one; it is loaded first, so that what is packed is whole.
-    Raises InputError for a wrong or damaged model, another ending than .safetensors, and a file that is there already
-    unless `overwrite`; LightMError when the disk refuses. Memory: the weights twice.
+    model: a model folder, or a run folder that holds one; it is loaded first, so that what is packed is intact. Raises
+    InputError for a wrong or damaged model, another ending than .safetensors, and a file that exists, unless
+    `overwrite`; LightMError when the disk refuses. Memory: the weights twice.
     """
     model, out = Path(model), Path(out)
     folder = find_model(model)
@@ -161,10 +161,9 @@ def set_postprocess(folder: Path, record: Mapping[str, Any]) -> None:
 def load_model(model: Path | str, network: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Read a model folder or single-file model: the network in evaluation mode on the CPU, and its `model.json`.
 
-    network: a module to load the weights into, for a model that was trained with a network of one's own. A network that
-    was registered from outside must be registered here too. Raises InputError, naming the file, for a missing, damaged
-    or foreign model, a newer schema, weights whose checksum differs, that hold NaN or belong to another network (whose
-    memory is not asked for). Executes nothing from the file or folder.
+    network: a module to load the weights into, for a model trained with a network of one's own; one registered from
+    outside must be registered here too. Raises InputError, naming the file, for a missing, damaged or foreign model, a
+    newer schema, weights whose checksum differs, that hold NaN or belong to another network. Executes nothing.
     """
     model = Path(model)
     info = read_description(model)

@@ -54,12 +54,10 @@ def init_dt_bias(bias: Tensor) -> None:
 
 @fusible
 class GroupedLinear(nn.Module):
-    """A linear layer for each of `parts` groups of channels, giving tensors of `outs` channels a part each.
+    """A linear layer for each of `parts` groups of channels, giving tensors of `outs` channels per part each.
 
     (..., parts * fan_in) -> for every out in outs (..., parts * out), the parts one after the other in each. With
     `shared` one weight serves all parts. Parameters: fan_in * sum(outs), times `parts` unless shared.
-
-    Each result is one product with a matrix a part (`ops.linear`): nothing is cut apart or put together.
     """
 
     def __init__(self, parts: int, fan_in: int, outs: Sequence[int], *, shared: bool) -> None:
@@ -70,7 +68,7 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         weight = self.weight.expand(self.parts, -1, -1)
-        # a product for each result: the gradients of slices of one product would have to be joined token by token
+        # one matmul per result: the gradients of slices of a single one would have to be joined token by token
         return tuple(ops.linear(x, part) for part in weight.split(self.outs, dim=1))
 
 
@@ -80,7 +78,6 @@ class VSS(nn.Module):
 
     Source: LightM-UNet, Eq. 3; the released code has no LayerNorm after the SSM (`inner_norm=False`), and then
     this is Mamba's layer (arXiv 2312.00752, figure 3). The DWConv is Mamba's causal convolution over tokens.
-
     (B, L, C) -> (B, L, C). Time and memory grow linearly with L.
     """
 
@@ -179,9 +176,6 @@ class _Parts(nn.Module):
     """Several state-space modules on parts of the channels: parameters of (sets, n, ...), one set if shared."""
 
     no_decay = ("A_log", "conv_weight", "conv_bias", "dt_bias", "d_skip", "norm_weight", "norm_bias")
-    norm_weight: nn.Parameter | None
-    norm_bias: nn.Parameter | None
-    out_proj: GroupedLinear
 
     def __init__(self, parts: int, inner: int, state_size: int, d_conv: int) -> None:
         super().__init__()
@@ -191,6 +185,11 @@ class _Parts(nn.Module):
     def _all(self, parameter: Tensor) -> Tensor:
         """A parameter of (sets, n, ...) as one of (parts * n, ...): repeated when it is shared."""
         return parameter.expand(self.parts, *parameter.shape[1:]).flatten(0, 1)
+
+    def _add_out(self, sets: int, width: int, inner_norm: bool) -> None:
+        self.norm_weight = nn.Parameter(torch.ones(sets, self.inner)) if inner_norm else None
+        self.norm_bias = nn.Parameter(torch.zeros(sets, self.inner)) if inner_norm else None
+        self.out_proj = GroupedLinear(self.parts, self.inner, (width,), shared=sets < self.parts)
 
     def _gated_out(self, y: Tensor, z: Tensor) -> Tensor:
         """The output projection of the scan's result, behind the gated norm where there is one."""
@@ -234,9 +233,7 @@ class ParallelVSS(_Parts):
         states = torch.arange(1, state_size + 1, dtype=torch.float32)
         self.A_log = nn.Parameter(torch.log(states).repeat(sets, inner, 1))
         self.d_skip = nn.Parameter(torch.ones(sets, inner))
-        self.norm_weight = nn.Parameter(torch.ones(sets, inner)) if inner_norm else None
-        self.norm_bias = nn.Parameter(torch.zeros(sets, inner)) if inner_norm else None
-        self.out_proj = GroupedLinear(parts, inner, (width,), shared=shared)
+        self._add_out(sets, width, inner_norm)
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         init_conv(self.conv_weight, self.conv_bias)
         init_dt_bias(self.dt_bias)
@@ -298,14 +295,13 @@ class VSS2(_Parts):
     """State-space module with Mamba-2's core: z, x, B, C, dt = Linear(W); x, B, C = SiLU(Conv(x, B, C));
     out = Linear(LayerNorm(SSD(x, dt, B, C)) * SiLU(z)).
 
-    Where VSS computes B, C and dt from the convolved x, here one projection of the input gives all. LayerNorm and
-    gate are VSS's (LightM-UNet, Eq. 3; Mamba-2 itself gates first and then divides by the root mean square);
-    `inner_norm=False` leaves the norm out. A is -exp(A_log), one number a head; A_log starts as the logarithm of
-    uniform [1, 16], the bias of dt as in VSS, the skip as 1.
+    One projection of the input gives all, where VSS computes B, C and dt from the convolved x. LayerNorm (left out with
+    `inner_norm=False`) and gate are VSS's (LightM-UNet, Eq. 3; Mamba-2 gates first and then divides by the root mean
+    square). A is -exp(A_log), one number per head; A_log starts as the logarithm of uniform [1, 16], the bias of dt as
+    in VSS, the skip as 1.
 
     With `parts` > 1 this is the state-space core of SPM (the report's Figure 3): `parts` such modules of width
     C / parts on the parts of the channels, with their own B and C, in one scan; `shared` gives all the same weights.
-
     Parameters, with c = C / parts, E = expand * c, H = E / head_dim: c (2E + 2N + H) + (E + 2N)(K + 1) + 3H + E c,
     and 2E with `inner_norm`; times `parts` unless shared.
 
@@ -342,9 +338,7 @@ class VSS2(_Parts):
         self.A_log = nn.Parameter(torch.empty(sets, heads).uniform_(1, 16).log())
         self.dt_bias = nn.Parameter(torch.empty(sets, heads))
         self.d_skip = nn.Parameter(torch.ones(sets, heads))
-        self.norm_weight = nn.Parameter(torch.ones(sets, inner)) if inner_norm else None
-        self.norm_bias = nn.Parameter(torch.zeros(sets, inner)) if inner_norm else None
-        self.out_proj = GroupedLinear(parts, inner, (width,), shared=shared)
+        self._add_out(sets, width, inner_norm)
         init_conv(self.conv_weight, self.conv_bias)
         init_dt_bias(self.dt_bias)
 

@@ -43,27 +43,23 @@ class Baseline(nn.Module):
         """Raise ValueError unless the network takes an image of this size."""
         size = tuple(int(length) for length in size)
         divisors = self.divisor if isinstance(self.divisor, tuple) else (self.divisor,) * self.spatial_dims
-        for axis, length, divisor in zip("ZYX"[-self.spatial_dims :], size, divisors, strict=True):
+        axes = "ZYX"[-self.spatial_dims :]
+        for axis, length, divisor in zip(axes, size, divisors, strict=True):
             if length % divisor or length == 0:
                 low = length // divisor * divisor
                 near = f"{low} or {low + divisor}" if low else f"{divisor}"
                 raise ValueError(f"input size {size}: {axis}={length} is not divisible by {divisor}; use {near}")
-        if not self.one_voxel and all(length == divisor for length, divisor in zip(size, divisors, strict=True)):
-            axis = "ZYX"[-self.spatial_dims]
+        if not self.one_voxel and size == divisors:
             raise ValueError(
                 f"input size {size}: one voxel is left in the deepest stage, and its normalisation needs two; use "
-                f"{axis}={2 * divisors[0]} or more"
+                f"{axes[0]}={2 * divisors[0]} or more"
             )
-        if self.image_size is not None and size != self.image_size:
-            axis, length, built = next(
-                (axis, length, built)
-                for axis, length, built in zip("ZYX"[-self.spatial_dims :], size, self.image_size, strict=True)
-                if length != built
-            )
-            raise ValueError(
-                f"input size {size}: {axis}={length}, but this network was built for {self.image_size}, the size that "
-                f"its positions are learnt for; use {axis}={built}, or build it with another image_size"
-            )
+        for axis, length, built in zip(axes, size, self.image_size or size, strict=True):
+            if length != built:
+                raise ValueError(
+                    f"input size {size}: {axis}={length}, but this network was built for {self.image_size}, the size "
+                    f"that its positions are learnt for; use {axis}={built}, or build it with another image_size"
+                )
 
     def forward(self, image: Tensor) -> Tensor:
         check_shape(image, self.spatial_dims, self.in_channels)
@@ -100,14 +96,9 @@ class Shape:
         return Baseline(body, in_channels=self.in_channels, divisor=divisors, **options)
 
 
-def conv(spatial_dims: int) -> type[nn.Conv2d] | type[nn.Conv3d]:
-    """The convolution of a dimensionality."""
-    return nn.Conv3d if spatial_dims == 3 else nn.Conv2d
-
-
-def transposed_conv(spatial_dims: int) -> type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]:
-    """The transposed convolution of a dimensionality."""
-    return nn.ConvTranspose3d if spatial_dims == 3 else nn.ConvTranspose2d
+def of_dims(kind: str, spatial_dims: int) -> Any:
+    """The layer class of `torch.nn` of a kind and dimensionality: "Conv", 3 -> nn.Conv3d."""
+    return getattr(nn, f"{kind}{spatial_dims}d")
 
 
 def linear_mode(spatial_dims: int) -> str:

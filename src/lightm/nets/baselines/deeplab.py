@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightm.errors import did_you_mean
-from lightm.nets.baselines.common import Baseline, Shape, conv, linear_mode
+from lightm.nets.baselines.common import Baseline, Shape, linear_mode, of_dims
 
 EXPANSION = 4  # a residual unit's output channels over its inner ones
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -46,7 +46,7 @@ class Convolution(nn.Module):
         super().__init__()
         self.standardised = standardised
         pad = dilation * (kernel // 2)
-        self.conv = conv(spatial_dims)(inputs, outputs, kernel, stride, pad, dilation, bias=False)
+        self.conv = of_dims("Conv", spatial_dims)(inputs, outputs, kernel, stride, pad, dilation, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.standardised:
@@ -113,7 +113,7 @@ class ResNet(nn.Module):
             group_norm(width, 2 if standardised else 4),
             nn.ReLU(),
         )
-        self.pool = (nn.MaxPool3d if spatial_dims == 3 else nn.MaxPool2d)(3, 2, 1)
+        self.pool = of_dims("MaxPool", spatial_dims)(3, 2, 1)
         self.stages = nn.ModuleList()
         channels = width
         for number, depth in enumerate(depths):
@@ -192,7 +192,7 @@ class DeepLabV3Plus(nn.Module):
         self.refine = nn.Sequential(
             _layer(spatial_dims, features + low, features, 3), _layer(spatial_dims, features, features, 3)
         )
-        self.head = conv(spatial_dims)(features, shape.out_channels, 1)
+        self.head = of_dims("Conv", spatial_dims)(features, shape.out_channels, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         features = self.backbone(image)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightm.nets.baselines.common import Baseline, Shape, Stages, conv, linear_mode, plan_stages, transposed_conv
+from lightm.nets.baselines.common import Baseline, Shape, Stages, linear_mode, of_dims, plan_stages
 from lightm.nets.state_space import VSS, ParallelVSS
 
 PARTS = 4  # of UltraLight VM-UNet's layers
@@ -40,20 +40,19 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: Sequence[int], stride: Sequence[int]) -> None:
         super().__init__()
-        kind = conv(len(kernel))
-        norm = nn.InstanceNorm3d if len(kernel) == 3 else nn.InstanceNorm2d
-        pool = nn.AvgPool3d if len(kernel) == 3 else nn.AvgPool2d
+        kind = of_dims("Conv", len(kernel))
+        norm, pool = of_dims("InstanceNorm", len(kernel)), of_dims("AvgPool", len(kernel))
         shape, step, pad = tuple(kernel), tuple(stride), tuple(k // 2 for k in kernel)
         self.path = nn.Sequential(
-            kind(inputs, outputs, shape, step, pad),  # type: ignore[arg-type]
+            kind(inputs, outputs, shape, step, pad),
             norm(outputs, affine=True),
             nn.LeakyReLU(0.01),
-            kind(outputs, outputs, shape, padding=pad),  # type: ignore[arg-type]
+            kind(outputs, outputs, shape, padding=pad),
             norm(outputs, affine=True),
         )
         shortcut: list[nn.Module] = []
         if max(step) > 1:
-            shortcut.append(pool(step, step))  # type: ignore[arg-type]
+            shortcut.append(pool(step, step))
         if inputs != outputs:
             shortcut += [kind(inputs, outputs, 1, bias=False), norm(outputs, affine=True)]
         self.shortcut = nn.Sequential(*shortcut)
@@ -75,11 +74,11 @@ class UMamba(nn.Module):
     ) -> None:
         super().__init__()
         dims = len(stages.kernels[0])
-        norm = nn.InstanceNorm3d if dims == 3 else nn.InstanceNorm2d
+        norm = of_dims("InstanceNorm", dims)
         widths, one = stages.channels, (1,) * dims
         first = stages.kernels[0]
         self.stem = nn.Sequential(
-            conv(dims)(shape.in_channels, widths[0], first, padding=tuple(k // 2 for k in first)),  # type: ignore[arg-type]
+            of_dims("Conv", dims)(shape.in_channels, widths[0], first, padding=tuple(k // 2 for k in first)),
             norm(widths[0], affine=True),
             nn.LeakyReLU(0.01),
         )
@@ -95,12 +94,12 @@ class UMamba(nn.Module):
         self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
         for depth in range(len(widths) - 1, 0, -1):
             out, stride = widths[depth - 1], stages.strides[depth]
-            self.up.append(transposed_conv(dims)(width, out, stride, stride))  # type: ignore[arg-type]
+            self.up.append(of_dims("ConvTranspose", dims)(width, out, stride, stride))
             stage = [ResidualBlock(2 * out, out, stages.kernels[depth - 1], one)]
             stage += [ResidualBlock(out, out, stages.kernels[depth - 1], one) for _ in range(decoder_blocks - 1)]
             self.decoder.append(nn.Sequential(*stage))
             width = out
-        self.head = conv(dims)(width, shape.out_channels, 1)
+        self.head = of_dims("Conv", dims)(width, shape.out_channels, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.stem(image)
@@ -165,7 +164,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, spatial_dims: int) -> None:
         super().__init__()
-        self.conv = conv(spatial_dims)(2, 1, 7, padding=9, dilation=3)
+        self.conv = of_dims("Conv", spatial_dims)(2, 1, 7, padding=9, dilation=3)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.conv(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)))
@@ -208,9 +207,9 @@ class UltraLightVMUNet(nn.Module):
             raise ValueError(
                 f"channels {widths}: six widths are needed, each divisible by {PARTS} parts and {groups} groups"
             )
-        kind = conv(spatial_dims)
+        kind = of_dims("Conv", spatial_dims)
         self.mode = linear_mode(spatial_dims)
-        self.pool = nn.MaxPool3d(2) if spatial_dims == 3 else nn.MaxPool2d(2)
+        self.pool = of_dims("MaxPool", spatial_dims)(2)
         steps = [shape.in_channels, *widths]
 
         def layer(stage: int, inputs: int, outputs: int) -> nn.Module:
