@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightm.images.formats import FORMATS
+from lightm.images.io import FORMATS
 from lightm.losses import LOSSES
 from lightm.nets import NETWORKS
 

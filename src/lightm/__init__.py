@@ -41,7 +41,7 @@ _PUBLIC = {  # name: module
     "loss": "lightm.losses",
     "network": "lightm.nets",
     "parameter_groups": "lightm.nets",
-    "register_format": "lightm.images.formats",
+    "register_format": "lightm.images.io",
     "register_loss": "lightm.losses",
     "register_network": "lightm.nets",
     "open_dataset": "lightm.datasets.discovery",

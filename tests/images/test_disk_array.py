@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightm.errors import LightMError
-from lightm.images.disk_array import DiskArray
+from lightm.images.lazy import DiskArray
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,8 +12,7 @@ import pytest
 import lightm.registry
 from lightm.datasets.description import read_description
 from lightm.errors import InputError
-from lightm.images.formats import FORMATS, register_format
-from lightm.images.io import file_suffix, read_volume, write_volume
+from lightm.images.io import FORMATS, file_suffix, read_volume, register_format, write_volume
 from lightm.images.volume import Volume
 
 

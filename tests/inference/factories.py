@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightm.images.disk_array import Box
 from lightm.images.io import write_volume
+from lightm.images.lazy import Box
 from lightm.images.volume import Volume
 from lightm.preparation.plan import Plan
 

@@ -24,9 +24,8 @@ from lightm.images.volume import Volume
 from lightm.inference import predict_folder
 from lightm.interchange.released import import_released
 from lightm.nets import create, load_model
-from lightm.nets.released import ReleasedLightMUNet
-from lightm.nets.released.checkpoint import load_released, read_checkpoint
-from lightm.nets.released.names import original_name, released_name
+from lightm.nets.lightm_unet import ReleasedLightMUNet
+from lightm.nets.released import load_released, original_name, read_checkpoint, released_name
 
 STATS = {
     "mean": 40.0,

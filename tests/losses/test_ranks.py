@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightm.losses import create_loss
-from lightm.losses.ranks import sum_over_ranks
+from lightm.losses.regions import sum_over_ranks
 
 OPTIONS: dict[str, dict[str, object]] = {
     "dice": {"batch": True},

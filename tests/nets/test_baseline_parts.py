@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightm.nets.baselines.attention import Attention
-from lightm.nets.baselines.nnformer import Layer, from_windows, to_windows
-from lightm.nets.baselines.nnunet import plan_stages
+from lightm.nets.baselines.common import plan_stages
+from lightm.nets.baselines.transformers import Attention, WindowLayer, from_windows, to_windows
 
 # ---- nnU-Net's rules -----------------------------------------------------------------------------------------------
 
@@ -70,7 +69,7 @@ def test_windows_come_back_where_they_were() -> None:
     assert torch.equal(from_windows(to_windows(x, (4, 4, 4)), (4, 4, 4), (8, 4, 12)), x)
 
 
-def reached(layer: Layer, place: int) -> set[int]:
+def reached(layer: WindowLayer, place: int) -> set[int]:
     """Which places along a line of 12 voxels the voxel at `place` changes."""
     x = torch.randn(1, 4, 4, 12, 4)
     changed = x.clone()
@@ -82,7 +81,7 @@ def reached(layer: Layer, place: int) -> set[int]:
 
 def test_shifted_windows_meet_their_neighbours_but_not_across_the_border() -> None:
     torch.manual_seed(4)
-    plain, shifted = (Layer(4, 2, (4, 4, 4), shifted=kind, skip=False) for kind in (False, True))
+    plain, shifted = (WindowLayer(4, 2, (4, 4, 4), shifted=kind, skip=False) for kind in (False, True))
     assert reached(plain, 5) == {4, 5, 6, 7}
     assert reached(shifted, 5) == {2, 3, 4, 5}
     assert reached(shifted, 0) == {0, 1}

@@ -18,7 +18,7 @@ from lightm.errors import InputError
 from lightm.inference import Predictor
 from lightm.nets import PRESETS, create, load_model, save_model
 from lightm.nets.baselines import BASELINES
-from lightm.nets.baselines.umamba import MambaBlock
+from lightm.nets.baselines.mamba import MambaBlock
 from lightm.nets.presets import names
 from lightm.training import train_model
 from tests.helpers import docs_script, make_balls

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightm.nets import create, set_activation_checkpointing, token_layer
-from lightm.nets.blocks import RVM
-from lightm.nets.checkpointing import CHECKPOINT_ABOVE, should_checkpoint
-from lightm.nets.spm import SPM
+from lightm.nets.blocks import RVM, SPM
+from lightm.nets.execution import CHECKPOINT_ABOVE, should_checkpoint
 from lightm.nets.token_layer import TokenLayer
 
 LAYERS: dict[str, tuple[type[TokenLayer], dict[str, Any]]] = {

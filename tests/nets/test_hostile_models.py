@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lightm.errors import InputError
 from lightm.nets import create, load_model, names, save_model
-from lightm.nets.described import create_described, tensor_shapes
+from lightm.nets.folder import create_described, tensor_shapes
 from tests.nets.test_folder import NETWORK
 
 PLAN = {"dataset": "Dots", "labels": {"background": 0, "dot": 1}, "spacing_mm": [1, 1], "patch_size": [16, 16]}

@@ -11,9 +11,9 @@ import torch
 
 from lightm.errors import InputError
 from lightm.nets import PRESETS, count_parameters, create
-from lightm.nets.blocks import RVM, VSS
+from lightm.nets.blocks import RVM
 from lightm.nets.lightm_unet import LightMUNet
-from lightm.nets.spm import ParallelVSS
+from lightm.nets.state_space import VSS, ParallelVSS
 from lightm.nets.token_layer import pool
 
 PRESET_NAMES = sorted(PRESETS)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lightm.losses.custom
+import lightm.losses.base
 import lightm.registry
 from lightm.errors import InputError
 from lightm.losses import LOSSES, create_loss, register_loss
@@ -116,7 +116,7 @@ def test_former_names_of_options_are_read(tmp_path: Path) -> None:
         create("unet", 2, 1, 2, filters=(4, 8, 8))
 
 
-@pytest.mark.parametrize("module", [lightm.losses.custom, lightm.registry])
+@pytest.mark.parametrize("module", [lightm.losses.base, lightm.registry])
 def test_the_examples_of_the_docstrings(module: types.ModuleType) -> None:
     found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert found.attempted > 0

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from lightm.nets import count_parameters, create
 from lightm.nets.blocks import GroupNormReLU
-from lightm.nets.released.checkpoint import load_released
-from lightm.nets.released.names import convert_released
+from lightm.nets.released import convert_released, load_released
 from tests.plain_mamba import ReleasedNetwork, randomise
 
 # The one ReLU of 3D that is on in float64 (its input there is 1.5e-5) and off in the golden run.

@@ -99,8 +99,7 @@ def _register() -> None:
     """The uses: every operator, layer, network and scan order, with and without gradients."""
     from lightm import ops
     from lightm.nets import PRESETS, create
-    from lightm.nets.blocks import RVM
-    from lightm.nets.spm import SPM
+    from lightm.nets.blocks import RVM, SPM
 
     use("linear")(lambda: _operator(lambda x, w: ops.linear(x, w), {"x": (4096, 48), "w": (96, 48)}))
     use("linear, odd")(

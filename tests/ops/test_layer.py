@@ -13,8 +13,7 @@ from comparing import relative
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightm.nets.blocks import RVM
-from lightm.nets.spm import SPM
+from lightm.nets.blocks import RVM, SPM
 from lightm.nets.token_layer import TokenLayer
 from lightm.ops import layer_runs_fused, state_space_layer
 from lightm.ops.layer import cpu

@@ -211,7 +211,11 @@ def list_series(path: Path | str) -> list[Series]:
         if header.storage in _CLASSES:
             groups.setdefault(str(text(header.data, "SeriesInstanceUID") or NO_UID), []).append(header)
         else:
-            others[_class_name(header.storage)] += 1
+            with quietly():
+                name = (
+                    pydicom_module().uid.UID(header.storage).name if header.storage else "an object without SOP class"
+                )
+            others[str(name)] += 1
     if not groups:
         raise NoSeriesError(_nothing(folder, others))
     found = [_series(folder, key, headers) for key, headers in groups.items()]
@@ -269,13 +273,6 @@ def _nothing(folder: Path, others: Counter[str]) -> str:
     below = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     hint = f"; it has subfolders such as {below[0]}, give one that holds DICOM files" if below else ""
     return f"{folder}: no DICOM file in this folder{hint or '; give a folder of DICOM files'}"
-
-
-def _class_name(uid: str) -> str:
-    if not uid:
-        return "an object without SOP class"
-    with quietly():
-        return str(pydicom_module().uid.UID(uid).name)
 
 
 def _lines(series: list[Series]) -> str:

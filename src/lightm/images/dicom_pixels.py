@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightm.errors import InputError
-from lightm.images.dicom_files import PROJECTIONS, Frame, Header, pydicom_module, quietly, reason, text
-from lightm.images.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes, opened
+from lightm.images.dicom_files import Frame, Header, pydicom_module, quietly, reason, text
+from lightm.images.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes, naming, opened
 
 _PLAIN = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"}
 _DEEPEST_BYTES = 8  # of a pixel, DoubleFloatPixelData
@@ -38,31 +39,26 @@ def check_pixels(header: Header) -> tuple[int, int, int]:
         if sizes[-1] <= 0:
             raise InputError(f"{file}: {keyword} is {value or 'missing'}; export the file again")
     frames, rows, columns = sizes
-    if frames * rows * columns > MAX_VOXELS:
+    voxels = frames * rows * columns
+    if voxels > MAX_VOXELS:
         raise InputError(f"{file}: {frames} frames of {rows} x {columns}; at most {MAX_VOXELS} voxels are read")
-    _check_room(header, frames * rows * columns)
+    # more pixels than the file can hold, or the machine, are refused before they are decoded
+    bits = text(data, "BitsAllocated") or "16"
+    stored = max(1, int(bits)) if bits.isdigit() and len(bits) < 4 else 16
+    size = file.stat().st_size
+    if voxels * stored // 8 > size * (1 if header.syntax in _PLAIN else MAX_DEFLATE):
+        raise InputError(
+            f"{file}: its header promises {voxels} pixels of {stored} bits, which {size} bytes cannot hold "
+            "(truncated, or a corrupt header); export it again"
+        )
+    with naming(file):
+        check_bytes(voxels * max(_DEEPEST_BYTES, stored // 8), "its pixels")
     return frames, rows, columns
 
 
-def _check_room(header: Header, voxels: int) -> None:
-    """Raise InputError for more pixels than the file can hold, or the machine, before they are decoded."""
-    bits = text(header.data, "BitsAllocated") or "16"
-    stored = max(1, int(bits)) if bits.isdigit() and len(bits) < 4 else 16
-    size = header.file.stat().st_size
-    if voxels * stored // 8 > size * (1 if header.syntax in _PLAIN else MAX_DEFLATE):
-        raise InputError(
-            f"{header.file}: its header promises {voxels} pixels of {stored} bits, which {size} bytes cannot hold "
-            "(truncated, or a corrupt header); export it again"
-        )
-    try:
-        check_bytes(voxels * max(_DEEPEST_BYTES, stored // 8), "its pixels")
-    except InputError as error:
-        raise InputError(f"{header.file}: {error}") from None
-
-
-def check_modality_lut(header: Header) -> None:
+def check_modality_lut(header: Header, groups: Sequence[Any]) -> None:
     """Raise InputError for a table of measured values, which is not applied here."""
-    if "ModalityLUTSequence" in header.data:
+    if any("ModalityLUTSequence" in group for group in groups):
         raise InputError(
             f"{header.file}: its values go through a table (ModalityLUTSequence), which is not applied; "
             "export the series with RescaleSlope and RescaleIntercept"
@@ -105,7 +101,7 @@ def fill(out: np.ndarray, frames: list[Frame]) -> np.ndarray:
     for places in by_file.values():
         raw = raw_frames(places[0][1].header)
         for place, frame in places:
-            values = scaled(raw[frame.index], frame)
+            values = scaled(raw[frame.index], frame.slope, frame.intercept)
             if not _holds(out.dtype, values):
                 # More bits are set than BitsStored promises.
                 out = out.astype(values.dtype)
@@ -113,9 +109,8 @@ def fill(out: np.ndarray, frames: list[Frame]) -> np.ndarray:
     return out
 
 
-def scaled(raw: np.ndarray, frame: Frame) -> np.ndarray:
+def scaled(raw: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     """Return stored * slope + intercept: integers where both are whole numbers, else float32."""
-    slope, intercept = frame.slope, frame.intercept
     whole = slope.is_integer() and intercept.is_integer() and max(abs(slope), abs(intercept)) < 2**31
     if raw.dtype.kind in "iu" and whole:
         values = raw.astype(np.int64) * int(slope) + int(intercept)
@@ -141,13 +136,6 @@ def volume_dtype(frames: list[Frame]) -> np.dtype:
         if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
             return np.dtype(kind)
     return np.dtype(np.float32)
-
-
-def upright_projection(header: Header, values: np.ndarray) -> np.ndarray:
-    """Return a projection whose bright pixels are dense: MONOCHROME1, where large is dark, turned over."""
-    if header.storage in PROJECTIONS and text(header.data, "PhotometricInterpretation") == "MONOCHROME1":
-        return (values.max() + values.min() - values).astype(values.dtype)
-    return values
 
 
 def _holds(dtype: np.dtype, values: np.ndarray) -> bool:

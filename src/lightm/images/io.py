@@ -1,4 +1,4 @@
-"""Reading and writing of NIfTI and PNG files, and reading of DICOM series.
+"""Reading and writing of images: NIfTI, PNG, DICOM series (read), and formats registered from outside.
 
 A file that cannot be used gives one InputError that names it and says how to fix it. A file is written under
 another name and renamed when complete, so that nobody ever sees half of one.
@@ -6,17 +6,24 @@ another name and renamed when complete, so that nobody ever sees half of one.
 
 from __future__ import annotations
 
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from lightm.errors import InputError
-from lightm.files import atomic_file
-from lightm.images import dicom, formats, nifti, png
-from lightm.images.finite import check_finite
-from lightm.images.formats import SUFFIXES
+from lightm.errors import InputError, LightMError
+from lightm.files import atomic_file, disk_refusals
+from lightm.images import dicom, nifti, png
+from lightm.images.limits import check_finite, naming
 from lightm.images.volume import Volume
+from lightm.registry import Registry
+
+SUFFIXES = (".nii.gz", ".nii", ".png")
+"""Endings of LightM's own formats."""
 
 Kind = Literal["image", "label"]
 
@@ -27,21 +34,21 @@ _ROUNDING = 1e-3
 def file_suffix(path: Path | str) -> str | None:
     """Return which of SUFFIXES or registered endings a file's name ends with (in any case), or None."""
     name = Path(path).name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None) or formats.registered_suffix(name)
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None) or _registered_suffix(name)
 
 
 def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     """Read a .nii, .nii.gz or .png file, or a DICOM series, as a volume.
 
     kind="image": real voxels, dtype as stored (float32 where the header scales them). kind="label": whole numbers
-    as uint8 or int16; floats within 0.001 of a whole number are rounded. A fourth axis of length 1 is dropped;
-    an RGB PNG is read as grey when its channels are equal. DICOM (a folder, `folder::SeriesInstanceUID` or a file
-    that starts or is named as one) is read as `lightm.images.dicom.read_series` says, as an image only.
+    as uint8 or int16; floats within 0.001 of one are rounded. A fourth axis of length 1 is dropped; an RGB PNG with
+    equal channels is read as grey. DICOM (a folder, `folder::SeriesInstanceUID` or a file that starts or is named as
+    one) is read as `lightm.images.dicom.read_series` says, as an image only.
 
-    Raises InputError, naming the file, for one that is missing, empty, truncated, corrupt, of another format, of
-    more than 2^31 voxels or more than its length or the machine's memory can hold, of more than three axes, with NaN
-    or infinite voxels, or, for labels, with other than whole numbers; docs/files.md lists every rule. Cost: the voxels
-    once, once more while a label map is converted, and at most 64 MB beside them.
+    Raises InputError, naming the file, for one that is missing, empty, damaged, of another format, of more than 2^31
+    voxels or more than its length or the memory can hold, of more than three axes, with NaN or infinite voxels, or, for
+    labels, with other than whole numbers; docs/files.md lists every rule. Cost: the voxels once, once more while a
+    label map is converted, and at most 64 MB beside them.
 
     >>> data = lightm.phantoms("xray", folder / "data", cases=1, size=32)
     >>> int(lightm.read_volume(data / "labelsTr" / "xray_000.png", kind="label").data.max())
@@ -53,7 +60,12 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     suffix = file_suffix(path)
     if suffix is None:
         if path.is_dir() or dicom.is_dicom(path):
-            return _read_dicom(path, kind)
+            if kind == "label":
+                raise InputError(f"{path}: DICOM is read as an image, not as a label map; convert the labels to NIfTI")
+            volume = dicom.read_series(path)
+            with naming(path):
+                check_finite(volume.data)
+            return volume
         raise InputError(
             f"{path}: not a format that can be read; expected a name that ends in {', '.join(SUFFIXES)}, or DICOM"
         )
@@ -67,17 +79,15 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
         raise InputError(f"{path}: the file is empty (0 bytes); copy or export it again")
     try:
         if suffix not in SUFFIXES:
-            volume = formats.read_registered(path, suffix)
+            volume = _read_registered(path, suffix)
         else:
             volume = png.read(path, kind) if suffix == ".png" else nifti.read(path)
     except MemoryError:
         raise InputError(f"{path}: not enough memory to read its voxels; resample or crop the file") from None
-    try:
+    with naming(path):
         if suffix not in (".nii", ".nii.gz"):
             check_finite(volume.data)
         return volume.with_data(as_label(volume.data)) if kind == "label" else volume
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def voxel_bytes(path: Path) -> int:
@@ -99,24 +109,13 @@ def place_remarks(path: Path) -> list[tuple[str, str]]:
     return nifti.remarks(path) if suffix in (".nii", ".nii.gz") else []
 
 
-def _read_dicom(path: Path, kind: Kind) -> Volume:
-    if kind == "label":
-        raise InputError(f"{path}: DICOM is read as an image, not as a label map; convert the labels to NIfTI")
-    volume = dicom.read_series(path)
-    try:
-        check_finite(volume.data)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    return volume
-
-
 def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) -> None:
     """Write a volume to a .nii, .nii.gz or .png file, complete or not at all.
 
     kind="label" stores whole numbers as uint8, or int16 where they need it; kind=None does so for bool and int64
-    arrays, which no scanner makes, and keeps every other dtype. NIfTI keeps affine and codes, units millimetres;
-    the same volume gives the same bytes. PNG takes 2D arrays of whole numbers from 0 to 255, or uint16.
-    Missing folders are made. Raises InputError for what the format cannot hold, LightMError when writing fails.
+    arrays, and keeps every other dtype. NIfTI keeps affine and codes, units millimetres; the same volume gives the same
+    bytes. PNG takes 2D arrays of whole numbers from 0 to 255, or uint16. Missing folders are made. Raises InputError
+    for what the format cannot hold, LightMError when writing fails.
 
     >>> import numpy as np
     >>> volume = lightm.Volume.from_spacing(np.ones((4, 8, 8), np.uint8), (2.0, 1.0, 1.0))
@@ -128,15 +127,13 @@ def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) 
     suffix = file_suffix(path)
     if suffix is None:
         raise InputError(f"{path}: not a format that can be written; use a name that ends in {', '.join(SUFFIXES)}")
-    try:
+    with naming(path):
         check_finite(volume.data)
         if kind == "label" or (kind is None and volume.data.dtype in (np.bool_, np.int64, np.uint64)):
             volume = volume.with_data(as_label(volume.data))
         if suffix not in SUFFIXES:
-            return formats.write_registered(path, suffix, volume)
+            return _write_registered(path, suffix, volume)
         encode = png.encoder(volume) if suffix == ".png" else nifti.encoder(volume, suffix == ".nii.gz")
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
     with atomic_file(path) as stream:
         encode(stream)
 
@@ -173,3 +170,92 @@ def _check_whole(data: np.ndarray) -> None:
             f"a label map holds whole numbers, found {value:.6g} ({found} such voxels); "
             "it may be an image or a probability map: threshold it, or resample labels with nearest neighbour"
         )
+
+
+Reader = Callable[[Path], Volume]
+Writer = Callable[[Path, Volume], None]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How files of one ending are read and, if they can be, written."""
+
+    reader: Reader
+    writer: Writer | None = None
+
+
+def _wrap(given: Any) -> Format:
+    found = given if isinstance(given, Format) else Format(*given) if isinstance(given, tuple) else Format(given)
+    if not callable(found.reader) or not (found.writer is None or callable(found.writer)):
+        raise InputError("a format is a reader (path) -> Volume and, or None, a writer (path, volume)")
+    return found
+
+
+FORMATS: Registry[Format] = Registry("format", "lightm.formats", _wrap)
+
+
+def register_format(ending: str, reader: Reader, writer: Writer | None = None, *, overwrite: bool = False) -> None:
+    """Make LightM read, and with a writer write, files whose names end in `ending`, such as ".nrrd".
+
+    reader: (path) -> `Volume`, its data (Z, Y, X) or (Y, X) and its affine in millimetres; whatever it raises
+    becomes an InputError that names the file. writer: (path, volume), which writes to the path
+    given, a temporary one of the same ending. LightM checks voxels and labels as in its own formats. A whole volume is
+    read into memory.
+
+    The command line and other programs know the ending if a package declares it as an entry point of the group
+    "lightm.formats" (in pyproject.toml: `[project.entry-points."lightm.formats"]`, `nrrd = "my_package:FORMAT"`, the
+    name without its dot, for a reader or a pair of reader and writer).
+
+    Raises InputError for an ending that is LightM's own or taken (unless `overwrite`), and for what cannot be called.
+
+    >>> import numpy as np
+    >>> def read(path):
+    ...     return lightm.Volume.from_spacing(np.load(path), (1.0, 1.0, 1.0))
+    >>> def write(path, volume):
+    ...     with open(path, "wb") as stream:
+    ...         np.save(stream, volume.data)
+    >>> lightm.register_format(".npy", read, write, overwrite=True)
+    >>> lightm.write_volume(folder / "scan.npy", lightm.Volume.from_spacing(np.ones((2, 4, 4)), (1.0, 1.0, 1.0)))
+    >>> lightm.read_volume(folder / "scan.npy").shape
+    (2, 4, 4)
+    """
+    if not isinstance(ending, str) or not ending.startswith("."):
+        raise InputError(f"format {ending!r}: expected the ending of a file's name, such as '.nrrd'")
+    if ending in SUFFIXES:
+        raise InputError(f"format '{ending}' comes with LightM and cannot be replaced; register another ending")
+    FORMATS.register(ending[1:], (reader, writer), overwrite=overwrite)
+
+
+def _registered_suffix(name: str) -> str | None:
+    """The longest registered ending of a file's name in lower case, with its dot."""
+    found = [f".{known}" for known in FORMATS.names() if name.endswith(f".{known}")]
+    return max(found, key=len, default=None)
+
+
+def _read_registered(path: Path, suffix: str) -> Volume:
+    """Read a file of a registered format; every failure is an InputError that names the file."""
+    reader = FORMATS[suffix[1:]].reader
+    try:
+        volume = reader(path)
+    except LightMError:
+        raise
+    except Exception as error:  # a reader from outside may raise anything
+        raise InputError(f"{path}: its reader failed ({type(error).__name__}: {error})") from error
+    if not isinstance(volume, Volume):
+        raise InputError(f"{path}: its reader returned {type(volume).__name__}, expected a lightm.Volume")
+    return volume
+
+
+def _write_registered(path: Path, suffix: str, volume: Volume) -> None:
+    """Write a file of a registered format, complete or not at all."""
+    writer = FORMATS[suffix[1:]].writer
+    if writer is None:
+        raise InputError(f"{path}: files that end in {suffix} can be read, not written; use another name")
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}{suffix}")
+    try:
+        with disk_refusals(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writer(temporary, volume)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

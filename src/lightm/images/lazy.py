@@ -2,22 +2,151 @@
 
 `read_volume` gives float32 for a file whose header scales its voxels, which is twice the memory of the int16 that the
 file holds (and four times more while nibabel computes in float64). Here scaling is applied to what is asked for.
+
+On disk: a memory map would do what `DiskArray` does with less code, but the pages that it touches count as memory of
+the process until the system takes them back, so that no limit could be kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
-from lightm.errors import InputError
+from lightm.errors import InputError, LightMError
 from lightm.images import nifti
-from lightm.images.disk_array import Box, DiskArray
 from lightm.images.io import file_suffix, read_volume
 from lightm.images.limits import check_bytes
 from lightm.images.volume import Volume, canonical_axes
+
+Box = tuple[slice, ...]
+
+
+class DiskArray:
+    """An array of two axes or more, C order, zeros at first.
+
+    folder=None: in memory. Else in a file without a name there, which is gone when the object is, or the process;
+    only what was written takes space on disk. `stream` and `offset`: in this open file instead, which is only read.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: np.dtype | type,
+        folder: Path | None = None,
+        *,
+        stream: io.RawIOBase | None = None,
+        offset: int = 0,
+    ) -> None:
+        self.shape = tuple(int(size) for size in shape)
+        self.dtype = np.dtype(dtype)
+        self._array: np.ndarray | None = None
+        self._file: io.RawIOBase | None = stream
+        self._offset = offset
+        self._folder = folder
+        if stream is None and folder is None:
+            self._array = np.zeros(self.shape, self.dtype)
+        elif stream is None:
+            try:
+                file = tempfile.TemporaryFile(dir=folder, prefix=".lightm-", buffering=0)  # noqa: SIM115  (kept open)
+                file.truncate(prod(self.shape) * self.dtype.itemsize)
+            except OSError as error:
+                raise self._refusal(error) from None
+            self._file = file
+        if self._file is not None:
+            weakref.finalize(self, self._file.close)
+
+    @property
+    def held(self) -> bool:
+        """Whether the whole array is in memory."""
+        return self._array is not None
+
+    def read(self, box: Box) -> np.ndarray:
+        """Return the voxels of a box, one slice with both ends per axis: a view in memory, a copy from a file."""
+        if self._array is not None:
+            return self._array[box]
+        result = np.empty([part.stop - part.start for part in box], self.dtype)
+        last = box[-1]
+        whole = last.stop - last.start == self.shape[-1]
+        for (start, count), target in self._runs(box, result):
+            row = target if whole else np.empty((count, self.shape[-1]), self.dtype)
+            self._read_into(start, row)
+            if not whole:
+                target[...] = row[:, last]
+        return result
+
+    def write(self, box: Box, values: np.ndarray) -> None:
+        """Store the voxels of a box; nothing is done for a view that `read` gave.
+
+        Raises LightMError where the disk refuses.
+        """
+        if self._array is not None:
+            if not np.may_share_memory(self._array, values):
+                self._array[box] = values
+            return
+        last = box[-1]
+        whole = last.stop - last.start == self.shape[-1]
+        for (start, count), source in self._runs(box, values):
+            if not whole:
+                rows = np.empty((count, self.shape[-1]), self.dtype)
+                self._read_into(start, rows)
+                rows[:, last] = source
+                source = rows
+            file, data = self._at(start), memoryview(cast(Any, np.ascontiguousarray(source))).cast("B")
+            try:
+                while data:
+                    data = data[file.write(data) or 0 :]
+            except OSError as error:
+                raise self._refusal(error) from None
+
+    def _runs(self, box: Box, values: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+        """Runs of whole rows that lie together in the file: (first row, rows), and their part of `values`."""
+        rows = box[-2]
+        if values.size == 0:
+            return
+        for place in product(*(range(part.stop - part.start) for part in box[:-2])):
+            first = 0
+            for part, index, size in zip(box, place, self.shape[:-2], strict=False):
+                first = first * size + part.start + index
+            yield (first * self.shape[-2] + rows.start, rows.stop - rows.start), values[place]
+
+    def _read_into(self, row: int, target: np.ndarray) -> None:
+        file, data = self._at(row), memoryview(cast(Any, target)).cast("B")
+        while data:
+            count = file.readinto(data)
+            if not count:
+                raise OSError("the file ends too early; it was changed while it was read")
+            data = data[count:]
+
+    def _at(self, row: int) -> io.RawIOBase:
+        """The file at the start of a row."""
+        if self._file is None:
+            raise LightMError("the array was closed")
+        self._file.seek(self._offset + row * self.shape[-1] * self.dtype.itemsize)
+        return self._file
+
+    def _refusal(self, error: OSError) -> LightMError:
+        return LightMError(
+            f"{self._folder}: a temporary file of {prod(self.shape) * self.dtype.itemsize / 1e6:.0f} MB cannot be "
+            f"written there ({error.strerror or error}); make space, or name another folder by the environment "
+            f"variable {'TEMP' if os.name == 'nt' else 'TMPDIR'}"
+        )
+
+    def close(self) -> None:
+        """Give the memory or the file back."""
+        self._array = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +202,9 @@ def read_header(path: Path | str) -> Header:
 def open_volume(path: Path | str, folder: Path | None = None) -> LazyVolume:
     """Open an image of any format that `read_volume` reads, with its checks and its messages.
 
-    folder=None: the file's voxels are held in memory in the file's dtype. Else nothing is held: boxes are read from
-    an uncompressed file itself, and from a temporary copy, unpacked in `folder`, of a compressed one. PNG and DICOM
-    are held in any case. Every voxel is read once here, so that NaN, infinities and a damaged file are found.
+    folder=None: the file's voxels are held in memory in the file's dtype. Else boxes are read from an uncompressed file
+    itself, or from a temporary copy, unpacked in `folder`, of a compressed one. PNG and DICOM are held in any case.
+    Every voxel is read once here, so that NaN, infinities and a damaged file are found.
     """
     path = Path(path)
     if not _is_streamed(path):

@@ -1,10 +1,12 @@
-"""How much memory a file may ask for: never more than the machine can give, and never more than the file can hold."""
+"""What a file may ask for (no more memory than the machine can give or the file can hold) and what it may contain."""
 
 from __future__ import annotations
 
 import io
 import os
+import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +20,26 @@ MAX_VOXELS = 2**31
 # Deflate cannot pack tighter than 1032 to 1, so a header that promises more is wrong.
 MAX_DEFLATE = 1032
 _LARGE = 1 << 16  # bytes of a read that is looked at twice
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 # Voxels of a scan are between a cell's and a table's size, and lie within a kilometre of the scanner.
 MIN_STEP_MM, MAX_STEP_MM, MAX_ORIGIN_MM = 1e-5, 1e3, 1e6
+
+# What parsers raise for damaged files, LookupError being that of a missing key or index.
+PARSE_ERRORS = (OSError, EOFError, zlib.error, struct.error, ValueError, TypeError, OverflowError, LookupError)
+
+
+@contextmanager
+def naming(
+    where: Path | str, kind: str = "", faults: tuple[type[Exception], ...] = (), remedy: str = ""
+) -> Iterator[None]:
+    """Let InputErrors of the block begin with `where`; `faults` become such: not a readable file of this kind."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except faults as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise InputError(f"{where}: not a readable {kind} file ({reason}); {remedy}") from None
 
 
 def check_bytes(needed: int, what: str) -> None:
@@ -89,3 +109,42 @@ class MemoryGate:
             with self._ready:
                 self._held -= needed
                 self._ready.notify_all()
+
+
+class FiniteCheck:
+    """Counts the voxels that are NaN, infinite or beyond float32 in the slabs of one image, in order."""
+
+    def __init__(self) -> None:
+        self._slices = self._count = 0
+        self._first: tuple[int, ...] = ()
+
+    def see(self, slab: np.ndarray) -> None:
+        """Look at the next slices of the first axis; integers cost nothing."""
+        start, self._slices = self._slices, self._slices + len(slab)
+        if slab.dtype.kind != "f":
+            return
+        with np.errstate(invalid="ignore"):
+            low, high = float(slab.min()), float(slab.max())  # NaN where a voxel is
+        if max(-low, high) <= _FLOAT32_MAX and low == low:
+            return
+        for index, part in enumerate(slab, start):
+            bad = ~(np.abs(part) <= _FLOAT32_MAX)
+            if bad.any():
+                self._first = self._first or (index, *map(int, np.unravel_index(int(bad.argmax()), bad.shape)))
+                self._count += int(bad.sum())
+
+    def check(self) -> None:
+        """Raise InputError, with number and first place, where there were any."""
+        if self._count:
+            axes = "z, y, x"[-3 * len(self._first) + 2 :]
+            raise InputError(
+                f"{self._count} voxels are NaN or infinite, the first at ({axes}) = {self._first}; "
+                "replace them, for example with numpy.nan_to_num, and save the file again"
+            )
+
+
+def check_finite(data: np.ndarray) -> None:
+    """Raise InputError where an image, (Z, Y, X) or (Y, X), holds such voxels."""
+    check = FiniteCheck()
+    check.see(data)
+    check.check()

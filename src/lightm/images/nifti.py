@@ -1,9 +1,8 @@
 """NIfTI-1 and NIfTI-2 single files: headers through nibabel, with every check made before memory is asked for.
 
-What a file may ask for: its voxels, where they are at most 2^31, the file is long enough to hold them (a compressed one
-could hold 1032 times its length, which is deflate's limit) and the machine has the memory; before them at most 16 MB of
-header extensions, behind them at most 16 MB of anything. More is an error, so that a small file that unpacks to
-gigabytes costs neither memory nor time. Memory grows with what is read, not with what is promised.
+What a file may ask for: at most 2^31 voxels, if the file can hold them (1032 times its length where it is compressed,
+which is deflate's limit) and the machine has the memory; at most 16 MB of header extensions, and 16 MB of anything
+behind the voxels. More is an error, so that a small file that unpacks to gigabytes costs neither memory nor time.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from __future__ import annotations
 import gzip
 import io
 import struct
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -26,8 +25,15 @@ from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
 
 from lightm.errors import InputError
-from lightm.images.finite import FiniteCheck
-from lightm.images.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes, check_place
+from lightm.images.limits import (
+    MAX_DEFLATE,
+    MAX_VOXELS,
+    PARSE_ERRORS,
+    FiniteCheck,
+    check_bytes,
+    check_place,
+    naming,
+)  # fmt: skip
 from lightm.images.volume import Volume, affine_spacing_mm
 
 _CHUNK = 1 << 20  # of one read
@@ -35,20 +41,7 @@ _SLAB_BYTES = 8 << 20
 MAX_EXTRA_BYTES = 16 << 20  # of header extensions before the voxels, and of anything behind them
 # sform and qform may place a voxel this far apart, in voxels, before a check remarks on it.
 _FORMS_APART = 0.5
-_FAULTS = (
-    ImageFileError,
-    HeaderDataError,
-    WrapStructError,
-    OSError,
-    EOFError,
-    zlib.error,
-    struct.error,
-    ValueError,
-    TypeError,
-    OverflowError,
-    KeyError,
-    IndexError,
-)
+_FAULTS = (*PARSE_ERRORS, ImageFileError, HeaderDataError, WrapStructError)
 
 
 @dataclass(frozen=True)
@@ -119,16 +112,12 @@ class Stored:
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """Open a .nii or .nii.gz file, unpacked; what reading raises becomes an InputError that names the file."""
-    try:
-        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as stream:
-            yield cast(BinaryIO, stream)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except EOFError:
-        raise InputError(f"{path}: the file ends too early (truncated); copy or download it again") from None
-    except _FAULTS as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise InputError(f"{path}: not a readable NIfTI file ({reason}); copy, download or export it again") from None
+    with naming(path, "NIfTI", _FAULTS, "copy, download or export it again"):
+        try:
+            with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as stream:
+                yield cast(BinaryIO, stream)
+        except EOFError:
+            raise InputError("the file ends too early (truncated); copy or download it again") from None
 
 
 def read_stored(stream: BinaryIO, path: Path) -> Stored:
@@ -190,27 +179,19 @@ def remarks(path: Path) -> list[tuple[str, str]]:
         return []
     codes = int(header["sform_code"]), int(header["qform_code"])
     if len(shape) > 2 and not any(codes):
-        found.append(
-            (
-                "neither sform nor qform is set, so its directions are not known; spacing alone is used",
-                "export it with its geometry, or make sure that left and right are as in the other cases",
-            )
-        )
+        remark = "neither sform nor qform is set, so its directions are not known; spacing alone is used"
+        remedy = "export it with its geometry, or make sure that left and right are as in the other cases"
+        found.append((remark, remedy))
     if min(codes) > 0:
         corner = np.array([*(size - 1 for size in (*shape, 1, 1)[:3]), 1.0])
         step = min(affine_spacing_mm(sform, 3)) or 1.0
         apart = max(float(np.linalg.norm((sform - qform) @ place)) for place in (corner, np.array([0, 0, 0, 1.0])))
         if apart > _FORMS_APART * step:
-            found.append(
-                (
-                    f"sform and qform place it up to {apart:.3g} mm apart; the sform is used",
-                    "save it with one geometry, other programs may take the qform",
-                )
-            )
+            remark = f"sform and qform place it up to {apart:.3g} mm apart; the sform is used"
+            found.append((remark, "save it with one geometry, other programs may take the qform"))
     if units in ("meter", "micron"):
-        found.append(
-            (f"its unit is the {units}; lengths are taken as millimetres all the same", "save it in millimetres")
-        )
+        remark = f"its unit is the {units}; lengths are taken as millimetres all the same"
+        found.append((remark, "save it in millimetres"))
     return found
 
 
@@ -243,36 +224,32 @@ def encoder(volume: Volume, zipped: bool) -> Callable[[BinaryIO], None]:
     return encode
 
 
+# Image, length of its header, place of its magic, and code and place of the voxels' offset and the number of axes.
+_LAYOUTS: list[tuple[Any, ...]] = [
+    (nibabel.Nifti1Image, 348, 344, b"n+1\0", ("f", 108), ("h", 40)),
+    (nibabel.Nifti2Image, 540, 4, b"n+2\0", ("q", 168), ("q", 16)),
+]
+
+
 def _header(stream: BinaryIO) -> Any:
     start = stream.read(544)
     stream.seek(0)
-    for order in "<>":
-        size = struct.unpack(order + "i", start[:4])[0] if len(start) >= 4 else 0
-        for kind, length, at, magic in (
-            (nibabel.Nifti1Image, 348, 344, b"n+1\0"),
-            (nibabel.Nifti2Image, 540, 4, b"n+2\0"),
-        ):
-            if size == length:
-                if start[at : at + 4] != magic:
-                    raise InputError(
-                        "its header is not that of a single NIfTI file (wrong magic); convert it to .nii.gz"
-                    )
-                # Only the header goes to nibabel: header extensions may claim any length, and nothing here needs them.
-                (offset,) = struct.unpack_from(
-                    order + ("f" if length == 348 else "q"), start, 108 if length == 348 else 168
-                )
-                if not 0 <= offset <= length + MAX_EXTRA_BYTES:
-                    raise InputError(
-                        f"its voxels start at byte {offset}, with at most {MAX_EXTRA_BYTES >> 20} MB of header before "
-                        "them expected; the header is corrupt, export it again"
-                    )
-                (axes,) = struct.unpack_from(
-                    order + ("h" if length == 348 else "q"), start, 40 if length == 348 else 16
-                )
-                if not 1 <= axes <= 7:
-                    raise InputError(f"its header gives {axes} axes; 1 to 7 are possible, export it again")
-                with np.errstate(all="ignore"):  # what overflows here is refused later
-                    return kind.from_stream(io.BytesIO(start[:length] + bytes(4)))
+    for (kind, length, magic_at, magic, *fields), order in product(_LAYOUTS, "<>"):
+        if start[:4] != struct.pack(order + "i", length):
+            continue
+        if start[magic_at : magic_at + 4] != magic:
+            raise InputError("its header is not that of a single NIfTI file (wrong magic); convert it to .nii.gz")
+        offset, axes = (struct.unpack_from(order + code, start, at)[0] for code, at in fields)
+        if not 0 <= offset <= length + MAX_EXTRA_BYTES:
+            raise InputError(
+                f"its voxels start at byte {offset}, with at most {MAX_EXTRA_BYTES >> 20} MB of header before "
+                "them expected; the header is corrupt, export it again"
+            )
+        if not 1 <= axes <= 7:
+            raise InputError(f"its header gives {axes} axes; 1 to 7 are possible, export it again")
+        # Only the header goes to nibabel: header extensions may claim any length, and nothing here needs them.
+        with np.errstate(all="ignore"):  # what overflows here is refused later
+            return kind.from_stream(io.BytesIO(start[:length] + bytes(4)))
     raise InputError("not a NIfTI file: the first bytes are no NIfTI header; check the format, or export it again")
 
 

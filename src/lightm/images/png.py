@@ -8,41 +8,27 @@ from __future__ import annotations
 
 import struct
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from lightm.errors import InputError
-from lightm.images.limits import MAX_DEFLATE, opened
+from lightm.images.limits import MAX_DEFLATE, PARSE_ERRORS, naming, opened
 from lightm.images.volume import Volume
 
 # Below the size at which Pillow warns of a decompression bomb, so the refusal is ours and comes first.
 MAX_PIXELS = 2**26
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-_FAULTS = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    TypeError,
-    KeyError,
-    OverflowError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    IndexError,
-)
+_FAULTS = (*PARSE_ERRORS, Image.DecompressionBombError, SyntaxError)
 
 
 def read(path: Path, kind: str) -> Volume:
     """Read one file as (Y, X); a label with a palette gives its indices. Raises InputError naming the file."""
-    try:
+    with naming(path, "PNG", _FAULTS, "copy or export it again"):
         with opened(path) as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow remarks on sizes and transparency, which are checked here
             start = stream.read(29)
@@ -60,11 +46,6 @@ def read(path: Path, kind: str) -> Volume:
                 data = _grey(picture, kind)
         if colour == 0 and depth in (2, 4):  # Pillow spreads them over 0 to 255; stored values are what is meant
             data = data // np.uint8(255 // (2**depth - 1))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except _FAULTS as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise InputError(f"{path}: not a readable PNG file ({reason}); copy or export it again") from None
     return Volume.from_spacing(data, (1.0, 1.0))
 
 

@@ -127,8 +127,8 @@ def affine_spacing_mm(affine: np.ndarray, ndim: int) -> tuple[float, ...]:
 def geometry_difference(first: Volume, second: Volume, *, tolerance_voxels: float = 0.05) -> str | None:
     """Return how two volumes differ in shape or place, or None where they cover the same voxels.
 
-    Places agree when no corner of the grid lies further apart than `tolerance_voxels` of the smallest step:
-    rounding in headers is far below that, and a shift that matters to a segmentation above.
+    Places agree when no corner of the grid lies further apart than `tolerance_voxels` of the smallest step: far above
+    the rounding in headers, far below a shift that matters to a segmentation.
     """
     if first.shape != second.shape:
         return f"shape {first.shape} against {second.shape}"

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from lightm.errors import InputError
 from lightm.files import atomic_file, disk_refusals
-from lightm.images.disk_array import DiskArray
 from lightm.images.io import file_suffix
+from lightm.images.lazy import DiskArray
 from lightm.images.volume import Volume, canonical_axes
 from lightm.preparation.resample import linear_neighbours
 

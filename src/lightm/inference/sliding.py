@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightm.errors import InputError, LightMError
-from lightm.images.disk_array import Box, DiskArray
+from lightm.images.lazy import Box, DiskArray
 from lightm.preparation.preprocess import NetworkGrid
 
 # The Gaussian's standard deviation as a share of the window, and the least weight relative to its centre: a voxel seen

@@ -18,9 +18,8 @@ from lightm.datasets.cases import Case
 from lightm.errors import InputError, LightMError
 from lightm.evaluation.figures import CLASS_COLOURS
 from lightm.files import replacing
-from lightm.images.dicom import Series, find_series, is_dicom
+from lightm.images.dicom import Series, Stack, find_series, is_dicom, stack_series
 from lightm.images.dicom_files import MULTI_FRAME, PROJECTIONS, Header, pydicom_module, quietly, reason, text
-from lightm.images.dicom_stack import Stack, stack_series
 from lightm.images.volume import Volume, geometry_difference
 from lightm.inference.folder import CaseWriter
 from lightm.inference.predictor import Predictor
@@ -54,15 +53,14 @@ def write_dicom_seg(
     model: the algorithm is named "LightM MODEL", of LightM's version, family Artificial Intelligence (DICOM CID 7162).
     colours: "#rrggbb" in the order of segments, repeated. Codes: `lightm.interchange.segment_codes`.
 
-    The object is a binary segmentation (DICOM PS3.3 A.51): a frame for each segment and slice that has voxels of it;
-    empty ones are left out, save that a map without any voxel keeps all its frames. Patient and study are those of the
-    source; new UIDs each time. The file appears complete or not at all.
+    The object is a binary segmentation (DICOM PS3.3 A.51): a frame for each segment and slice that has voxels of it,
+    all frames of a map without any voxel. Patient and study are the source's; new UIDs each time. The file is written
+    atomically.
 
     Raises InputError for another geometry, values that no class has, a source without the attributes that a reference
     needs, a projection, and where highdicom is missing; LightMError when writing fails. Memory: about twice the labels.
     """
-    writer = _Writer(source, classes, model, colours)
-    return writer.write(Path(path), labels)
+    return _Writer(source, classes, model, colours).write(Path(path), labels)
 
 
 def seg_writer(classes: Mapping[str, int], *, model: str) -> CaseWriter:
@@ -105,18 +103,16 @@ class _Writer:
         self.stack = stack_series(series)
         self.datasets, self.order = _referenced(series, self.stack)
         self.where, self.model, self.colours = series.folder, model, colours
-        size = (len(self.stack.frames), *self.stack.frames[0].size)
-        steps = np.linalg.norm(self.stack.affine[:3, :3], axis=0)[::-1]
-        blank = np.broadcast_to(np.uint8(0), size)
-        self.grid = Volume(blank, tuple(float(step) for step in steps), self.stack.affine)
+        blank = np.broadcast_to(np.uint8(0), self.stack.shape)
+        self.grid = Volume(blank, self.stack.spacing_mm, self.stack.affine)
 
     def write(self, path: Path, labels: Volume) -> Path:
         difference = geometry_difference(self.grid, labels)
         if difference is not None:
             raise InputError(f"{self.where}: the label map does not lie on this series: {difference}")
         numbers = _segment_numbers(labels.data, list(self.classes.values()))[self.order]
-        hd, frame = self.highdicom, self.stack.frames[0]
-        thickness = self.grid.spacing_mm[0]
+        hd, frame, thickness = self.highdicom, self.stack.frames[0], self.grid.spacing_mm[0]
+        name, number = f"LightM {self.model}"[:64], text(self.datasets[0], "SeriesNumber")
         try:
             with quietly():
                 segmentation = hd.seg.Segmentation(
@@ -125,7 +121,7 @@ class _Writer:
                     segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
                     segment_descriptions=self._descriptions(),
                     series_instance_uid=hd.UID(),
-                    series_number=_series_number(self.datasets[0]),
+                    series_number=1000 + int(number) if number is not None and number.isdigit() else 1000,
                     sop_instance_uid=hd.UID(),
                     instance_number=1,
                     manufacturer="LightM",
@@ -133,8 +129,8 @@ class _Writer:
                     software_versions=__version__,
                     device_serial_number="0",
                     content_label="SEGMENTATION",
-                    content_description=f"LightM {self.model}"[:64],
-                    series_description=f"LightM {self.model}"[:64],
+                    content_description=name,
+                    series_description=name,
                     pixel_measures=hd.PixelMeasuresSequence(frame.spacing_mm, thickness, thickness),
                     omit_empty_frames=bool(numbers.any()),
                 )
@@ -215,11 +211,6 @@ def _segment_numbers(data: np.ndarray, values: list[int]) -> np.ndarray:
     for number, value in enumerate(values, start=1):
         numbers[data == value] = number
     return numbers
-
-
-def _series_number(dataset: Any) -> int:
-    number = text(dataset, "SeriesNumber")
-    return 1000 + int(number) if number is not None and number.isdigit() else 1000
 
 
 def _referenced(series: Series, stack: Stack) -> tuple[list[Any], np.ndarray]:

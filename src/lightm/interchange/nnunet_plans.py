@@ -18,14 +18,13 @@ _FLAT_SPACING = 900  # mm; nnU-Net gives true 2D images 999 along the axis that 
 class NnunetPlan:
     """What was found: spacing in mm and patch in voxels, both in the order (z, y, x) or (y, x)."""
 
-    configuration: str
     spacing_mm: list[float]
     patch_size: list[int]
-    batch_size: int
     normalization: list[ChannelNormalization]
-    intensities: list[dict[str, float]]
-    median_shape: list[int]
-    dataset: str | None
+    batch_size: int = 2
+    intensities: list[dict[str, float]] = field(default_factory=list)
+    median_shape: list[int] | None = None
+    dataset: str | None = None
     remarks: list[str] = field(default_factory=list)
 
 
@@ -82,7 +81,6 @@ def read_nnunet_plans(
     ]
     shape = chosen.get("median_image_size_in_voxels")
     return NnunetPlan(
-        configuration=name,
         spacing_mm=spacing,
         patch_size=patch,
         batch_size=max(1, int(_number(chosen.get("batch_size", 2), "batch_size"))),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 from lightm.config_io import read_json, validated
 from lightm.datasets.description import _channels, _labels
 from lightm.errors import InputError
+from lightm.files import file_hash
+from lightm.images.limits import naming
 from lightm.interchange.nnunet_plans import NnunetPlan, read_nnunet_plans
 from lightm.nets.folder import save_model
-from lightm.nets.released.checkpoint import Checkpoint, build_released, read_checkpoint
-from lightm.preparation.plan import MULTIPLE, Plan, load_plan
+from lightm.nets.released import Checkpoint, build_released, read_checkpoint
+from lightm.preparation.plan import MULTIPLE, ChannelNormalization, Plan, load_plan
 
 NETWORK = "lightm-unet-released"
 DEFAULT_PATCH = {2: 512, 3: 96}
@@ -50,8 +51,8 @@ def import_released(
 ) -> ImportedModel:
     """Convert weights of LightM-UNet's released code into a model folder of LightM.
 
-    checkpoint: a plain state dict, or an nnU-Net checkpoint that holds one; see `lightm.nets.released.checkpoint`.
-    Nothing in it is executed. The network is read off the shapes. labels: name to value, background first;
+    checkpoint: a plain state dict, or an nnU-Net checkpoint that holds one, as `lightm.nets.released.read_checkpoint`
+    takes it: nothing in it is executed. The network is read off the shapes. labels: name to value, background first;
     dataset_json: nnU-Net's file of labels and channels; plans: nnU-Net's plans, or a plan.yaml of LightM, which then
     says everything; configuration: of nnU-Net's plans; spacing_mm in millimetres and patch_size in voxels: (z, y, x)
     or (y, x); groups: of GroupNorm. What is not given is taken from the checkpoint, and where that holds nothing:
@@ -65,21 +66,25 @@ def import_released(
     out = Path(out)
     _check_out(out, overwrite)
     found = read_checkpoint(checkpoint)
-    try:
+    with naming(found.path):
         network, settings = build_released(found.state, groups=groups)
-    except InputError as error:
-        raise InputError(f"{found.path}: {error}") from None
-    dims, image = settings["spatial_dims"], settings["in_channels"]
     remarks: list[str] = []
     if plans is not None and Path(plans).suffix in (".yaml", ".yml"):
         plan = load_plan(plans)
-        _check_fit(plan, settings, str(plans))
+        given = (plan.spatial_dims, len(plan.channels), len(plan.labels))
+        needed = tuple(settings[key] for key in ("spatial_dims", "in_channels", "out_channels"))
+        if given != needed:
+            raise InputError(
+                f"{plans}: {given[0]}D with {given[1]} channels and {given[2]} labels; the network is {needed[0]}D "
+                f"with {needed[1]} channels and {needed[2]} classes"
+            )
     else:
-        planned, where = _plans(found, plans, configuration, dims, image)
-        names, values, ignore, ending, cases = _describe(found, dataset_json, labels, settings, remarks)
-        plan = _make_plan(
-            planned, where, settings, names, values, ignore, ending, cases, spacing_mm, patch_size, remarks
-        )
+        planned, where = _plans(found, plans, configuration, settings, assumed=spacing_mm is None)
+        known, cases = _describe(found, dataset_json, labels, settings, remarks)
+        planned.spacing_mm = list(spacing_mm or planned.spacing_mm)
+        planned.patch_size = list(patch_size or planned.patch_size)
+        remarks.extend(planned.remarks)
+        plan = _make_plan(planned, where, known, cases, settings, remarks)
     if found.trainer is not None or found.plans is not None:
         remarks.append(_ORIENTATION)
     described = {key: settings.pop(key) for key in ("spatial_dims", "in_channels", "out_channels")}
@@ -87,16 +92,12 @@ def import_released(
     training = {
         "source": "imported weights of LightM-UNet's released code",
         "checkpoint": found.path.name,
-        "checkpoint_sha256": hashlib.sha256(found.path.read_bytes()).hexdigest(),
+        "checkpoint_sha256": file_hash(found.path).partition(":")[2],
         **{key: value for key, value in (("trainer", found.trainer), ("epochs", found.epoch)) if value is not None},
         "remarks": remarks,
     }
     save_model(
-        out,
-        network=description,
-        state_dict=network.state_dict(),
-        plan=plan.model_dump(mode="json"),
-        training=training,
+        out, network=description, state_dict=network.state_dict(), plan=plan.model_dump(mode="json"), training=training
     )
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return ImportedModel(out, description, parameters, plan, remarks)
@@ -112,16 +113,6 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise InputError(f"{out}: already holds {kind} another folder")
 
 
-def _check_fit(plan: Plan, settings: Mapping[str, Any], where: str) -> None:
-    given = (plan.spatial_dims, len(plan.channels), len(plan.labels))
-    needed = tuple(settings[key] for key in ("spatial_dims", "in_channels", "out_channels"))
-    if given != needed:
-        raise InputError(
-            f"{where}: {given[0]}D with {given[1]} channels and {given[2]} labels; the network is {needed[0]}D with "
-            f"{needed[1]} channels and {needed[2]} classes"
-        )
-
-
 def _read_json(path: Path | str) -> dict[str, Any]:
     content = read_json(Path(path))
     if not isinstance(content, dict):
@@ -130,15 +121,21 @@ def _read_json(path: Path | str) -> dict[str, Any]:
 
 
 def _plans(
-    found: Checkpoint, given: Path | str | None, configuration: str | None, dims: int, channels: int
-) -> tuple[NnunetPlan | None, str]:
+    found: Checkpoint, given: Path | str | None, configuration: str | None, settings: Mapping[str, Any], assumed: bool
+) -> tuple[NnunetPlan, str]:
+    """nnU-Net's plan, or one of defaults (`assumed`: with the spacing), and the file that it is from."""
+    dims, channels = settings["spatial_dims"], settings["in_channels"]
     content, where = (found.plans, str(found.path)) if given is None else (_read_json(given), str(given))
-    if content is None:
-        return None, where
-    try:
-        return read_nnunet_plans(content, configuration or found.configuration, dims, channels), where
-    except InputError as error:
-        raise InputError(f"{where}: plans: {error}") from None
+    if content is not None:
+        with naming(f"{where}: plans"):
+            return read_nnunet_plans(content, configuration or found.configuration, dims, channels), where
+    plan = NnunetPlan([1.0] * dims, [DEFAULT_PATCH[dims]] * dims, [ChannelNormalization(scheme="zscore")] * channels)
+    plan.remarks.append("no plans of nnU-Net: every channel is normalised by its z-score")
+    if assumed:
+        plan.remarks.append(
+            "no plans of nnU-Net: a spacing of 1 mm is taken; give the one that the network was trained at"
+        )
+    return plan, where
 
 
 def _describe(
@@ -147,87 +144,62 @@ def _describe(
     labels: Mapping[str, int] | None,
     settings: Mapping[str, Any],
     remarks: list[str],
-) -> tuple[list[str], dict[str, int], int | None, str, int]:
-    """Channels, labels, ignore label, file ending and number of cases, from the options or dataset.json."""
+) -> tuple[dict[str, Any], int]:
+    """What a plan says of the data, and the number of cases, from the options or dataset.json."""
     content, where = (found.dataset_json, str(found.path)) if given is None else (_read_json(given), str(given))
     image, classes = settings["in_channels"], settings["out_channels"]
     channels, ignore = [f"channel_{index}" for index in range(image)], None
     values: dict[str, int] | None = None
     content = content or {}
-    try:
+    if labels is not None:
+        values = dict(sorted(labels.items(), key=lambda item: item[1]))
+    with naming(where):
         if content:
             channels = list(_channels(content.get("channel_names", content.get("modality"))))
-        if labels is not None:
-            where = "labels"
-            values = dict(sorted(labels.items(), key=lambda item: item[1]))
-        elif content:
-            values, ignore = _labels(content.get("labels"))
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+            if values is None:
+                values, ignore = _labels(content.get("labels"))
     if values is None:
         values = {"background": 0, **{f"class_{index}": index for index in range(1, classes)}}
         remarks.append(f"the checkpoint names no labels: {', '.join(list(values)[1:])} are made up")
     if len(values) != classes or len(channels) != image:
+        where = where if labels is None else "labels"
         raise InputError(
             f"{where}: {len(values)} labels ({', '.join(values)}) and {len(channels)} channels; the network has "
             f"{classes} classes, background included, and {image} channels"
         )
     ending, cases = content.get("file_ending"), content.get("numTraining")
-    return (
-        channels,
-        values,
-        ignore,
-        ending if isinstance(ending, str) else ".nii.gz" if settings["spatial_dims"] == 3 else ".png",
-        cases if isinstance(cases, int) and cases > 0 else 0,
-    )
+    if not isinstance(ending, str):
+        ending = ".nii.gz" if settings["spatial_dims"] == 3 else ".png"
+    known = {"channels": channels, "labels": values, "ignore_label": ignore, "file_ending": ending}
+    return known, cases if isinstance(cases, int) and cases > 0 else 0
 
 
 def _make_plan(
-    planned: NnunetPlan | None,
+    planned: NnunetPlan,
     where: str,
-    settings: Mapping[str, Any],
-    channels: list[str],
-    labels: dict[str, int],
-    ignore: int | None,
-    ending: str,
+    known: Mapping[str, Any],
     cases: int,
-    spacing_mm: Sequence[float] | None,
-    patch_size: Sequence[int] | None,
+    settings: Mapping[str, Any],
     remarks: list[str],
 ) -> Plan:
-    dims = settings["spatial_dims"]
-    if planned is None:
-        remarks.append("no plans of nnU-Net: every channel is normalised by its z-score")
-        if spacing_mm is None:
-            remarks.append(
-                "no plans of nnU-Net: a spacing of 1 mm is taken; give the one that the network was trained at"
-            )
-    else:
-        remarks.extend(planned.remarks)
-    spacing = list(spacing_mm or (planned.spacing_mm if planned else [1.0] * dims))
-    patch = list(patch_size or (planned.patch_size if planned else [DEFAULT_PATCH[dims]] * dims))
     multiple = max(MULTIPLE, 2 ** len(settings["blocks_up"]))
-    rounded = [-(-size // multiple) * multiple for size in patch]
-    if rounded != patch:
-        remarks.append(f"the patch {patch} is rounded up to multiples of {multiple}: {rounded}")
-    shape = planned.median_shape if planned else rounded
+    rounded = [-(-size // multiple) * multiple for size in planned.patch_size]
+    if rounded != planned.patch_size:
+        remarks.append(f"the patch {planned.patch_size} is rounded up to multiples of {multiple}: {rounded}")
     content = {
-        "dataset": (planned.dataset if planned else None) or "an unnamed data set",
-        "spatial_dims": dims,
-        "channels": channels,
-        "labels": labels,
-        "ignore_label": ignore,
-        "file_ending": ending,
-        "spacing_mm": spacing,
+        **known,
+        "dataset": planned.dataset or "an unnamed data set",
+        "spatial_dims": settings["spatial_dims"],
+        "spacing_mm": planned.spacing_mm,
         "patch_size": rounded,
-        "batch_size": planned.batch_size if planned else 2,
-        "normalization": planned.normalization if planned else [{"scheme": "zscore"}] * len(channels),
+        "batch_size": planned.batch_size,
+        "normalization": planned.normalization,
         "fingerprint": {
             "cases": cases,
             "data_hash": "unknown",
-            **{f"shape_{kind}": shape for kind in ("min", "median", "max")},
-            **{f"spacing_mm_{kind}": spacing for kind in ("min", "median", "max")},
-            "intensities": planned.intensities if planned else [],
+            **{f"shape_{kind}": planned.median_shape or rounded for kind in ("min", "median", "max")},
+            **{f"spacing_mm_{kind}": planned.spacing_mm for kind in ("min", "median", "max")},
+            "intensities": planned.intensities,
             "class_fractions": {},
             "class_cases": {},
         },

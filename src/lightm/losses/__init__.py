@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightm.errors import InputError, did_you_mean
-from lightm.losses.base import IGNORE_INDEX, SegmentationLoss, WeightedSum
-from lightm.losses.custom import CustomLoss
+from lightm.losses.base import IGNORE_INDEX, CustomLoss, SegmentationLoss, WeightedSum
 from lightm.losses.overlap import Dice, FocalTversky, Tversky
 from lightm.losses.region_adaptive import AdaptiveRegion
 from lightm.losses.voxelwise import BinaryCrossEntropy, CrossEntropy, TopK
@@ -69,9 +68,9 @@ def register_loss(name: str, builder: LossBuilder, *, overwrite: bool = False) -
     """Make a loss of one's own known by a name, wherever LightM takes the name of a loss: alone or in a sum.
 
     builder: a class or function, called as builder(spatial_dims=..., num_classes=..., **options), of which it needs to
-    take only what it uses; it returns a callable (logits (B, K, *S), target (B, *S) class indices) -> scalar tensor.
-    LightM checks both tensors and hands them over in float32, as `CustomLoss` describes: ignored voxels are
-    labelled 255 (`IGNORE_INDEX`). A subclass of `SegmentationLoss` gets what its own `compute` is given.
+    take only what it uses; it returns a callable (logits (B, K, *S), target (B, *S) class indices) -> scalar tensor,
+    which is used as `CustomLoss` describes: ignored voxels are labelled 255 (`IGNORE_INDEX`). A subclass of
+    `SegmentationLoss` gets what its own `compute` is given.
 
     The command line and other programs know the name if a package declares it as an entry point of the group
     "lightm.losses" (in pyproject.toml: `[project.entry-points."lightm.losses"]`, `my-loss = "my_package:MyLoss"`).
@@ -96,13 +95,13 @@ def register_loss(name: str, builder: LossBuilder, *, overwrite: bool = False) -
 def loss(name: str, *, spatial_dims: int = 3, num_classes: int = 2, **options: Any) -> SegmentationLoss:
     """Return the loss called `name` ("ce", "dice", "arsl", ..., or a registered one), or a sum such as "ce+dice".
 
-    A sum joins any of them with "+"; `weights=(1.0, 0.5)` weighs its parts in the order of the name (default
-    1 each). Every other option goes to the parts that know it: `include_background` and `batch` (overlap
-    losses), `smooth` (Dice), `alpha`, `beta` (Tversky), `gamma` (focal Tversky), `k` (topk), `regions`,
-    `region_size`, `skip_empty`, ... (ARSL), `class_weights` (ce, bce).
+    A sum joins any of them with "+"; `weights=(1.0, 0.5)` weighs its parts in the order of the name (default 1 each).
+    Every other option goes to the parts that know it: `include_background` and `batch` (overlap losses), `smooth`
+    (Dice), `alpha`, `beta` (Tversky), `gamma` (focal Tversky), `k` (topk), `class_weights` (ce, bce), `regions`,
+    `region_size`, `skip_empty`, ... (ARSL).
 
-    The result is called as loss(logits (B, K, *spatial), target (B, *spatial) class indices, 255 = ignore)
-    and returns a float32 scalar. Raises InputError for an unknown name or option.
+    The result is called as loss(logits (B, K, *spatial), target (B, *spatial) class indices, 255 = ignore) and returns
+    a float32 scalar. Raises InputError for an unknown name or option.
 
     >>> import torch
     >>> criterion = lightm.loss("ce+dice", spatial_dims=2, num_classes=2)
@@ -144,13 +143,12 @@ def _build(
     name: str, builder: LossBuilder, taken: set[str] | None, sizes: dict[str, int], options: dict[str, Any]
 ) -> SegmentationLoss:
     given = {key: value for key, value in {**options, **sizes}.items() if taken is None or key in taken}
-    if LOSSES.is_built_in(name):
+    try:
         made = builder(**given)
-    else:
-        try:
-            made = builder(**given)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"loss '{name}': {error}") from error
+    except (TypeError, ValueError) as error:
+        if LOSSES.is_built_in(name):
+            raise
+        raise InputError(f"loss '{name}': {error}") from error
     if isinstance(made, SegmentationLoss):
         return made
     if not callable(made):

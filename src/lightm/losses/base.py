@@ -7,7 +7,8 @@ number of terms; a loss only writes `compute`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,13 +20,13 @@ from lightm.errors import InputError
 from lightm.labels import IGNORE_INDEX
 
 
+@dataclass(eq=False)
 class Prepared:
     """Checked tensors of one call: `logits` at least float32, `target` int64, `valid` (None: all are)."""
 
-    def __init__(self, logits: Tensor, target: Tensor, valid: Tensor | None) -> None:
-        self.logits = logits
-        self.target = target
-        self.valid = valid
+    logits: Tensor
+    target: Tensor
+    valid: Tensor | None
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -36,10 +37,7 @@ class Prepared:
 
 
 class _MaskedSoftmax(torch.autograd.Function):
-    """Softmax over axis 1, zero where `valid` is not; no pass over the tensor more than the softmax itself takes.
-
-    With p = 0 the softmax's own derivative p * (grad - sum(p * grad)) is zero there as well.
-    """
+    """Softmax over axis 1, zero where `valid` is not; as is its derivative p * (grad - sum(p * grad)) there."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, valid: Tensor) -> Tensor:
@@ -55,25 +53,26 @@ class _MaskedSoftmax(torch.autograd.Function):
         return torch.ops.aten._softmax_backward_data(grads[0], probabilities, 1, probabilities.dtype), None
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SegmentationLoss(nn.Module):
     """Base of the losses: `forward(logits, target)` -> scalar (float32; float64 when the logits are float64).
 
-    Half precision and bfloat16 are cast to float32 and autocast is switched off inside: sums over a million
-    voxels and terms like eps = 1e-5 do not fit in 16 bits. Ignored voxels get a gradient of exactly zero,
-    even when their logits are not finite.
+    Half precision and bfloat16 are cast to float32 and autocast is switched off inside: sums over a million voxels and
+    terms like eps = 1e-5 do not fit in 16 bits. Ignored voxels get a gradient of exactly zero, whatever their logits.
     """
 
-    def __init__(self, *, spatial_dims: int, num_classes: int, ignore_index: int = IGNORE_INDEX) -> None:
+    spatial_dims: int
+    num_classes: int
+    ignore_index: int = IGNORE_INDEX
+
+    def __post_init__(self) -> None:
         super().__init__()
-        if spatial_dims not in (2, 3):
-            raise InputError(f"loss: spatial_dims={spatial_dims!r}; expected 2 or 3")
-        if num_classes < 2:
-            raise InputError(f"loss: num_classes={num_classes!r}; expected at least 2, background included")
-        if 0 <= ignore_index < num_classes:
-            raise InputError(f"loss: ignore_index={ignore_index} is one of the {num_classes} classes")
-        self.spatial_dims = spatial_dims
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
+        if self.spatial_dims not in (2, 3):
+            raise InputError(f"loss: spatial_dims={self.spatial_dims!r}; expected 2 or 3")
+        if self.num_classes < 2:
+            raise InputError(f"loss: num_classes={self.num_classes!r}; expected at least 2, background included")
+        if 0 <= self.ignore_index < self.num_classes:
+            raise InputError(f"loss: ignore_index={self.ignore_index} is one of the {self.num_classes} classes")
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `logits` (B, K, *spatial) against class indices `target` (B, *spatial).
@@ -109,8 +108,7 @@ class SegmentationLoss(nn.Module):
         valid: Tensor | None = None
         if not 0 <= low <= high < self.num_classes:
             valid = target != self.ignore_index
-            counted = target.masked_fill(~valid, 0)
-            low, high = (int(value) for value in torch.aminmax(counted))
+            low, high = (int(value) for value in torch.aminmax(target.masked_fill(~valid, 0)))
             if not 0 <= low <= high < self.num_classes:
                 raise InputError(
                     f"loss: target holds class index {low if low < 0 else high}; expected "
@@ -148,17 +146,10 @@ class WeightedSum(SegmentationLoss):
     def __init__(self, losses: Sequence[SegmentationLoss], weights: Sequence[float] | None = None) -> None:
         if not losses:
             raise InputError("loss: a weighted sum needs at least one loss")
-        first = losses[0]
-        super().__init__(
-            spatial_dims=first.spatial_dims, num_classes=first.num_classes, ignore_index=first.ignore_index
-        )
-        for loss in losses:
-            if (loss.spatial_dims, loss.num_classes, loss.ignore_index) != (
-                first.spatial_dims,
-                first.num_classes,
-                first.ignore_index,
-            ):
-                raise InputError("loss: the parts of a sum differ in spatial_dims, num_classes or ignore_index")
+        dims, classes, ignored = losses[0].spatial_dims, losses[0].num_classes, losses[0].ignore_index
+        super().__init__(spatial_dims=dims, num_classes=classes, ignore_index=ignored)
+        if any((loss.spatial_dims, loss.num_classes, loss.ignore_index) != (dims, classes, ignored) for loss in losses):
+            raise InputError("loss: the parts of a sum differ in spatial_dims, num_classes or ignore_index")
         self.losses = nn.ModuleList(losses)
         self.weights = numbers("weights", (1.0,) * len(losses) if weights is None else weights, len(losses))
 
@@ -168,3 +159,38 @@ class WeightedSum(SegmentationLoss):
             if weight:
                 total = total + weight * loss.compute(batch)  # type: ignore[operator]
         return total
+
+
+class CustomLoss(SegmentationLoss):
+    """Call `function(logits, target)` -> scalar as a loss of LightM: alone, or as a part of a `WeightedSum`.
+
+    logits (B, K, *S), float32 at least and outside of autocast; target (B, *S) int64, where 255 (`IGNORE_INDEX`) marks
+    voxels that must not count. Losses that do not know such labels, among them MONAI's, work for data without them.
+    If the function is a module its parameters and buffers are this module's. Raises InputError, when called, for
+    a result that is not a scalar tensor.
+
+    >>> import torch
+    >>> half = CustomLoss(lambda logits, target: logits.mean() / 2, spatial_dims=2, num_classes=2)
+    >>> half(torch.ones(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long))
+    tensor(0.5000)
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor, Tensor], Tensor],
+        *,
+        spatial_dims: int,
+        num_classes: int,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__(spatial_dims=spatial_dims, num_classes=num_classes, ignore_index=ignore_index)
+        if not callable(function):
+            raise InputError(f"loss {function!r}: expected a callable of logits and target")
+        self.function = function
+
+    def compute(self, batch: Prepared) -> Tensor:
+        result = self.function(batch.logits, batch.target)
+        if not isinstance(result, Tensor) or result.numel() != 1:
+            got = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise InputError(f"loss {type(self.function).__name__}: returned {got}; expected a tensor of one number")
+        return result.reshape(())

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from torch import Tensor
 
-from lightm.losses.base import IGNORE_INDEX, Prepared, SegmentationLoss, number
-from lightm.losses.ranks import sum_over_ranks
-from lightm.losses.regions import Grid, soft_counts
+from lightm.losses.base import Prepared, SegmentationLoss, number
+from lightm.losses.regions import Grid, soft_counts, sum_over_ranks
 
 # The least loss that focal Tversky still tells from none; a float32 ratio near 1 has no finer steps.
 FLOOR = 1e-6
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Tversky(SegmentationLoss):
     """Tversky loss, 1 - (TP+eps) / (TP + alpha*FP + beta*FN + eps), averaged over classes (and samples).
 
@@ -23,24 +25,18 @@ class Tversky(SegmentationLoss):
     are there; `skip_absent=True` leaves those (sample, class) pairs out of the mean.
     """
 
-    def __init__(
-        self,
-        *,
-        spatial_dims: int,
-        num_classes: int,
-        ignore_index: int = IGNORE_INDEX,
-        alpha: float = 0.5,
-        beta: float = 0.5,
-        eps: float = 1e-5,
-        batch: bool = False,
-        include_background: bool = False,
-        skip_absent: bool = False,
-    ) -> None:
-        super().__init__(spatial_dims=spatial_dims, num_classes=num_classes, ignore_index=ignore_index)
-        self.alpha, self.beta = number("alpha", alpha), number("beta", beta)
+    alpha: float = 0.5
+    beta: float = 0.5
+    eps: float = 1e-5
+    batch: bool = False
+    include_background: bool = False
+    skip_absent: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.alpha, self.beta = number("alpha", self.alpha), number("beta", self.beta)
         # An eps of zero would divide zero by zero for a class that is nowhere.
-        self.eps = number("eps", eps, positive=True)
-        self.batch, self.include_background, self.skip_absent = batch, include_background, skip_absent
+        self.eps = number("eps", self.eps, positive=True)
 
     def compute(self, batch: Prepared) -> Tensor:
         grid = Grid.whole(batch.target.shape[1:])
@@ -59,6 +55,7 @@ class Tversky(SegmentationLoss):
         return loss
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Dice(Tversky):
     """Soft Dice loss, 1 - (2*TP+smooth) / (2*TP + FP + FN + smooth), averaged over classes (and samples).
 
@@ -67,28 +64,17 @@ class Dice(Tversky):
     beta = 1/2 and eps = smooth/2; options and absent classes as there.
     """
 
-    def __init__(
-        self,
-        *,
-        spatial_dims: int,
-        num_classes: int,
-        ignore_index: int = IGNORE_INDEX,
-        smooth: float = 1e-5,
-        batch: bool = False,
-        include_background: bool = False,
-        skip_absent: bool = False,
-    ) -> None:
-        super().__init__(
-            spatial_dims=spatial_dims,
-            num_classes=num_classes,
-            ignore_index=ignore_index,
-            eps=number("smooth", smooth, positive=True) / 2,
-            batch=batch,
-            include_background=include_background,
-            skip_absent=skip_absent,
-        )
+    smooth: float = 1e-5
+    alpha: float = field(default=0.5, init=False)
+    beta: float = field(default=0.5, init=False)
+    eps: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.eps = number("smooth", self.smooth, positive=True) / 2
+        super().__post_init__()
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class FocalTversky(Tversky):
     """Focal Tversky loss, (1 - TverskyIndex)^(1/gamma) per class (and sample), then the mean.
 
@@ -98,32 +84,13 @@ class FocalTversky(Tversky):
     below 1e-6 the loss is held constant, so that classes that are nowhere give no gradient instead of NaN.
     """
 
-    def __init__(
-        self,
-        *,
-        spatial_dims: int,
-        num_classes: int,
-        ignore_index: int = IGNORE_INDEX,
-        alpha: float = 0.3,
-        beta: float = 0.7,
-        gamma: float = 4 / 3,
-        eps: float = 1e-5,
-        batch: bool = False,
-        include_background: bool = False,
-        skip_absent: bool = False,
-    ) -> None:
-        super().__init__(
-            spatial_dims=spatial_dims,
-            num_classes=num_classes,
-            ignore_index=ignore_index,
-            alpha=alpha,
-            beta=beta,
-            eps=eps,
-            batch=batch,
-            include_background=include_background,
-            skip_absent=skip_absent,
-        )
-        self.gamma = number("gamma", gamma, positive=True)
+    alpha: float = 0.3
+    beta: float = 0.7
+    gamma: float = 4 / 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.gamma = number("gamma", self.gamma, positive=True)
 
     def _shaped(self, loss: Tensor) -> Tensor:
         return loss.clamp(min=FLOOR) ** (1 / self.gamma)

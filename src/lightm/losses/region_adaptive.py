@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lightm.errors import InputError
-from lightm.losses.base import IGNORE_INDEX, Prepared, SegmentationLoss, number
-from lightm.losses.ranks import sum_over_ranks
-from lightm.losses.regions import Grid, per_axis, soft_counts
+from lightm.losses.base import Prepared, SegmentationLoss, number
+from lightm.losses.regions import Grid, per_axis, soft_counts, sum_over_ranks
 
 DEFAULT_REGIONS = 16
 EMPTY_VOXELS = 0.5
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class AdaptiveRegion(SegmentationLoss):
     """ARSL (Chen et al., "Adaptive region-specific loss", IEEE TPAMI 45(11):13408, 2023).
 
@@ -24,66 +26,56 @@ class AdaptiveRegion(SegmentationLoss):
         alpha = A + B * (FP+eps)/(FP+FN+eps)        beta = A + B * (FN+eps)/(FP+FN+eps)
         loss  = 1 - (TP+eps) / (TP + alpha*FP + beta*FN + eps)          (A = 0.3, B = 0.4)
 
-    with soft TP, FP, FN summed over the region's voxels. Sums, not the means that some implementations pool:
-    with means, eps would weigh as much as eps * (voxels of a region) does here.
+    with soft TP, FP, FN summed over the region's voxels. Sums, not the means that some implementations pool: with
+    means, eps would weigh as much as eps * (voxels of a region) does here.
 
-    - `regions` (default 16): regions along each axis, one number or one per axis, lengths differing by at
-      most one voxel. `region_size`: their size in voxels instead, the last one of an axis holding what is
-      left. Every voxel is in exactly one region.
-    - `reduction`: "mean" over samples, classes and regions; "sum" over regions, mean over samples and
-      classes.
+    - `regions` (default 16): regions along each axis, one number or one per axis, lengths differing by at most one
+      voxel. `region_size`: their size in voxels instead, the last one of an axis holding what is left.
+    - `reduction`: "mean" over samples, classes and regions; "sum" over regions, mean over samples and classes.
     - `detach`: alpha and beta carry no gradient. By default they do.
-    - `eps` (default 1e-5 voxels): small enough that a region holding half a voxel of error is counted in
-      full. It also sets when the loss falls off a cliff. A region without foreground has the loss
-      (A+B)*FP / ((A+B)*FP + eps), a logistic curve in ln FP about FP = eps/(A+B): near 1 and without useful gradient
-      as long as it holds more than a trace of prediction, so that it dilutes the mean; then 0, in all such
-      regions within a few epochs. The fall is as high as their share of the regions and says nothing about the
-      segmentation (docs/results/arsl-cliff.md).
-    - `skip_empty`: leaves regions out of the reduction that hold no foreground and less than half a voxel of
-      predicted probability, and with them the cliff. With all of them empty the loss is 0. By default they are
-      kept, as published.
+    - `eps` (default 1e-5 voxels): a region holding half a voxel of error is counted in full. It also sets when the loss
+      falls off a cliff: a region without foreground has the loss (A+B)*FP / ((A+B)*FP + eps), near 1 and without useful
+      gradient as long as it holds more than a trace of prediction, so that it dilutes the mean; then 0, in all such
+      regions within a few epochs. The fall says nothing about the segmentation (docs/results/arsl-cliff.md).
+    - `skip_empty`: leaves out regions that hold no foreground and less than half a voxel of predicted probability, and
+      with them the cliff. With all of them empty the loss is 0. By default they are kept, as published.
     - `batch`: TP, FP, FN summed over the samples before the ratios, over those of all ranks in distributed training
       (which must then call the loss equally often); `include_background`: class 0 as well.
 
-    After a call `last_coefficients` holds its alpha and beta per class, as `coefficients` gives them.
-
-    Regions that lie wholly under the ignore mask never count. Cost: as Dice, plus the region table.
+    After a call `last_coefficients` holds its alpha and beta per class, as `coefficients` gives them. Regions that lie
+    wholly under the ignore mask never count. Cost: as Dice, plus the region table.
     """
 
-    def __init__(
-        self,
-        *,
-        spatial_dims: int,
-        num_classes: int,
-        ignore_index: int = IGNORE_INDEX,
-        regions: int | Sequence[int] | None = None,
-        region_size: int | Sequence[int] | None = None,
-        a: float = 0.3,
-        b: float = 0.4,
-        eps: float = 1e-5,
-        reduction: str = "mean",
-        detach: bool = False,
-        batch: bool = False,
-        include_background: bool = False,
-        skip_empty: bool = False,
-    ) -> None:
-        super().__init__(spatial_dims=spatial_dims, num_classes=num_classes, ignore_index=ignore_index)
-        if regions is not None and region_size is not None:
+    regions: int | Sequence[int] | None = None
+    region_size: int | Sequence[int] | None = None
+    a: float = 0.3
+    b: float = 0.4
+    eps: float = 1e-5
+    reduction: str = "mean"
+    detach: bool = False
+    batch: bool = False
+    include_background: bool = False
+    skip_empty: bool = False
+    last_coefficients: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.regions is not None and self.region_size is not None:
             raise InputError("loss: give regions (how many along an axis) or region_size (in voxels), not both")
-        if reduction not in ("mean", "sum"):
-            raise InputError(f"loss: reduction={reduction!r}; expected 'mean' or 'sum'")
-        self.regions = per_axis("regions", DEFAULT_REGIONS if regions is None else regions, spatial_dims)
-        self.region_size = None if region_size is None else per_axis("region_size", region_size, spatial_dims)
-        self.a, self.b, self.eps = number("a", a), number("b", b), number("eps", eps, positive=True)
-        self.reduction, self.detach, self.batch = reduction, detach, batch
-        self.include_background, self.skip_empty = include_background, skip_empty
-        self.last_coefficients: tuple[Tensor, Tensor] | None = None
+        if self.reduction not in ("mean", "sum"):
+            raise InputError(f"loss: reduction={self.reduction!r}; expected 'mean' or 'sum'")
+        regions = DEFAULT_REGIONS if self.regions is None else self.regions
+        self.regions = per_axis("regions", regions, self.spatial_dims)
+        if self.region_size is not None:
+            self.region_size = per_axis("region_size", self.region_size, self.spatial_dims)
+        self.a, self.b = number("a", self.a), number("b", self.b)
+        self.eps = number("eps", self.eps, positive=True)
 
     def grid(self, shape: Sequence[int]) -> Grid:
         """Return the grid of regions over a volume of `shape` voxels."""
         if self.region_size is not None:
-            return Grid.by_size(shape, self.region_size)
-        return Grid.by_count(shape, self.regions)
+            return Grid.by_size(shape, cast(Sequence[int], self.region_size))
+        return Grid.by_count(shape, cast(Sequence[int], self.regions))
 
     def coefficients(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and beta averaged over samples and regions, one value per class, no gradient.

@@ -1,18 +1,18 @@
-"""A regular grid of regions over a volume, and soft TP, FP, FN summed per region.
+"""A regular grid of regions over a volume, and soft TP, FP, FN summed per region, and over distributed ranks.
 
-Every voxel belongs to exactly one region. An axis that the grid does not divide gets shorter regions, never
-overlapping ones. Such an axis is at most two runs of equal regions, so that region sums are plain reshape +
-sum: no unfolding, no index table, no differences of running sums (which would lose digits).
+Every voxel belongs to exactly one region. An axis that the grid does not divide gets shorter regions: at most two runs
+of equal ones, so that region sums are plain reshape + sum, without differences of running sums, which lose digits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from lightm.errors import InputError
@@ -31,10 +31,7 @@ class Grid:
 
     @classmethod
     def by_count(cls, shape: Sequence[int], counts: Sequence[int]) -> Grid:
-        """`counts[a]` regions along axis a, longer ones first, lengths differing by at most one voxel.
-
-        An axis shorter than its count gets one region per voxel.
-        """
+        """`counts[a]` regions along axis a, at most one per voxel, longer ones first, equal up to one voxel."""
         sizes = []
         for length, count in zip(shape, counts, strict=True):
             count = min(count, length)
@@ -57,25 +54,20 @@ class Grid:
         return tuple(len(sizes) for sizes in self.sizes)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum `values` (..., *spatial) over every region: (..., *self.shape).
-
-        The first spatial axis goes first: it is the strided one, whose sum runs over contiguous rows, and it
-        leaves the slow sums over short rows a fraction of the data.
-        """
+        """Sum `values` (..., *spatial) over every region: (..., *self.shape)."""
+        # the first axis first: its sums run over contiguous rows, and leave those over short rows little data
         for position, sizes in enumerate(self.sizes):
             axis = values.ndim - len(self.sizes) + position
             values = _sum_runs(values, axis, sizes)
         return values
 
     def spread(self, values: Tensor) -> Tensor:
-        """Give every voxel its region's value: (..., *self.shape) -> (..., *spatial), the adjoint of
-        `sum`."""
+        """Give every voxel its region's value: (..., *self.shape) -> (..., *spatial), the adjoint of `sum`."""
         for position in reversed(range(len(self.sizes))):
             axis = values.ndim - len(self.sizes) + position
             if set(self.sizes[position]) == {1}:
                 continue
-            sizes = torch.tensor(self.sizes[position], device=values.device)
-            total = sum(self.sizes[position])
+            sizes, total = torch.tensor(self.sizes[position], device=values.device), sum(self.sizes[position])
             values = torch.repeat_interleave(values, sizes, dim=axis, output_size=total)
         return values
 
@@ -99,17 +91,12 @@ class Grid:
 
 
 def _sum_runs(values: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
-    parts = []
-    start = done = 0
-    while done < len(sizes):
-        size = sizes[done]
-        count = 1
-        while done + count < len(sizes) and sizes[done + count] == size:
-            count += 1
+    parts, start = [], 0
+    for size, run_sizes in groupby(sizes):
+        count = len(list(run_sizes))
         run = values.narrow(axis, start, size * count)
         parts.append(run if size == 1 else run.unflatten(axis, (count, size)).sum(axis + 1))
         start += size * count
-        done += count
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
@@ -152,9 +139,9 @@ def soft_counts(probabilities: Tensor, target: Tensor, grid: Grid, *, first: int
 
         TP = sum p*g      FP = sum p*(1-g)      FN = sum (1-p)*g
 
-    `probabilities` (B, K, *spatial) floating, zero on ignored voxels; `target` (B, *spatial) int64. Classes
-    from `first` on. Each result is (B, K - first, *grid.shape). Differentiable once with respect to
-    `probabilities`. Cost: one pass per class and a few temporaries of one class's size.
+    `probabilities` (B, K, *spatial) floating, zero on ignored voxels; `target` (B, *spatial) int64; classes from
+    `first` on. Each result is (B, K - first, *grid.shape), differentiable once with respect to `probabilities`.
+    Cost: one pass per class and a few temporaries of one class's size.
     """
     # A byte per voxel is kept for the backward pass, not eight.
     compact = target.to(torch.uint8) if probabilities.shape[1] < 256 else target
@@ -172,3 +159,37 @@ def per_axis(name: str, value: int | Sequence[int], spatial_dims: int) -> tuple[
             f"loss: {name}={value!r}; expected one positive integer, or {spatial_dims} of them (one per axis)"
         )
     return values
+
+
+class _RankSum(torch.autograd.Function):
+    """Sum over ranks, forward and backward.
+
+    Every rank computes the same loss L from the same sum s = sum_r c_r, and DistributedDataParallel averages the
+    gradients of W ranks. With W * dL/ds for each c_r, which the sum of equal gradients is, that average is the
+    gradient of L: that of the whole batch in one process.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return (total,)
+
+
+def sum_over_ranks(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors, each summed over all ranks; as they are outside of distributed training.
+
+    Every rank must call this with tensors of the same shapes and dtypes. Cost: one all_reduce, and one in backward.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return tensors
+    total = _RankSum.apply(torch.cat([tensor.flatten() for tensor in tensors]))
+    parts = total.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))

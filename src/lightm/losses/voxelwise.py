@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,9 +18,8 @@ from lightm.losses.base import IGNORE_INDEX, Prepared, SegmentationLoss, number,
 class CrossEntropy(SegmentationLoss):
     """Cross-entropy of the softmax, averaged over the voxels that are not ignored (0 when none is left).
 
-    `class_weights` (K numbers) turns the mean into a weighted mean, as in PyTorch. In distributed training
-    every rank averages over its own voxels, and the ranks' gradients are averaged: with as many counted voxels on each
-    that is the mean over all of them.
+    `class_weights` (K numbers) turns the mean into a weighted mean, as in PyTorch. In distributed training every rank
+    averages over its own voxels, and the ranks' gradients are averaged.
     """
 
     class_weights: Tensor | None
@@ -54,22 +54,22 @@ class CrossEntropy(SegmentationLoss):
         return total / torch.where(weight > 0, weight, 1.0)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TopK(SegmentationLoss):
     """Cross-entropy averaged over the `k` per cent of the batch's voxels where it is highest (nnU-Net: k = 10).
 
-    Wu et al., "Bridging category-level and instance-level semantic image segmentation", 2016. Ignored voxels are
-    not among those counted; the number of voxels is rounded up, and voxels that tie for the last places share them.
-    k = 100 is cross-entropy. In distributed training
-    every rank takes its own highest. Cost: cross-entropy, and a selection that is linear in the voxels.
+    Wu et al., "Bridging category-level and instance-level semantic image segmentation", 2016. Ignored voxels do not
+    count; the number of voxels is rounded up, and voxels that tie for the last places share them. k = 100 is
+    cross-entropy. In distributed training every rank takes its own highest. Cost: linear in the voxels.
     """
 
-    def __init__(
-        self, *, spatial_dims: int, num_classes: int, ignore_index: int = IGNORE_INDEX, k: float = 10.0
-    ) -> None:
-        super().__init__(spatial_dims=spatial_dims, num_classes=num_classes, ignore_index=ignore_index)
-        self.k = number("k", k, positive=True)
+    k: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given, self.k = self.k, number("k", self.k, positive=True)
         if self.k > 100:
-            raise InputError(f"loss: k={k!r}; expected per cent of the voxels, above 0 and at most 100")
+            raise InputError(f"loss: k={given!r}; expected per cent of the voxels, above 0 and at most 100")
 
     def compute(self, batch: Prepared) -> Tensor:
         losses = functional.cross_entropy(batch.logits, batch.target, ignore_index=self.ignore_index, reduction="none")
@@ -98,6 +98,7 @@ def _count_highest(values: Tensor, count: int) -> Tensor:
     return values.new_tensor(np.partition(found, found.size - count)[found.size - count])
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class BinaryCrossEntropy(SegmentationLoss):
     """Binary cross-entropy of each class against the others, by a sigmoid of its logit; mean of classes and voxels.
 
@@ -107,28 +108,23 @@ class BinaryCrossEntropy(SegmentationLoss):
     Ignored voxels do not count (0 when none is left). `class_weights` (K numbers) weigh the classes' means.
     """
 
-    def __init__(
-        self,
-        *,
-        spatial_dims: int,
-        num_classes: int,
-        ignore_index: int = IGNORE_INDEX,
-        class_weights: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__(spatial_dims=spatial_dims, num_classes=num_classes, ignore_index=ignore_index)
-        weights = (1.0,) * num_classes if class_weights is None else class_weights
-        self.class_weights = numbers("class_weights", weights, num_classes)
-        if not sum(self.class_weights):
-            raise InputError(f"loss: class_weights={class_weights!r}; expected one above zero at least")
+    class_weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = (1.0,) * self.num_classes if self.class_weights is None else self.class_weights
+        self.class_weights = self._weights = numbers("class_weights", given, self.num_classes)
+        if not sum(self._weights):
+            raise InputError(f"loss: class_weights={given!r}; expected one above zero at least")
 
     def compute(self, batch: Prepared) -> Tensor:
         weight = None if batch.valid is None else batch.valid.to(batch.logits.dtype)
         total = batch.logits.new_zeros(())
-        for index, share in enumerate(self.class_weights):
+        for index, share in enumerate(self._weights):
             if share:
                 found = (batch.target == index).to(batch.logits.dtype)
                 total = total + share * functional.binary_cross_entropy_with_logits(
                     batch.logits[:, index], found, weight, reduction="sum"
                 )
         voxels = batch.target.numel() if batch.valid is None else batch.valid.sum().clamp(min=1)
-        return total / (voxels * sum(self.class_weights))
+        return total / (voxels * sum(self._weights))

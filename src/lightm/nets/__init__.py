@@ -1,6 +1,6 @@
 """Networks: blocks, networks by name, and the folder that a trained model is kept in."""
 
-from lightm.nets.checkpointing import set_activation_checkpointing
+from lightm.nets.execution import set_activation_checkpointing
 from lightm.nets.folder import load_model, pack_model, save_model
 from lightm.nets.presets import (
     DEFAULT,

@@ -1,19 +1,4 @@
-"""Blocks of the LightM networks, all channels-last.
-
-Glossary (code: symbol, source). Shapes are (B, *S, C) inside the networks and (B, L, C) inside a state-space
-layer, with L = Z*Y*X tokens in raster order.
-
-=============  ==========================================  ===================================
-code           symbol                                      source
-=============  ==========================================  ===================================
-channels       C, width of a layer's input                 LightM-UNet, arXiv 2403.05246
-inner          E = expand * C, width inside of the VSS     Mamba, arXiv 2312.00752, section 3.4
-state_size     N, states a channel                         Mamba, section 3.2
-dt_rank        R = ceil(C / 16)                            Mamba, section 3.6
-d_conv         K, kernel size of the causal convolution           Mamba, figure 3
-skip_scale     s, scale of the residual                    LightM-UNet, Eq. 1
-=============  ==========================================  ===================================
-"""
+"""Blocks of the LightM networks, all channels-last: (B, *S, C). Symbols: see `lightm.nets.state_space`."""
 
 from __future__ import annotations
 
@@ -25,11 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightm import ops
-from lightm.nets.checkpointing import checkpointed, should_checkpoint
-from lightm.nets.intact import fusible, intact, linear
-from lightm.nets.mamba2 import VSS2
-from lightm.nets.state_space import decay_rates, init_conv, init_dt_bias
+from lightm.nets.execution import checkpointed, fusible, intact, linear, should_checkpoint
+from lightm.nets.state_space import VSS, VSS2, ParallelVSS
 from lightm.nets.token_layer import TokenLayer
+
+
+def _init_depthwise(weight: Tensor) -> None:
+    """Uniform in 1 / sqrt(kernel_size^d), for (*kernel, C)."""
+    bound = math.sqrt(1.0 / weight[..., 0].numel())
+    nn.init.uniform_(weight, -bound, bound)
 
 
 @fusible
@@ -43,13 +32,7 @@ class DWConv(nn.Module):
     no_decay = ("depthwise",)
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        spatial_dims: int,
-        *,
-        kernel_size: int = 3,
-        bias: bool = False,
+        self, in_channels: int, out_channels: int, spatial_dims: int, *, kernel_size: int = 3, bias: bool = False
     ) -> None:
         super().__init__()
         if kernel_size not in (1, 3):
@@ -58,8 +41,7 @@ class DWConv(nn.Module):
         self.depthwise = nn.Parameter(torch.empty(*(kernel_size,) * spatial_dims, in_channels))
         self.depthwise_bias = nn.Parameter(torch.zeros(in_channels)) if bias else None
         self.pointwise = nn.Linear(in_channels, out_channels, bias=bias)
-        bound = math.sqrt(1.0 / kernel_size**spatial_dims)
-        nn.init.uniform_(self.depthwise, -bound, bound)
+        _init_depthwise(self.depthwise)
 
     def forward(self, x: Tensor) -> Tensor:
         x = ops.depthwise_conv(x, self.depthwise) if self.kernel_size == 3 else x * self.depthwise.reshape(-1)
@@ -96,122 +78,18 @@ class PositionConv(nn.Module):
     def __init__(self, channels: int, spatial_dims: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*(3,) * spatial_dims, channels))
-        bound = math.sqrt(1.0 / 3**spatial_dims)
-        nn.init.uniform_(self.weight, -bound, bound)
+        _init_depthwise(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + ops.depthwise_conv(x, self.weight)
 
 
-@fusible
-class VSS(nn.Module):
-    """State-space module: out = Linear(LayerNorm(SSM(SiLU(DWConv(Linear(W))))) * SiLU(Linear(W))).
-
-    Source: LightM-UNet, Eq. 3; the released code has no LayerNorm after the SSM (`inner_norm=False`), and then
-    this is Mamba's layer (arXiv 2312.00752, figure 3). The DWConv is Mamba's causal convolution over tokens.
-
-    (B, L, C) -> (B, L, C). Time and memory grow linearly with L.
-    """
-
-    no_decay = ("A_log", "conv_weight")
-
-    def __init__(
-        self,
-        channels: int,
-        *,
-        state_size: int = 16,
-        expand: int = 2,
-        d_conv: int = 4,
-        dt_rank: int | None = None,
-        inner_norm: bool = True,
-    ) -> None:
-        super().__init__()
-        inner = expand * channels
-        self.inner, self.state_size, self.d_conv = inner, state_size, d_conv
-        self.dt_rank = math.ceil(channels / 16) if dt_rank is None else dt_rank
-        self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(inner, d_conv))
-        self.conv_bias = nn.Parameter(torch.empty(inner))
-        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * state_size, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, inner)
-        self.A_log = nn.Parameter(torch.log(torch.arange(1, state_size + 1, dtype=torch.float32)).repeat(inner, 1))
-        self.d_skip = nn.Parameter(torch.ones(inner))
-        self.norm = nn.LayerNorm(inner) if inner_norm else None
-        self.out_proj = nn.Linear(inner, channels, bias=False)
-        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        init_conv(self.conv_weight, self.conv_bias)
-        init_dt_bias(self.dt_proj.bias)
-
-    @property
-    def inner_total(self) -> int:
-        """Channels that the scan runs over."""
-        return self.inner
-
-    def forward(
-        self, w: Tensor, state: Tensor | None = None, *, halo: int = 0, return_state: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, halo + L, C) -> (B, L, C); the first `halo` tokens are seen by the convolution only.
-
-        With `state` (B, E, N) the scan goes on from there; with `return_state` the last state comes too.
-        """
-        x, z = self._in_proj(w, halo)  # (B, halo + L, E), (B, L, E)
-        u = ops.causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu")[:, halo:]
-        low, B, C = self._x_proj(u)
-        # where it is intact, the bias of dt_proj goes into the scan, which adds it before its softplus
-        plain = intact(self.dt_proj)
-        y, end = ops.selective_scan_with_state(
-            u,
-            ops.linear(low, self.dt_proj.weight) if plain else self.dt_proj(low),
-            decay_rates(self.A_log),
-            B,
-            C,
-            d_skip=self.d_skip,
-            z=z if self.norm is None else None,
-            delta_bias=self.dt_proj.bias if plain else None,
-            delta_softplus=True,
-            initial_state=state,
-        )
-        if self.norm is not None:
-            if intact(self.norm):
-                y = ops.gated_norm(y, z, self.norm.weight, self.norm.bias, eps=self.norm.eps)
-            else:
-                y = self.norm(y) * functional.silu(z)
-        out = linear(self.out_proj, y)
-        return (out, end) if return_state else out
-
-    def _in_proj(self, w: Tensor, halo: int) -> tuple[Tensor, Tensor]:
-        if not intact(self.in_proj):
-            x, z = self.in_proj(w).chunk(2, dim=-1)
-            return x, z[:, halo:]
-        in_x, in_z = self.in_proj.weight.chunk(2)
-        z = ops.linear(w[:, halo:], in_z)
-        return ops.linear(w, in_x), z  # with two matmuls instead of one their gradients need not be joined
-
-    def _x_proj(self, u: Tensor) -> tuple[Tensor, ...]:
-        sizes = [self.dt_rank, self.state_size, self.state_size]
-        if not intact(self.x_proj):
-            return tuple(self.x_proj(u).split(sizes, dim=-1))
-        return tuple(ops.linear(u, weight) for weight in self.x_proj.weight.split(sizes))
-
-    def layer_tensors(self) -> dict[str, Any]:
-        """This module's part of `ops.LayerParameters`."""
-        in_x, in_z = self.in_proj.weight.chunk(2)
-        low, B, C = self.x_proj.weight.split([self.dt_rank, self.state_size, self.state_size])
-        return {
-            "in_x": in_x[None],
-            "in_z": in_z[None],
-            "conv_weight": self.conv_weight,
-            "conv_bias": self.conv_bias,
-            "to_low": low[None],
-            "to_B": B[None],
-            "to_C": C[None],
-            "to_dt": self.dt_proj.weight[None],
-            "dt_bias": self.dt_proj.bias,
-            "A": decay_rates(self.A_log),
-            "d_skip": self.d_skip,
-            "gate_norm": None if self.norm is None else (self.norm.weight, self.norm.bias, self.norm.eps),
-            "out": self.out_proj.weight[None],
-        }
+def _state_space(mamba1: type[nn.Module], ssm: str, channels: int, **settings: Any) -> nn.Module:
+    """The module of a layer: `mamba1`, or VSS2 with heads of 16 channels for "mamba2"."""
+    if ssm != "mamba2":
+        return mamba1(channels, **settings)
+    inner = settings["expand"] * channels // settings.get("parts", 1)
+    return VSS2(channels, head_dim=min(16, inner), **settings)
 
 
 class RVM(TokenLayer):
@@ -220,7 +98,6 @@ class RVM(TokenLayer):
     Source: LightM-UNet, Eq. 1-2 (Eq. 1 of the report prints "+ s", its text and the released code add s times the
     layer's input). `vector_scale=False` and `one_norm=True` give the released code's layer: a scalar s, and one
     LayerNorm used twice.
-
     (B, *S, C) -> (B, *S, out_channels).
     """
 
@@ -237,15 +114,36 @@ class RVM(TokenLayer):
         scan: str = "raster",
         ssm: str = "mamba1",
     ) -> None:
-        vss: nn.Module
-        if ssm == "mamba2":
-            head = min(16, expand * channels)
-            vss = VSS2(channels, state_size=state_size, expand=expand, head_dim=head, inner_norm=inner_norm)
-        else:
-            vss = VSS(channels, state_size=state_size, expand=expand, inner_norm=inner_norm)
+        vss = _state_space(VSS, ssm, channels, state_size=state_size, expand=expand, inner_norm=inner_norm)
         super().__init__(
             vss, channels, out_channels, of_norm=False, vector_scale=vector_scale, one_norm=one_norm, scan=scan
         )
+
+
+class SPM(TokenLayer):
+    """X' = LayerNorm(X); Y1..Yg = split(X'); Yi' = VSS_i(Yi) + s * Yi; out = Linear(LayerNorm(concat)).
+
+    Source: the report's Figure 3. Note that s scales the normalised input here, the input itself in RVM.
+    (B, *S, C) -> (B, *S, out_channels).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        *,
+        parts: int = 4,
+        shared: bool = False,
+        state_size: int = 16,
+        expand: int = 2,
+        inner_norm: bool = True,
+        vector_scale: bool = True,
+        scan: str = "raster",
+        ssm: str = "mamba1",
+    ) -> None:
+        settings = {"state_size": state_size, "expand": expand, "inner_norm": inner_norm}
+        vss = _state_space(ParallelVSS, ssm, channels, parts=parts, shared=shared, **settings)
+        super().__init__(vss, channels, out_channels, of_norm=True, vector_scale=vector_scale, scan=scan)
 
 
 @fusible
@@ -285,9 +183,7 @@ class DecoderStage(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor, *, overwrite_skip: bool = False) -> Tensor:
         """`overwrite_skip` lets a call without gradients compute in the skip's memory: its content is lost."""
-        again = should_checkpoint(
-            self.checkpointing, 8 * skip.numel()
-        )  # keeping would keep about eight tensors of that size
+        again = should_checkpoint(self.checkpointing, 8 * skip.numel())  # about eight such tensors would be kept
         if (
             (again or not torch.is_grad_enabled())
             and intact(*self._modules.values())

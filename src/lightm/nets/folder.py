@@ -1,6 +1,10 @@
 """A trained model on disk: a folder of `model.safetensors`, `model.json` and `card.md`, or one file of all three.
 
-The single file is a safetensors file: weights, and the two texts in its header's metadata. Loading executes nothing.
+The single file is a safetensors file: weights, and the two texts in its header's metadata.
+
+Neither weights nor description are trusted. Loading executes nothing, and memory is bounded although a description may
+ask for any number of layers of any width: by limits on the settings of LightM's own networks and of the baselines, and
+by the weights beside it, whose names and shapes the network must have before memory is asked for.
 """
 
 from __future__ import annotations
@@ -10,24 +14,46 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightm import __version__
-from lightm.config_io import MAX_JSON_BYTES, parse_json, read_json
+from lightm.config_io import MAX_JSON_BYTES, parse_json, read_json, validated
 from lightm.errors import InputError, LightMError
 from lightm.files import disk_refusals, file_hash, replacing, sync_folder, write_text
-from lightm.nets.described import check_shapes, create_described, tensor_shapes
+from lightm.nets.presets import NETWORKS, create, current_options
+
+OWN = "own:"
+"""How the name of a network begins that is no name but a module of the caller's."""
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 SCHEMA_VERSION = 1
 _KEYS = {"schema_version", "lightm_version", "network", "plan", "training", "weights_sha256"}
 _ENDING = ".safetensors"
+# Far above any setting of a network that trains, far below one that takes minutes to lay out.
+_MAX_SETTINGS = 10_000
+
+
+class Description(BaseModel):
+    """A network as `model.json` describes it: what `lightm.nets.create` takes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    spatial_dims: Annotated[int, Field(ge=2, le=3)]
+    in_channels: Annotated[int, Field(ge=1, le=1000)]
+    out_channels: Annotated[int, Field(ge=1, le=1000)]
+    image_size: list[Annotated[int, Field(ge=1, le=_MAX_SETTINGS)]] | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 def save_model(
@@ -66,13 +92,13 @@ def save_model(
             for path in temporary.iterdir():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
+            older = None
             if folder.exists():
                 older = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
                 os.replace(folder, older / folder.name)
-                os.replace(temporary, folder)
+            os.replace(temporary, folder)
+            if older is not None:
                 shutil.rmtree(older)
-            else:
-                os.replace(temporary, folder)
             sync_folder(folder.parent)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -91,12 +117,12 @@ def find_model(path: Path | str) -> Path:
 def pack_model(model: Path | str, out: Path | str, *, overwrite: bool = False) -> Path:
     """Write a model folder as one safetensors file, which `load_model` reads like the folder, and return its path.
 
-    Its header's metadata holds `model.json` and `card.md` as text, under these names, and the SHA-256 of the weights'
-    bytes; the weights are those of the folder, so that any program that reads safetensors finds them.
+    The weights are the folder's, so that any program that reads safetensors finds them; the header's metadata holds
+    `model.json` and `card.md` as text, and the SHA-256 of the weights' bytes.
 
-    model: a model folder, or a run folder that holds one; it is loaded first, so that what is packed is whole.
-    Raises InputError for a wrong or damaged model, another ending than .safetensors, and a file that is there already
-    unless `overwrite`; LightMError when the disk refuses. Memory: the weights twice.
+    model: a model folder, or a run folder that holds one; it is loaded first, so that what is packed is intact. Raises
+    InputError for a wrong or damaged model, another ending than .safetensors, and a file that exists, unless
+    `overwrite`; LightMError when the disk refuses. Memory: the weights twice.
     """
     model, out = Path(model), Path(out)
     folder = find_model(model)
@@ -107,11 +133,9 @@ def pack_model(model: Path | str, out: Path | str, *, overwrite: bool = False) -
     if out.is_dir() or (out.exists() and not overwrite):
         raise InputError(f"{out}: is there already; give another name, or allow overwriting")
     load_model(folder)
-    weights, texts = folder / "model.safetensors", {}
-    for name in ("model.json", "card.md"):
-        if (folder / name).is_file():
-            texts[name] = (folder / name).read_text(encoding="utf-8")
-    state = load_file(weights)
+    files = [folder / name for name in ("model.json", "card.md") if (folder / name).is_file()]
+    texts = {file.name: file.read_text(encoding="utf-8") for file in files}
+    state = load_file(folder / "model.safetensors")
     try:
         with replacing(out) as temporary:
             save_file(state, temporary)  # for the sum of its tensors' bytes, which the header then holds
@@ -137,10 +161,9 @@ def set_postprocess(folder: Path, record: Mapping[str, Any]) -> None:
 def load_model(model: Path | str, network: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Read a model folder or single-file model: the network in evaluation mode on the CPU, and its `model.json`.
 
-    network: a module to load the weights into, for a model that was trained with a network of one's own. A network that
-    was registered from outside must be registered here too. Raises InputError, naming the file, for a missing, damaged
-    or foreign model, a newer schema, weights whose checksum differs, that hold NaN or belong to another network (whose
-    memory is not asked for). Executes nothing from the file or folder.
+    network: a module to load the weights into, for a model trained with a network of one's own; one registered from
+    outside must be registered here too. Raises InputError, naming the file, for a missing, damaged or foreign model, a
+    newer schema, weights whose checksum differs, that hold NaN or belong to another network. Executes nothing.
     """
     model = Path(model)
     info = read_description(model)
@@ -163,15 +186,11 @@ def load_model(model: Path | str, network: nn.Module | None = None) -> tuple[nn.
         state = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{weights}: not a readable safetensors file ({error})") from error
-    _check_values(state, weights)
-    network.load_state_dict(state)
-    return network.eval(), info
-
-
-def _check_values(state: dict[str, Tensor], weights: Path) -> None:
     for name, tensor in state.items():
         if tensor.is_complex() or (tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())):
             raise InputError(f"{weights}: '{name}' holds values that are NaN, infinite or complex; train it again")
+    network.load_state_dict(state)
+    return network.eval(), info
 
 
 def read_description(model: Path | str) -> dict[str, Any]:
@@ -208,12 +227,80 @@ def read_description(model: Path | str) -> dict[str, Any]:
 
 
 def _metadata(file: Path) -> dict[str, str]:
-    """The texts in a safetensors file's header."""
+    with _header(file) as opened:
+        return opened.metadata() or {}
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors of a safetensors file from its header; raises InputError naming it."""
+    with _header(file) as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _header(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
+            yield opened
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file}: not a readable safetensors file ({error})") from error
+
+
+def create_described(described: Mapping[str, Any], shapes: Shapes, where: Path, weights: Path) -> nn.Module:
+    """Return the network of a description, with fresh weights, if its tensors have the names and shapes given.
+
+    described: as in `save_model`; options may have their former names. where, weights: the files for messages. The
+    network is laid out without memory first, on PyTorch's meta device. Raises InputError for all else. Cost: some 20 ms
+    more than `create`.
+    """
+    if str(described.get("name")).startswith(OWN):
+        raise InputError(
+            f"{where}: trained with a network of your own, '{str(described['name']).removeprefix(OWN)}', which no file "
+            "holds; make it again as it was and give it: lightm.load(..., network=module)"
+        )
+    description = validated(Description, dict(described), f"{where}: network")
+    name = description.name
+    try:
+        options = current_options(name, description.options)
+        arguments = {**description.model_dump(exclude={"options"}, exclude_none=True), **options}
+        if NETWORKS.is_built_in(name) and _total(options) > _MAX_SETTINGS:
+            raise InputError(f"network '{name}': settings that add up to more than {_MAX_SETTINGS}")
+        with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's generator is left alone
+            try:
+                with torch.device("meta"):
+                    expected = create(**arguments).state_dict()
+            except (RuntimeError, NotImplementedError) as error:  # a network that computes numbers while it is built
+                if "meta" not in str(error):
+                    raise
+                expected = create(**arguments).state_dict()
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except Exception as error:  # impossible settings end in errors of any kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{where}: its 'network' cannot be built ({reason}); the file is damaged") from error
+    check_shapes(expected, shapes, name, weights)
+    with torch.random.fork_rng(devices=[]):
+        return create(**arguments)
+
+
+def check_shapes(expected: Mapping[str, Tensor], shapes: Shapes, name: str, weights: Path) -> None:
+    """Raise InputError where a network's tensors differ from those in a file of weights."""
+    missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    other = sorted(n for n in expected.keys() & shapes.keys() if tuple(expected[n].shape) != tuple(shapes[n]))
+    if missing or unknown or other:
+        raise InputError(
+            f"{weights}: weights of another network than '{name}': {len(missing)} missing "
+            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(other)} of another shape {other[:3]}"
+        )
+
+
+def _total(value: Any) -> float:
+    """The sum of all numbers in a setting, and of the lengths of its lists."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return len(value) + sum(_total(part) for part in value)
+    return abs(value) if isinstance(value, (int, float)) else 0
 
 
 def _tensors_sha256(weights: Path) -> str:

@@ -13,15 +13,13 @@ from torch import nn
 
 from lightm.errors import InputError
 from lightm.nets import baselines
-from lightm.nets.lightm_unet import LightMUNet
-from lightm.nets.released import ReleasedLightMUNet
+from lightm.nets.lightm_unet import LightMUNet, ReleasedLightMUNet
 from lightm.registry import Registry
 
 Builder = Callable[..., nn.Module]
 
 _SPM = {"layer": "spm", "pooling": "add", "bottleneck_layers": 3}  # the LightM-UNet report's Figure 6
 _OWN = {**_SPM, "stem": "conv", "position_conv": True}
-
 _SMALL = {"base_channels": 16}
 
 PRESETS: dict[str, tuple[Builder, dict[str, Any]]] = {
@@ -88,9 +86,9 @@ def register_network(name: str, builder: Builder, *, overwrite: bool = False) ->
     """Make a network of one's own known by a name, wherever LightM takes the name of a network.
 
     builder: a class or function, called as builder(spatial_dims, in_channels, out_channels, **options), that returns
-    an `nn.Module` with fresh weights which maps (B, in_channels, *S) to logits (B, out_channels, *S). If it has a
-    parameter `image_size` it is given the size of the patches too. A trained model keeps name and options, so that it
-    can be loaded again wherever the name is registered; options must therefore be plain values (numbers, text, lists).
+    an `nn.Module` with fresh weights which maps (B, in_channels, *S) to logits (B, out_channels, *S). A parameter
+    `image_size` gets the size of the patches. A trained model keeps name and options and can be loaded wherever the
+    name is registered; options must therefore be plain values (numbers, text, lists).
 
     The command line and other programs know the name if a package declares it as an entry point of the group
     "lightm.networks" (in pyproject.toml: `[project.entry-points."lightm.networks"]`, `my-net = "my_package:MyNet"`).
@@ -128,13 +126,11 @@ def network(
 
     Arguments: `name` of a preset, of a baseline (`lightm.nets.baselines`) or of a registered network; `spatial_dims` 2
     or 3; `in_channels` of the image; `out_channels` classes, background included; `image_size`: the size of the patches
-    in voxels, which some baselines are built for and LightM's own networks do not need; `options` override single
-    settings, such as `base_channels=16`.
+    in voxels, which some baselines are built for; `options` override single settings, such as `base_channels=16`.
 
     Returns a module (B, in_channels, *S) -> raw logits (B, out_channels, *S), float32. LightM's own networks take sizes
-    S that their `divisor` (8) divides, and raise ValueError for others.
-    Raises InputError for an unknown name, an unknown option, impossible settings, a missing library, or an
-    image_size that a baseline cannot take.
+    S that their `divisor` (8) divides, and raise ValueError for others. Raises InputError for an unknown name or
+    option, impossible settings, a missing library, or an image_size that a baseline cannot take.
 
     >>> import torch
     >>> model = lightm.network("lightm-small", spatial_dims=2, in_channels=1, out_channels=3)
@@ -152,9 +148,9 @@ def network(
         if "image_size" in inspect.signature(entry.builder).parameters:
             options["image_size"] = image_size
         built = entry.builder(spatial_dims, in_channels, out_channels, **options)
+    except InputError:
+        raise
     except (TypeError, ValueError, ImportError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"network '{name}': {error}") from error
     if not isinstance(built, nn.Module):
         raise InputError(f"network '{name}': its builder returned {type(built).__name__}, expected an nn.Module")
@@ -174,8 +170,8 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
 
     Matrices and convolution kernels decay. Biases, norms, scales and the state space's parameters (A_log, D, the bias
     of dt, the causal convolution) do not, as in Mamba: decay would pull the learnt time scales towards one value. What
-    must not decay is named by the attribute `no_decay` of the module that owns it, or marked on the parameter as Mamba
-    does it (`_no_weight_decay = True`); everything of fewer than two axes is left alone in any network.
+    must not decay is named by the attribute `no_decay` of its module, or marked as Mamba does it
+    (`parameter._no_weight_decay = True`); nothing of fewer than two axes decays in any network.
 
     >>> import torch
     >>> model = lightm.network("lightm-small", spatial_dims=2)
@@ -183,15 +179,13 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     >>> [group["weight_decay"] for group in optimizer.param_groups]
     [0.01, 0.0]
     """
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    seen: set[nn.Parameter] = set()
+    decay: dict[nn.Parameter, bool] = {}
     for module in network.modules():
         exempt = getattr(module, "no_decay", ())
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter in seen:
-                continue
-            seen.add(parameter)
             spared = parameter.ndim < 2 or name in exempt or getattr(parameter, "_no_weight_decay", False)
-            (rest if spared else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+            decay.setdefault(parameter, not spared)
+    return [
+        {"params": [parameter for parameter in decay if decay[parameter]], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in decay if not decay[parameter]], "weight_decay": 0.0},
+    ]

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightm import ops
-from lightm.nets.checkpointing import autocast_state, checkpointed, is_plain, should_checkpoint
-from lightm.nets.intact import intact, linear
+from lightm.nets.execution import autocast_state, checkpointed, intact, is_plain, linear, should_checkpoint
 from lightm.ops.layer import SCANS, LayerParameters, layer_runs_fused, state_space_layer
 from lightm.ops.memory import release_unused
 
@@ -37,11 +36,10 @@ class TokenLayer(nn.Module):
     Three ways to run, the same result up to rounding:
     - without gradients, `ops.state_space_layer` where it can (Mamba-1 in float32 on the CPU), else chunks of tokens
       one after the other with the state handed on: nothing of the inner width is ever whole in memory;
-    - with gradients and `checkpointing` (None: for large inputs), chunks of tokens one after the other: saved are the
-      layer's input and the states between the chunks, the rest is computed again when the backward pass comes to it;
-    - otherwise, and wherever a module inside has a hook or is not as it was built (`lightm.nets.intact`), operator by
-      operator on all tokens. Everything is kept for the backward pass unless `checkpointing`; scans other than "raster"
-      are then computed again from the input, all tokens at once.
+    - with gradients and `checkpointing` (None: for large inputs), the same chunks: saved are the layer's input and the
+      states between them, the rest is computed again in the backward pass;
+    - otherwise, and wherever a module inside is not `intact`, operator by operator on all tokens. Everything is saved
+      for the backward pass unless `checkpointing`; scans other than "raster" are then computed again from the input.
     """
 
     def __init__(
@@ -68,9 +66,8 @@ class TokenLayer(nn.Module):
 
     def forward(self, x: Tensor, pooling: str | None = None) -> Tensor:
         whole = not intact(*self._modules.values())  # modules that must be called, once, with all tokens
-        if whole:
-            pass
-        elif not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))):
+        wanted = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if not whole and not wanted:
             parameters = self.layer_parameters()
             if parameters is not None and layer_runs_fused(x, parameters):
                 return state_space_layer(x, parameters, self.scan, pooling)[0]
@@ -83,7 +80,6 @@ class TokenLayer(nn.Module):
         return checkpointed(lambda x: self._plain(x, pooling), self.parameters(), again, x)
 
     def _plain(self, x: Tensor, pooling: str | None) -> Tensor:
-        """Operator by operator on all tokens."""
         tokens = self._tokens(x.flatten(1, -2), tuple(x.shape[1:-1]))[0]
         return pool(tokens.unflatten(1, x.shape[1:-1]), pooling)
 
@@ -112,13 +108,12 @@ class TokenLayer(nn.Module):
         """
         normed = self.norm_in(tokens)
         end: Tensor | None = None
-        if self.scan == "raster":
-            if keep:
-                mixed, end = self.vss(normed, state, halo=halo, return_state=True)
-            else:
-                mixed = self.vss(normed)
-        else:
+        if self.scan != "raster":
             mixed = sum_of_orders(self.vss, normed, sizes, self.scan)
+        elif keep:
+            mixed, end = self.vss(normed, state, halo=halo, return_state=True)
+        else:
+            mixed = self.vss(normed)
         residual = (normed if self.of_norm else tokens)[:, halo:]
         norm_out = self.norm_in if self.norm_out is None else self.norm_out
         mixed = torch.addcmul(mixed, residual, self.skip_scale)
@@ -185,7 +180,7 @@ class _CheckpointedLayer(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast(*ctx.autocast):
                 start = None if state is None else state.detach().requires_grad_()
                 part = x.view(dtokens.shape)[:, first * plane - halo : last * plane].detach().requires_grad_()
-                out, end = _of_tokens(layer, part, x.shape, first, last, start, halo, pooling)
+                out, end = _of_tokens(layer, part, (last - first, *x.shape[2:-1]), start, halo, pooling)
             step = 1 if pooling is None else 2
             outputs, grads = [out], [grad[:, first // step : last // step]]
             if grad_state is not None:
@@ -218,24 +213,16 @@ def _in_chunks(
     for first, last in chunks:
         halo = _halo(layer, first * plane)
         part = tokens[:, first * plane - halo : last * plane]
-        result, state = _of_tokens(layer, part, x.shape, first, last, states[-1], halo, pooling)
+        result, state = _of_tokens(layer, part, (last - first, *x.shape[2:-1]), states[-1], halo, pooling)
         parts.append(result)
         states.append(state)
     return torch.cat(parts, dim=1), states[:-1]
 
 
 def _of_tokens(
-    layer: TokenLayer,
-    tokens: Tensor,
-    shape: torch.Size,
-    first: int,
-    last: int,
-    state: Tensor | None,
-    halo: int,
-    pooling: str | None,
+    layer: TokenLayer, tokens: Tensor, sizes: tuple[int, ...], state: Tensor | None, halo: int, pooling: str | None
 ) -> tuple[Tensor, Tensor]:
-    """The layer and the pooling on rows first..last-1, and the state after them."""
-    sizes = (last - first, *shape[2:-1])
+    """The layer and the pooling on a chunk of rows, `sizes` without the halo, and the state after them."""
     out, end = layer._tokens(tokens, sizes, state, halo, keep=True)
     assert end is not None
     return pool(out.unflatten(1, sizes), pooling), end

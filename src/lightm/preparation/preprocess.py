@@ -12,9 +12,8 @@ import numpy as np
 
 from lightm.datasets.cases import Case, Dataset
 from lightm.errors import InputError
-from lightm.images.disk_array import Box, DiskArray
 from lightm.images.io import read_volume
-from lightm.images.lazy import LazyVolume
+from lightm.images.lazy import Box, DiskArray, LazyVolume
 from lightm.images.volume import Volume, geometry_difference
 from lightm.labels import IGNORE_INDEX
 from lightm.preparation import cache

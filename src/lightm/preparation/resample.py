@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from lightm.images.disk_array import DiskArray
+from lightm.images.lazy import DiskArray
 
 # Voxels of a slab that is resampled at once; in float64, with its copies, some 30 MB.
 _SLAB_VOXELS = 1 << 19

@@ -22,9 +22,9 @@ from lightm.device import resolve_device
 from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, disk_refusals, is_temporary, locked_folder, remove_temporaries
 from lightm.losses import SegmentationLoss, create_loss
-from lightm.losses.custom import CustomLoss
+from lightm.losses.base import CustomLoss
 from lightm.nets import create, save_model
-from lightm.nets.described import OWN
+from lightm.nets.folder import OWN
 from lightm.preparation.cache import PreprocessedCase, default_cache_dir
 from lightm.preparation.plan import Plan, load_plan, make_plan
 from lightm.preparation.preprocess import preprocess_dataset

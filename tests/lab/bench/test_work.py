@@ -9,9 +9,8 @@ from lightm import ops
 from lightm.lab.bench.cases import chunked_scan, operator_work
 from lightm.lab.bench.roofline import Limits, Work, count_steps, layer_work, roofline_seconds, state_space_work
 from lightm.nets import create
-from lightm.nets.blocks import RVM
-from lightm.nets.mamba2 import VSS2
-from lightm.nets.spm import SPM
+from lightm.nets.blocks import RVM, SPM
+from lightm.nets.state_space import VSS2
 
 
 def test_the_roofline_of_a_step_is_the_slower_of_memory_and_arithmetic_and_steps_add_up() -> None:

@@ -264,8 +264,7 @@ def _layer(case: Case) -> Prepared:
     import torch
 
     from lightm.nets import count_parameters
-    from lightm.nets.blocks import RVM
-    from lightm.nets.spm import SPM
+    from lightm.nets.blocks import RVM, SPM
 
     kind, width = case.name.split("-")
     channels, size = int(width), case.size

@@ -31,8 +31,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lightm.nets.blocks import RVM
-    from lightm.nets.spm import SPM
+    from lightm.nets.blocks import RVM, SPM
 
 FLOAT = 4  # bytes of float32
 
@@ -131,7 +130,7 @@ def layer_work(layer: RVM | SPM, inputs: Tensor, output: Tensor) -> Work:
     """The work of one forward pass of a state-space layer, from its parameters and the shapes around it."""
     import torch
 
-    from lightm.nets.spm import GroupedLinear
+    from lightm.nets.state_space import GroupedLinear
 
     tokens = inputs.numel() // inputs.shape[-1]
     inner = set(layer.vss.modules())  # run once for every order of the tokens
@@ -224,8 +223,7 @@ def count_steps(module: nn.Module, call: Callable[[], object]) -> list[Work]:
 @contextmanager
 def _layers_counted(module: nn.Module, steps: list[Work], inside: list[object]) -> Iterator[None]:
     """Count RVM and SPM layers as one step each, whatever operators they call."""
-    from lightm.nets.blocks import RVM
-    from lightm.nets.spm import SPM
+    from lightm.nets.blocks import RVM, SPM
 
     def leave(layer: Any, args: Any, output: Any) -> None:
         inside.pop()

@@ -15,9 +15,8 @@ from lightm.errors import InputError
 from lightm.lab.complexity.account import place
 from lightm.lab.complexity.operations import build_network, count_operations, meta_forward
 from lightm.lab.complexity.report import giga
-from lightm.nets.blocks import RVM, ConvStem, DecoderStage, DWConv, PositionConv
-from lightm.nets.released import ResidualRVM
-from lightm.nets.spm import SPM
+from lightm.nets.blocks import RVM, SPM, ConvStem, DecoderStage, DWConv, PositionConv
+from lightm.nets.lightm_unet import ResidualRVM
 
 _WIDTH, _LINE, _GAP, _MIDDLE, _PAD = 340, 17, 46, 190, 22  # of boxes, text lines, arrows, between the columns, inside
 _FILLS = {"stem": "#f1f3f5", "head": "#f1f3f5", "encoder": "#e3eefa", "stage": "#e3eefa"}

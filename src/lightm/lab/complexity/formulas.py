@@ -14,9 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightm.nets.lightm_unet import LightMUNet
+from lightm.nets.lightm_unet import LightMUNet, ReleasedLightMUNet
 from lightm.nets.presets import PRESETS
-from lightm.nets.released import ReleasedLightMUNet
 
 KERNEL_SIZE = 4  # of Mamba's causal convolution
 HEAD = 16  # channels of a head of Mamba-2, or all of them where there are fewer

@@ -47,7 +47,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lightm import ops  # noqa: F401  (registers the operators)
 from lightm.errors import InputError, LightMError
-from lightm.nets.intact import observed
+from lightm.nets.execution import observed
 from lightm.nets.presets import create, names
 
 SCAN, ATTENTION = "scan", "attention"

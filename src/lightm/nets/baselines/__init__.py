@@ -1,18 +1,18 @@
 """Baseline networks: those that LightM is compared with, by name.
 
-Importing this package imports none of them; MONAI is imported when a baseline that it has is built.
+A baseline's module, and MONAI for those that it has, is imported when the baseline is built.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lightm.nets.baselines.common import Baseline
+from lightm.nets.baselines.common import Baseline, Shape
+from lightm.nets.lightm_unet import check_channels
 
-# name: (module of this package, its function, dimensionalities)
+# name: (module of this package, its function of a Shape and options, dimensionalities)
 BASELINES: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "unet": ("monai_nets", "unet", (2, 3)),
     "dynunet": ("monai_nets", "dynunet", (2, 3)),
@@ -20,11 +20,11 @@ BASELINES: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "attention-unet": ("monai_nets", "attention_unet", (2, 3)),
     "unetr": ("monai_nets", "unetr", (2, 3)),
     "swinunetr": ("monai_nets", "swinunetr", (2, 3)),
-    "umamba-bot": ("umamba", "umamba_bot", (2, 3)),
-    "umamba-enc": ("umamba", "umamba_enc", (2, 3)),
-    "ultralight-vm-unet": ("ultralight", "ultralight_vm_unet", (2, 3)),
-    "transunet": ("transunet", "transunet", (2,)),
-    "nnformer": ("nnformer", "nnformer", (3,)),
+    "umamba-bot": ("mamba", "umamba_bot", (2, 3)),
+    "umamba-enc": ("mamba", "umamba_enc", (2, 3)),
+    "ultralight-vm-unet": ("mamba", "ultralight_vm_unet", (2, 3)),
+    "transunet": ("transformers", "transunet", (2,)),
+    "nnformer": ("transformers", "nnformer", (3,)),
     "deeplabv3plus": ("deeplab", "deeplabv3plus", (2, 3)),
 }
 
@@ -45,18 +45,13 @@ def build(
     TypeError for an unknown option, ImportError when a library that the network needs is missing.
     """
     module, function, _ = BASELINES[name]
-    if spatial_dims not in (2, 3):
-        raise ValueError(f"spatial_dims {spatial_dims}: a network is 2D or 3D; use 2 or 3")
-    if in_channels < 1:
-        raise ValueError(f"in_channels {in_channels}: an image has at least one channel")
-    if out_channels < 2:
-        raise ValueError(f"out_channels {out_channels}: background and at least one class are needed, so 2 or more")
+    check_channels(spatial_dims, in_channels, out_channels)
     if image_size is not None and (len(image_size) != spatial_dims or min(image_size) < 1):
         raise ValueError(
             f"image_size {tuple(image_size)}: {spatial_dims} positive numbers are needed in {spatial_dims}D"
         )
     builder = getattr(import_module(f"lightm.nets.baselines.{module}"), function)
-    network: Baseline = builder(spatial_dims, in_channels, out_channels, image_size, **options)
+    network: Baseline = builder(Shape(spatial_dims, in_channels, out_channels, image_size), **options)
     if image_size is not None:
         network.check_size(image_size)
     return network

@@ -7,39 +7,21 @@ from collections.abc import Sequence
 from monai.networks.nets import UNETR, AttentionUnet, DynUNet, SegResNet, SwinUNETR, UNet
 from torch import Tensor, nn
 
-from lightm.nets.baselines.common import Baseline, needed
-from lightm.nets.baselines.nnunet import plan_stages
+from lightm.nets.baselines.common import Baseline, Shape, plan_stages
 
 
-def unet(
-    spatial_dims: int,
-    in_channels: int,
-    out_channels: int,
-    image_size: Sequence[int] | None,
-    *,
-    channels: Sequence[int] = (16, 32, 64, 128, 256),
-    residual_units: int = 2,
-) -> Baseline:
+def unet(shape: Shape, *, channels: Sequence[int] = (16, 32, 64, 128, 256), residual_units: int = 2) -> Baseline:
     """U-Net with residual units, MONAI's: strided convolutions, PReLU, instance normalisation."""
     strides = [2] * (len(channels) - 1)
-    body = UNet(spatial_dims, in_channels, out_channels, tuple(channels), strides, num_res_units=residual_units)
-    divisor = [2 ** len(strides)] * spatial_dims
-    return Baseline(body, in_channels=in_channels, divisor=divisor, one_voxel=False)
+    sizes = (shape.spatial_dims, shape.in_channels, shape.out_channels, tuple(channels))
+    return shape.baseline(UNet(*sizes, strides, num_res_units=residual_units), 2 ** len(strides), one_voxel=False)
 
 
-def attention_unet(
-    spatial_dims: int,
-    in_channels: int,
-    out_channels: int,
-    image_size: Sequence[int] | None,
-    *,
-    channels: Sequence[int] = (16, 32, 64, 128, 256),
-) -> Baseline:
+def attention_unet(shape: Shape, *, channels: Sequence[int] = (16, 32, 64, 128, 256)) -> Baseline:
     """Attention U-Net: gates on the skip connections, batch normalisation; the paper's quartered widths."""
     strides = [2] * (len(channels) - 1)
-    body = AttentionUnet(spatial_dims, in_channels, out_channels, tuple(channels), strides)
-    divisor = [2 ** len(strides)] * spatial_dims
-    return Baseline(body, in_channels=in_channels, divisor=divisor, one_voxel=False)
+    body = AttentionUnet(shape.spatial_dims, shape.in_channels, shape.out_channels, tuple(channels), strides)
+    return shape.baseline(body, 2 ** len(strides), one_voxel=False)
 
 
 class PlainDynUNet(nn.Module):
@@ -69,36 +51,26 @@ class PlainDynUNet(nn.Module):
 
 
 def dynunet(
-    spatial_dims: int,
-    in_channels: int,
-    out_channels: int,
-    image_size: Sequence[int] | None,
-    *,
-    base_channels: int = 32,
-    max_channels: int | None = None,
-    spacing: Sequence[float] | None = None,
+    shape: Shape, *, base_channels: int = 32, max_channels: int | None = None, spacing: Sequence[float] | None = None
 ) -> Baseline:
     """nnU-Net's network with the stages of its rules (`plan_stages`): instance norm, leaky ReLU, one output."""
-    size = needed(image_size, "nnU-Net's rules derive the stages from it")
+    size = shape.needed_size("nnU-Net's rules derive the stages from it")
     stages = plan_stages(size, spacing=spacing, base_channels=base_channels, max_channels=max_channels)
     net = DynUNet(
-        spatial_dims,
-        in_channels,
-        out_channels,
+        shape.spatial_dims,
+        shape.in_channels,
+        shape.out_channels,
         kernel_size=stages.kernels,
         strides=stages.strides,
         upsample_kernel_size=stages.strides[1:],
         filters=stages.channels,
         norm_name=("INSTANCE", {"affine": True}),
     )
-    return Baseline(PlainDynUNet(net), in_channels=in_channels, divisor=stages.divisor, one_voxel=False)
+    return shape.baseline(PlainDynUNet(net), stages.divisor, one_voxel=False)
 
 
 def segresnet(
-    spatial_dims: int,
-    in_channels: int,
-    out_channels: int,
-    image_size: Sequence[int] | None,
+    shape: Shape,
     *,
     base_channels: int = 32,
     blocks_down: Sequence[int] = (1, 2, 2, 4),
@@ -107,45 +79,24 @@ def segresnet(
     """SegResNet without its variational branch: group normalisation, residual blocks, additive skips."""
     if base_channels % 8:
         raise ValueError(f"base_channels {base_channels}: not divisible by the 8 groups of GroupNorm; use 16 or 32")
-    body = SegResNet(
-        spatial_dims,
-        base_channels,
-        in_channels,
-        out_channels,
-        blocks_down=tuple(blocks_down),
-        blocks_up=tuple(blocks_up),
-    )
-    return Baseline(body, in_channels=in_channels, divisor=[2 ** (len(blocks_down) - 1)] * spatial_dims)
+    sizes = (shape.spatial_dims, base_channels, shape.in_channels, shape.out_channels)
+    body = SegResNet(*sizes, blocks_down=tuple(blocks_down), blocks_up=tuple(blocks_up))
+    return shape.baseline(body, 2 ** (len(blocks_down) - 1))
 
 
-def unetr(
-    spatial_dims: int,
-    in_channels: int,
-    out_channels: int,
-    image_size: Sequence[int] | None,
-    *,
-    base_channels: int = 16,
-    hidden: int = 768,
-    mlp: int = 3072,
-    heads: int = 12,
-) -> Baseline:
+def unetr(shape: Shape, *, base_channels: int = 16, hidden: int = 768, mlp: int = 3072, heads: int = 12) -> Baseline:
     """UNETR: ViT-B/16 encoder of twelve layers, convolutional decoder on its layers 3, 6, 9 and 12."""
-    size = needed(image_size, "a vision transformer learns a position for every part of it")
-    divisor = (16,) * spatial_dims
-    for axis, length in zip("ZYX"[-spatial_dims:], size, strict=True):
-        if length % 16 or not length:
-            raise ValueError(f"image_size {size}: {axis}={length} is not divisible by 16; use {length // 16 * 16 + 16}")
-    body = UNETR(in_channels, out_channels, size, base_channels, hidden, mlp, heads, spatial_dims=spatial_dims)
+    dims = shape.spatial_dims
+    size = shape.needed_size("a vision transformer learns a position for every part of it", (16,) * dims)
+    sizes = (shape.in_channels, shape.out_channels, size, base_channels, hidden, mlp, heads)
+    body = UNETR(*sizes, spatial_dims=dims)
     for block in body.vit.blocks:  # a norm that only cross-attention uses, which UNETR has none of
         block.norm_cross_attn = nn.Identity()
-    return Baseline(body, in_channels=in_channels, divisor=divisor, image_size=size, one_voxel=False)
+    return shape.baseline(body, 16, image_size=size, one_voxel=False)
 
 
 def swinunetr(
-    spatial_dims: int,
-    in_channels: int,
-    out_channels: int,
-    image_size: Sequence[int] | None,
+    shape: Shape,
     *,
     base_channels: int = 48,
     depths: Sequence[int] = (2, 2, 2, 2),
@@ -156,12 +107,12 @@ def swinunetr(
     if base_channels % 12:
         raise ValueError(f"base_channels {base_channels}: Swin UNETR's heads need a multiple of 12, such as 24 or 48")
     body = SwinUNETR(
-        in_channels,
-        out_channels,
+        shape.in_channels,
+        shape.out_channels,
         depths=tuple(depths),
         num_heads=tuple(heads),
         window_size=window,
         feature_size=base_channels,
-        spatial_dims=spatial_dims,
+        spatial_dims=shape.spatial_dims,
     )
-    return Baseline(body, in_channels=in_channels, divisor=[32] * spatial_dims, one_voxel=False)
+    return shape.baseline(body, 32, one_voxel=False)

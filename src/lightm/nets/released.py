@@ -7,17 +7,50 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lightm.errors import InputError
-from lightm.nets.released.names import convert_released, listed, original_name, released_name
-from lightm.nets.released.network import ReleasedLightMUNet
+from lightm.nets.lightm_unet import ReleasedLightMUNet
 
+# The released code's names and this package's. n: a number; m: one that counts from 1 there, from 0 here (blocks of a
+# stage, and widening layers by the stage that they open); k: 1 or 2; p: weight or bias; x: a parameter of an RVM.
+_NAMES = [
+    ("convInit.0.conv.weight", "stem.depthwise"),
+    ("convInit.1.conv.weight", "stem.pointwise.weight"),
+    ("conv_final.0.{p}", "head_norm.norm.{p}"),
+    ("conv_final.2.0.conv.weight", "head.depthwise"),
+    ("conv_final.2.0.conv.bias", "head.depthwise_bias"),
+    ("conv_final.2.1.conv.{p}", "head.pointwise.{p}"),
+    ("up_samples.{n}.0.conv.weight", "decoder.{n}.reduce.weight"),
+    ("up_layers.{n}.0.norm{k}.{p}", "decoder.{n}.norm{k}.norm.{p}"),
+    ("up_layers.{n}.0.conv.0.conv.weight", "decoder.{n}.conv.depthwise"),
+    ("up_layers.{n}.0.conv.1.conv.weight", "decoder.{n}.conv.pointwise.weight"),
+    ("up_layers.{n}.0.skip_scale", "decoder.{n}.skip_scale"),
+    ("down_layers.{n}.{m}.norm{k}.{p}", "stages.{n}.{m}.norm{k}.norm.{p}"),
+    ("down_layers.{n}.{m}.conv{k}.{x}", "stages.{n}.{m}.layer{k}.{x}"),
+    ("down_layers.{m}.0.0.{x}", "widen.{m}.{x}"),
+]
+_RVM = [
+    ("norm", "norm_in"),
+    ("mamba.in_proj", "vss.in_proj"),
+    ("mamba.x_proj", "vss.x_proj"),
+    ("mamba.dt_proj", "vss.dt_proj"),
+    ("mamba.out_proj", "vss.out_proj"),
+    ("mamba.conv1d.weight", "vss.conv_weight"),
+    ("mamba.conv1d.bias", "vss.conv_bias"),
+    ("mamba.A_log", "vss.A_log"),
+    ("mamba.D", "vss.d_skip"),
+    ("proj", "proj"),
+    ("skip_scale", "skip_scale"),
+]
 # What other networks' checkpoints can be told by; the first that fits is named.
 _OTHERS = [
     (r"encoder\.stages\.\d+\..*mamba|mamba_layer", "U-Mamba"),
@@ -81,7 +114,11 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
         raise InputError(f"{path}: holds no state dict; names and tensors are expected")
-    others = [name for name, value in content.items() if not _is_plain(value)]
+    others = [
+        name
+        for name, value in content.items()
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu"
+    ]
     if others:
         raise InputError(
             f"{path}: holds no state dict: '{others[0]}' is no tensor; tensors by their names are expected, or under "
@@ -105,11 +142,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def _read_torch(path: Path) -> Any:
-    """Return the content of a file of `torch.save`, in both of its formats; `torch.load` executes nothing in it.
-
-    Containers, numbers, text, tensors and NumPy's numbers, which nnU-Net keeps, are understood. Tensors of the present
-    format stay in the file until they are looked at.
-    """
+    """The content of a file of `torch.save`; tensors of its present format stay in the file until they are used."""
     try:
         with path.open("rb") as stream:
             archive = stream.read(4) == b"PK\x03\x04"
@@ -159,25 +192,17 @@ def _check_archive(path: Path) -> None:
         raise InputError(f"{path}: a zip archive without weights of PyTorch (no data.pkl in it)")
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-
-
 def _kind(value: Any, kind: type) -> Any:
     return value if isinstance(value, kind) else None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        content: dict[str, Tensor] = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-    return content
 
 
 def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,6 +226,73 @@ def _of_released(path: Path, state: dict[str, Any]) -> dict[str, Any]:
         f"{path}: {len(unknown)} of {len(state)} names are not those of a released LightM-UNet: "
         f"{listed(unknown)}" + (f"; this looks like {likely[0]}" if likely else "")
     )
+
+
+@cache
+def _rules(back: bool) -> list[tuple[re.Pattern[str], str]]:
+    fields = {"n": r"\d+", "m": r"\d+" if back else r"[1-9]\d*", "k": "[12]", "p": r"\w+", "x": ".+"}
+    pairs = [(ours, theirs) if back else (theirs, ours) for theirs, ours in _NAMES]
+    return [
+        (re.compile(re.sub(r"\\{(\w)\\}", lambda m: f"(?P<{m[1]}>{fields[m[1]]})", re.escape(source))), target)
+        for source, target in pairs
+    ]
+
+
+def _renamed(name: str, back: bool) -> str | None:
+    for pattern, target in _rules(back):
+        if match := pattern.fullmatch(name):
+            found = match.groupdict()
+            if "m" in found:
+                found["m"] = str(int(found["m"]) + (1 if back else -1))
+            if "x" not in found:
+                return target.format(**found)
+            for pair in _RVM:
+                source, other = reversed(pair) if back else pair
+                if found["x"] == source or found["x"].startswith(source + "."):
+                    return target.format(**{**found, "x": other + found["x"][len(source) :]})
+    return None
+
+
+def released_name(name: str) -> str | None:
+    """Return this package's name for a parameter of the released code, or None for a name that it has not."""
+    return _renamed(name, back=False)
+
+
+def original_name(name: str) -> str:
+    """Return the released code's name for a parameter of this package: the inverse of `released_name`."""
+    return _renamed(name, back=True) or name
+
+
+def convert_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a released state dict under this package's names and in its layouts.
+
+    Convolutions (out, in, *k) become channels-last (depthwise) or matrices (pointwise, and Mamba's conv1d).
+    Raises InputError that lists the names which the released code has not.
+    """
+    unknown = [name for name in state if released_name(name) is None]
+    if unknown:
+        raise InputError(
+            f"{len(unknown)} of {len(state)} names are not those of a released LightM-UNet: {listed(unknown)}"
+        )
+    return {str(released_name(name)): _relaid(name, tensor) for name, tensor in state.items()}
+
+
+def _relaid(name: str, tensor: Tensor) -> Tensor:
+    if name.endswith("conv1d.weight"):
+        return tensor.squeeze(1)  # (E, 1, K) -> (E, K)
+    if re.search(r"(convInit|conv_final\.2|conv)\.0\.conv\.weight$", name) and tensor.ndim > 3:
+        if "up_samples" in name:
+            return tensor.flatten(1)
+        return tensor.squeeze(1).movedim(0, -1).contiguous()  # (C, 1, *k) -> (*k, C)
+    if tensor.ndim > 3:
+        return tensor.flatten(1)  # (O, C, 1, 1, 1) -> (O, C)
+    return tensor
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    """Join the first names, and say how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def released_settings(state: Mapping[str, Tensor], *, groups: int = 8) -> dict[str, Any]:
