@@ -202,7 +202,7 @@ def format_markdown(rows: Sequence[Row]) -> str:
     first = rows[0]
     lines = [
         f"LightM {first.lightm} ({first.commit}), torch {first.torch}, numba {first.numba}, Python {first.python}; "
-        f"{first.cpu}, {first.threads} threads; {first.date}. Limits in this run: matmul "
+        f"{first.cpu}, {first.threads} threads; {first.date}. Peak throughput in this run: matmul "
         f"{first.limit_matmul_gflops:.0f} GFLOP/s, multiply-adds in registers {first.limit_register_gflops:.0f} "
         f"GFLOP/s, copy {first.limit_copy_gbs:.1f} GB/s, {first.limit_gexps:.2f} G exponentials/s, bare scan "
         f"{first.limit_gupdates:.2f} G state updates/s.",

@@ -93,8 +93,8 @@ def run(
         _check_writable(Path(plot))
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     _log.info("measuring the peak throughput of this machine")
-    limits = roofline.measure_limits()
-    _log.info(limits.describe())
+    peak = roofline.measure_throughput()
+    _log.info(peak.describe())
     # a tick for every measurement, and one for every peak
     total = sum(len(group.cases) * (repeats + memory) for group in groups)
     done = 0
@@ -109,8 +109,8 @@ def run(
     for group in groups:
         _log.info(f"{', '.join(case.label for case in group.cases)}")
         results += _measure(group, repeats, memory, tick)
-    limits = limits.best(roofline.measure_limits())
-    rows = _rows(results, limits, started)
+    peak = peak.best(roofline.measure_throughput())
+    rows = _rows(results, peak, started)
     if out is not None:
         write_csv(rows, out)
     if plot is not None:
@@ -198,14 +198,14 @@ def _measure(group: Group, repeats: int, with_memory: bool, tick: Callable[[], N
     ]
 
 
-def _rows(results: Sequence[_Result], limits: roofline.Limits, started: str) -> list[Row]:
+def _rows(results: Sequence[_Result], peak: roofline.Throughput, started: str) -> list[Row]:
     import torch
 
     version, commit, cpu = records.versions(), records.commit(), records.cpu_model()
     rows = []
     for result in results:
         low, middle, high = np.percentile(result.times, (20, 50, 80)).tolist()
-        shortest = roofline.roofline_seconds(result.steps, limits)
+        shortest = roofline.roofline_seconds(result.steps, peak)
         rows.append(
             Row(
                 date=started,
@@ -231,11 +231,11 @@ def _rows(results: Sequence[_Result], limits: roofline.Limits, started: str) -> 
                 ratio_to_roofline=middle / shortest if shortest else 0.0,
                 baseline=result.baseline,
                 ratio_to_baseline=median_ratio(result.times, result.baseline_times) if result.baseline_times else None,
-                limit_matmul_gflops=limits.matmul / 1e9,
-                limit_register_gflops=limits.registers / 1e9,
-                limit_copy_gbs=limits.bytes / 1e9,
-                limit_gexps=limits.exps / 1e9,
-                limit_gupdates=limits.updates / 1e9,
+                limit_matmul_gflops=peak.matmul / 1e9,
+                limit_register_gflops=peak.registers / 1e9,
+                limit_copy_gbs=peak.bytes / 1e9,
+                limit_gexps=peak.exps / 1e9,
+                limit_gupdates=peak.updates / 1e9,
             )
         )
     return rows
