@@ -76,19 +76,12 @@ def measure_throughput(runs: int = 5, *, small: bool = False) -> Throughput:
     from lightm.lab.bench.kernels import STATES, BareScan, exponential_batch, multiply_add_batch
     from lightm.lab.bench.measure import best_seconds
 
-    def matmul_rate(edge: int) -> float:
-        a, b, out = torch.randn(edge, edge), torch.randn(edge, edge), torch.empty(edge, edge)
-        return 2 * edge**3 / best_seconds(lambda: torch.mm(a, b, out=out), runs)
-
-    def copy_rate(floats: int) -> float:
-        source = torch.ones(floats)
-        target = torch.empty_like(source)
-        return 2 * 4 * floats / best_seconds(lambda: target.copy_(source), runs)
-
+    threads, edge, floats = torch.get_num_threads(), 256 if small else 2048, 1 << (20 if small else 26)
     with torch.no_grad():
-        threads = torch.get_num_threads()
-        matmul = matmul_rate(256 if small else 2048)
-        moved = copy_rate(1 << (20 if small else 26))
+        a, b, out = torch.randn(edge, edge), torch.randn(edge, edge), torch.empty(edge, edge)
+        matmul = 2 * edge**3 / best_seconds(lambda: torch.mm(a, b, out=out), runs)
+        source, target = torch.ones(floats), torch.empty(floats)
+        moved = 2 * 4 * floats / best_seconds(lambda: target.copy_(source), runs)
         chains, flops = multiply_add_batch(threads, rounds=20_000 if small else 2_000_000)
         call, count = exponential_batch(threads, rounds=100 if small else 4000)
         scan = BareScan(1024 if small else 65536, 64)
