@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -99,9 +100,9 @@ def _points(rows: Sequence[Row]) -> Figure:
     """One line for each network, fewest operations on top; every bubble stands at its operations."""
     rows = sorted(rows, key=lambda row: -row.multiply_adds)
     most = max(row.parameters for row in rows)
-    steps = [max(24.0, _diameter(row.parameters, most) + 3) for row in rows]  # points of height for each line
     places, height = [], 0.0
-    for step in steps:
+    for row in rows:
+        step = max(24.0, _diameter(row.parameters, most) + 3)  # points of height of its line
         places.append(height + step / 2)
         height += step
     figure = new_figure(9.6, height / 72 + 1.9)
@@ -229,19 +230,11 @@ def _place_labels(axes: Axes, scored: Sequence[tuple[Row, Dice]], most: int) -> 
         taken.append(box)
         centre = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
         to_data = axes.transData.inverted()
-        axes.annotate(
-            label,
-            tuple(to_data.transform((x, y))),
-            xytext=tuple(to_data.transform(centre)),
-            fontsize=8,
-            color=INK,
-            ha="center",
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkB": 2, "relpos": (0.5, 0.5)}
-            if ring
-            else None,
-            path_effects=[withStroke(linewidth=2.5, foreground="white")],
-        )
+        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkB": 2, "relpos": (0.5, 0.5)}
+        at, to = (tuple(to_data.transform(point)) for point in ((x, y), centre))
+        halo = [withStroke(linewidth=2.5, foreground="white")]
+        look: dict[str, Any] = {"fontsize": 8, "color": INK, "ha": "center", "va": "center", "path_effects": halo}
+        axes.annotate(label, at, to, arrowprops=line if ring else None, **look)
 
 
 def _overlap(one: Bbox, other: Bbox) -> float:

@@ -16,7 +16,7 @@ from lightm.lab.bench import measure
 from lightm.lab.bench.kernels import STATES, BareScan
 from lightm.lab.bench.measure import OutOfMemoryError, peak_in_child
 from lightm.lab.bench.records import commit, cpu_model, versions
-from lightm.lab.bench.roofline import Limits, measure_limits
+from lightm.lab.bench.roofline import Throughput, measure_throughput
 from lightm.ops import selective_scan
 
 MEASURABLE = memory.resident() is not None
@@ -81,12 +81,12 @@ def test_failures_of_that_process_are_told(
         peak_in_child({"case": {"name": "unetr"}, "threads": 1})
 
 
-def test_limits_are_positive_and_the_best_of_two_counts() -> None:
-    limits = measure_limits(1, small=True)
-    assert min(limits.matmul, limits.registers, limits.bytes, limits.exps, limits.updates) > 0
-    assert limits.flops == max(limits.matmul, limits.registers)
-    assert Limits(1, 5, 3, 4, 1).best(Limits(2, 4, 3, 1, 6)) == Limits(2, 5, 3, 4, 6)
-    assert "GB/s" in limits.describe()
+def test_throughputs_are_positive_and_the_best_of_two_counts() -> None:
+    peak = measure_throughput(1, small=True)
+    assert min(peak.matmul, peak.registers, peak.bytes, peak.exps, peak.updates) > 0
+    assert peak.flops == max(peak.matmul, peak.registers)
+    assert Throughput(1, 5, 3, 4, 1).best(Throughput(2, 4, 3, 1, 6)) == Throughput(2, 5, 3, 4, 6)
+    assert "GB/s" in peak.describe()
 
 
 def test_the_bare_scan_computes_the_scan() -> None:

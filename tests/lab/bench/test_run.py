@@ -32,7 +32,7 @@ ROW = Row(
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Throughputs from small data, and calls repeated less often."""
     monkeypatch.setattr(measure, "SHORTEST", 0.001)
-    monkeypatch.setattr(roofline, "measure_limits", functools.partial(roofline.measure_limits, 1, small=True))
+    monkeypatch.setattr(roofline, "measure_throughput", functools.partial(roofline.measure_throughput, 1, small=True))
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def never(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(*args: Any, **options: Any) -> None:
         raise AssertionError("measured before the input was checked")
 
-    monkeypatch.setattr(roofline, "measure_limits", measured)
+    monkeypatch.setattr(roofline, "measure_throughput", measured)
 
 
 def test_csv_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -7,19 +7,19 @@ import torch
 
 from lightm import ops
 from lightm.lab.bench.cases import chunked_scan, operator_work
-from lightm.lab.bench.roofline import Limits, Work, count_steps, layer_work, roofline_seconds, state_space_work
+from lightm.lab.bench.roofline import Throughput, Work, count_steps, layer_work, roofline_seconds, state_space_work
 from lightm.nets import create
 from lightm.nets.blocks import RVM, SPM
 from lightm.nets.state_space import VSS2
 
 
 def test_the_roofline_of_a_step_is_the_slower_of_memory_and_arithmetic_and_steps_add_up() -> None:
-    limits = Limits(matmul=50.0, registers=100.0, bytes=10.0, exps=20.0, updates=1.0)
+    peak = Throughput(matmul=50.0, registers=100.0, bytes=10.0, exps=20.0, updates=1.0)
     by_memory = Work(read=30, written=10, flops=100, exps=20)  # 4 s against 1 s + 1 s
     by_arithmetic = Work(read=5, written=5, flops=300, exps=40)  # 1 s against 3 s + 2 s
-    assert roofline_seconds([by_memory], limits) == pytest.approx(4)
-    assert roofline_seconds([by_memory, by_arithmetic], limits) == pytest.approx(9)
-    assert roofline_seconds([], limits) == 0
+    assert roofline_seconds([by_memory], peak) == pytest.approx(4)
+    assert roofline_seconds([by_memory, by_arithmetic], peak) == pytest.approx(9)
+    assert roofline_seconds([], peak) == 0
 
 
 def test_a_backward_pass_reads_and_writes_what_it_must() -> None:

@@ -100,7 +100,7 @@ def test_2d_has_no_surfaces(tmp_path: Path) -> None:
     folder = make_comparison(tmp_path, images=True, spatial_dims=2, cases=3, seeds=(0,), methods={"lightm-small": 0.8})
     words, _ = page_of(folder)
     assert "No other method has a result yet" in words
-    assert "One seed a method" in words
+    assert "One seed per method" in words
     names = {path.name for path in (folder / "figures").iterdir()}
     assert "case_1_slices.png" in names
     assert not any("surfaces" in name for name in names)

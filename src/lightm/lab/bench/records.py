@@ -25,6 +25,7 @@ from pathlib import Path
 from lightm import __version__
 from lightm.errors import InputError
 from lightm.files import replacing, write_text
+from lightm.lab.bench.roofline import Throughput
 
 
 @dataclass(frozen=True)
@@ -200,12 +201,11 @@ def format_markdown(rows: Sequence[Row]) -> str:
     if not rows:
         return "No case was measured."
     first = rows[0]
+    rates = (first.limit_matmul_gflops, first.limit_register_gflops, first.limit_copy_gbs)
+    peak = Throughput(*(1e9 * rate for rate in (*rates, first.limit_gexps, first.limit_gupdates)))
     lines = [
         f"LightM {first.lightm} ({first.commit}), torch {first.torch}, numba {first.numba}, Python {first.python}; "
-        f"{first.cpu}, {first.threads} threads; {first.date}. Limits in this run: matmul "
-        f"{first.limit_matmul_gflops:.0f} GFLOP/s, multiply-adds in registers {first.limit_register_gflops:.0f} "
-        f"GFLOP/s, copy {first.limit_copy_gbs:.1f} GB/s, {first.limit_gexps:.2f} G exponentials/s, bare scan "
-        f"{first.limit_gupdates:.2f} G state updates/s.",
+        f"{first.cpu}, {first.threads} threads; {first.date}. Peak throughput in this run: {peak.describe()}.",
         "",
         f"| {' | '.join(HEADINGS)} |",
         f"|{' --- |' * len(HEADINGS)}",

@@ -37,7 +37,7 @@ FLOAT = 4  # bytes of float32
 
 
 @dataclass(frozen=True)
-class Limits:
+class Throughput:
     """Peak throughputs per second: FLOPs of a large float32 matmul and of multiply-adds in registers (a multiply-add is
     2), bytes of a large copy (reads and writes counted), exponentials from and to the first-level cache, and state
     updates (tokens x channels x states) of a bare scan loop."""
@@ -53,9 +53,9 @@ class Limits:
         """The rate that rooflines are counted with: libraries do not reach the registers' on every processor."""
         return max(self.matmul, self.registers)
 
-    def best(self, other: Limits) -> Limits:
+    def best(self, other: Throughput) -> Throughput:
         """The larger of each rate."""
-        return Limits(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
+        return Throughput(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
 
     def describe(self) -> str:
         return (
@@ -65,7 +65,7 @@ class Limits:
         )
 
 
-def measure_limits(runs: int = 5, *, small: bool = False) -> Limits:
+def measure_throughput(runs: int = 5, *, small: bool = False) -> Throughput:
     """Measure each throughput as the fastest of `runs` after a warm-up: about 2 seconds and 0.6 GB.
 
     `small` measures on less data (for tests): rates are then of the caches.
@@ -75,23 +75,16 @@ def measure_limits(runs: int = 5, *, small: bool = False) -> Limits:
     from lightm.lab.bench.kernels import STATES, BareScan, exponential_batch, multiply_add_batch
     from lightm.lab.bench.measure import best_seconds
 
-    def matmul_rate(edge: int) -> float:
-        a, b, out = torch.randn(edge, edge), torch.randn(edge, edge), torch.empty(edge, edge)
-        return 2 * edge**3 / best_seconds(lambda: torch.mm(a, b, out=out), runs)
-
-    def copy_rate(floats: int) -> float:
-        source = torch.ones(floats)
-        target = torch.empty_like(source)
-        return 2 * 4 * floats / best_seconds(lambda: target.copy_(source), runs)
-
+    threads, edge, floats = torch.get_num_threads(), 256 if small else 2048, 1 << (20 if small else 26)
     with torch.no_grad():
-        threads = torch.get_num_threads()
-        matmul = matmul_rate(256 if small else 2048)
-        moved = copy_rate(1 << (20 if small else 26))
+        a, b, out = torch.randn(edge, edge), torch.randn(edge, edge), torch.empty(edge, edge)
+        matmul = 2 * edge**3 / best_seconds(lambda: torch.mm(a, b, out=out), runs)
+        source, target = torch.ones(floats), torch.empty(floats)
+        moved = 2 * 4 * floats / best_seconds(lambda: target.copy_(source), runs)
         chains, flops = multiply_add_batch(threads, rounds=20_000 if small else 2_000_000)
         call, count = exponential_batch(threads, rounds=100 if small else 4000)
         scan = BareScan(1024 if small else 65536, 64)
-        return Limits(
+        return Throughput(
             matmul,
             flops / best_seconds(chains, runs),
             moved,
@@ -121,9 +114,9 @@ class Work:
         return Work(2 * self.read + self.written, self.read + self.written, 3 * self.flops, 2 * self.exps)
 
 
-def roofline_seconds(steps: Sequence[Work], limits: Limits) -> float:
-    """The roofline of `steps`, one after the other, on a machine of these limits."""
-    return sum(max(step.bytes / limits.bytes, step.flops / limits.flops + step.exps / limits.exps) for step in steps)
+def roofline_seconds(steps: Sequence[Work], peak: Throughput) -> float:
+    """The roofline of `steps`, one after the other, on a machine of this peak throughput."""
+    return sum(max(step.bytes / peak.bytes, step.flops / peak.flops + step.exps / peak.exps) for step in steps)
 
 
 def layer_work(layer: RVM | SPM, inputs: Tensor, output: Tensor) -> Work:

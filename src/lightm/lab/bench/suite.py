@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,18 +76,10 @@ def run(
         memory: measure peak memory too; a fresh process per case takes seconds to start.
         out: CSV file for the rows, replaced if it is there.
         plot: .svg, .png or .pdf of the scaling rows.
-        progress: called with (what, done, total).
 
-    Returns:
-        One row per case, in the order of the cases. A case that the system ended for lack of memory is left out and
-        logged.
-
-    Raises:
-        InputError: an unknown name, a size that a network cannot take, a missing module, a file that cannot be
-            written; all of it before anything is measured.
-        LightMError: a case that failed.
-
-    Cost: minutes for "all" on two cores.
+    Returns one row per case, in order; a case that the system ended for lack of memory is left out and logged.
+    Raises InputError, before anything is measured, for an unknown name, a size that a network cannot take, a missing
+    module, and a file that cannot be written; LightMError for a case that failed. "all" takes minutes on two cores.
     """
     groups = plan(what, size=size, networks=networks, baseline=baseline, train=train, sizes=sizes)
     if repeats < 1:
@@ -101,8 +93,8 @@ def run(
         _check_writable(Path(plot))
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     _log.info("measuring the peak throughput of this machine")
-    limits = roofline.measure_limits()
-    _log.info(limits.describe())
+    peak = roofline.measure_throughput()
+    _log.info(peak.describe())
     # a tick for every measurement, and one for every peak
     total = sum(len(group.cases) * (repeats + memory) for group in groups)
     done = 0
@@ -117,8 +109,8 @@ def run(
     for group in groups:
         _log.info(f"{', '.join(case.label for case in group.cases)}")
         results += _measure(group, repeats, memory, tick)
-    limits = limits.best(roofline.measure_limits())
-    rows = _rows(results, limits, started)
+    peak = peak.best(roofline.measure_throughput())
+    rows = _rows(results, peak, started)
     if out is not None:
         write_csv(rows, out)
     if plot is not None:
@@ -147,13 +139,12 @@ def plan(
         raise InputError(f"baseline '{baseline}' is not among the networks {', '.join(names)}; add it with --networks")
     small, large = size or 64, size or 96
     if small % 2 and what != "network" and what != "scaling":
-        raise InputError(
-            f"size {small}: operators and layers are measured on an even edge; use {small - 1} or {small + 1}"
-        )
+        even = f"{small - 1} or {small + 1}"
+        raise InputError(f"size {small}: operators and layers are measured on an even edge; use {even}")
     groups: list[Group] = []
-    for name, variants in OPERATORS.items():
+    for name in OPERATORS:
         if what in ("op", "all", name):
-            groups += _operator_groups(name, variants, small)
+            groups += [_operator_group(name, small, mode) for mode in (FORWARD, BOTH)]
     for mode in (FORWARD, BOTH):
         for width in cases.LAYER_WIDTHS:
             pair = [name for name in LAYERS if name.endswith(f"-{width}") and what in ("layer", "all", name)]
@@ -173,14 +164,12 @@ def plan(
     return groups
 
 
-def _operator_groups(name: str, variants: Iterable[str], size: int) -> list[Group]:
+def _operator_group(name: str, size: int, mode: str) -> Group:
     baseline = {"selective_scan_long": "bare", "selective_scan": "chunked"}.get(name, "reference")
-    groups = []
-    for mode in (FORWARD, BOTH):
-        # the bare loop has no backward pass
-        chosen = tuple(Case("op", name, size, mode, impl) for impl in variants if impl != "bare" or mode == FORWARD)
-        groups.append(Group(chosen, baseline if len(chosen) > 1 else ""))
-    return groups
+    # the bare loop has no backward pass
+    variants = [impl for impl in OPERATORS[name] if impl != "bare" or mode == FORWARD]
+    chosen = tuple(Case("op", name, size, mode, impl) for impl in variants)
+    return Group(chosen, baseline if len(chosen) > 1 else "")
 
 
 def _measure(group: Group, repeats: int, with_memory: bool, tick: Callable[[], None]) -> list[_Result]:
@@ -209,14 +198,14 @@ def _measure(group: Group, repeats: int, with_memory: bool, tick: Callable[[], N
     ]
 
 
-def _rows(results: Sequence[_Result], limits: roofline.Limits, started: str) -> list[Row]:
+def _rows(results: Sequence[_Result], peak: roofline.Throughput, started: str) -> list[Row]:
     import torch
 
     version, commit, cpu = records.versions(), records.commit(), records.cpu_model()
     rows = []
     for result in results:
         low, middle, high = np.percentile(result.times, (20, 50, 80)).tolist()
-        shortest = roofline.roofline_seconds(result.steps, limits)
+        shortest = roofline.roofline_seconds(result.steps, peak)
         rows.append(
             Row(
                 date=started,
@@ -242,11 +231,11 @@ def _rows(results: Sequence[_Result], limits: roofline.Limits, started: str) -> 
                 ratio_to_roofline=middle / shortest if shortest else 0.0,
                 baseline=result.baseline,
                 ratio_to_baseline=median_ratio(result.times, result.baseline_times) if result.baseline_times else None,
-                limit_matmul_gflops=limits.matmul / 1e9,
-                limit_register_gflops=limits.registers / 1e9,
-                limit_copy_gbs=limits.bytes / 1e9,
-                limit_gexps=limits.exps / 1e9,
-                limit_gupdates=limits.updates / 1e9,
+                limit_matmul_gflops=peak.matmul / 1e9,
+                limit_register_gflops=peak.registers / 1e9,
+                limit_copy_gbs=peak.bytes / 1e9,
+                limit_gexps=peak.exps / 1e9,
+                limit_gupdates=peak.updates / 1e9,
             )
         )
     return rows

@@ -150,7 +150,6 @@ class Experiment(Strict):
 
     @property
     def baseline_method(self) -> tuple[str, str, str]:
-        """Labels of the baseline's network, loss and recipe."""
         labels = self._labels()
         network, loss, recipe = (getattr(self.baseline, part) or labels[part][0] for part in _PARTS)
         return network, loss, recipe

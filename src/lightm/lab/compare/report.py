@@ -204,9 +204,9 @@ def _draw_case(case: DrawnCase, comparison: Comparison, summary: Summary, images
     name = case.chosen.case
     trials: dict[str, FinishedTrial] = {}
     for method, finished in comparison.methods():
-        having = [trial for trial in finished if name in images.predictions[trial.record.id]]
-        if having:
-            trials[method] = having[0]
+        for trial in finished:
+            if name in images.predictions[trial.record.id]:
+                trials.setdefault(method, trial)
     case.seeds = {method: trial.trial.seed for method, trial in trials.items()}
     try:
         image = images.image(name)
@@ -249,10 +249,8 @@ def answer(summary: Summary) -> list[str]:
     over = "mean over classes" if len(summary.labels) > 1 else next(iter(summary.labels))
     best = _highest(summary.methods)
     if baseline is None:
-        highest = (
-            "" if best is None else f" The highest mean DSC is {best.name}'s, {_mean(best)}, which was not tested."
-        )
-        return [f"The baseline, {summary.baseline}, has no result, so no method is tested against it.{highest}"]
+        untested = "" if best is None else f" The highest mean DSC, not tested, is {best.name}'s, {_mean(best)}."
+        return [f"The baseline, {summary.baseline}, has no result, so no method is tested against it.{untested}"]
     sentences = [f"The baseline, {baseline.name}, reaches a Dice (DSC, {over}) of {_mean(baseline)}."]
     others = [method for method in summary.methods if not method.is_baseline]
     if not others:

@@ -12,39 +12,19 @@ from numpy.typing import NDArray
 from scipy.stats import norm, rankdata
 
 from lightm.errors import InputError
-from lightm.evaluation.evaluation import (
-    METRICS,
-    Evaluation,
-    Statistic,
-    as_number,
-    bootstrap_weights,
-    resampled_means,
-    row_means,
-    statistic_of,
-)
+from lightm.evaluation import evaluation
+from lightm.evaluation.evaluation import METRICS, Evaluation
 from lightm.evaluation.figures import History
 from lightm.evaluation.metrics import STATUSES
-from lightm.lab.compare.results import (
-    CaseResult,
-    Comparison,
-    Convergence,
-    Difference,
-    FailedTrial,
-    FinishedTrial,
-    MethodSummary,
-    Score,
-    Scores,
-    Summary,
-    Training,
-    Verdict,
-)
+from lightm.lab.compare import results
+from lightm.lab.compare.results import Comparison, Difference, FinishedTrial, Score
 
 Floats = NDArray[np.float64]
 
 _SMALLER_IS_BETTER = ("hd95_mm",)
 
 
-def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed: int = 0) -> Summary:
+def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed: int = 0) -> results.Summary:
     """Return means, intervals and tests of every method with a finished trial, per class and over classes.
 
     A case's value is its mean over the method's seeds; the mean over cases has a percentile bootstrap interval
@@ -76,7 +56,7 @@ def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed:
     # Sorted, so that the resamples do not depend on the order in which cases were scored.
     cases = sorted({case for method in scored for found in method.evaluations for case in found.cases})
     labels = list(first.labels)
-    weights = bootstrap_weights(len(cases), bootstrap, seed)
+    weights = evaluation.bootstrap_weights(len(cases), bootstrap, seed)
     baseline = next((i for i, method in enumerate(scored) if method.name == comparison.baseline), None)
     scores = {metric: _metric_scores(scored, metric, cases, labels, weights, baseline) for metric in METRICS}
     level = None if baseline is None else level_of([trial.history() for trial in scored[baseline].trials])
@@ -85,9 +65,11 @@ def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed:
     methods = []
     for i, method in enumerate(scored):
         network, loss, recipe = method.trials[0].trial.method
-        by_column = [Scores(**{metric: scores[metric][i][column] for metric in METRICS}) for column in [None, *labels]]
+        by_column = [
+            results.Scores(**{metric: scores[metric][i][column] for metric in METRICS}) for column in [None, *labels]
+        ]
         methods.append(
-            MethodSummary(
+            results.MethodSummary(
                 name=method.name,
                 network=network,
                 loss=loss,
@@ -104,8 +86,8 @@ def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed:
             )
         )
     missing = [trial.id for trial in planned if trial.id not in records]
-    failed_trials = [FailedTrial(id=record.id, error=record.error) for record in comparison.failed]
-    return Summary(
+    failed_trials = [results.FailedTrial(id=record.id, error=record.error) for record in comparison.failed]
+    return results.Summary(
         name=comparison.experiment.name,
         baseline=comparison.baseline,
         spatial_dims=first.spatial_dims,
@@ -125,7 +107,7 @@ def summarize_comparison(comparison: Comparison, *, bootstrap: int = 2000, seed:
         methods=methods,
         trials=[records[trial.id] for trial in planned if trial.id in records],
         cases=[
-            CaseResult(method=method.name, seed=trial.trial.seed, **row.model_dump())
+            results.CaseResult(method=method.name, seed=trial.trial.seed, **row.model_dump())
             for method in scored
             for trial, found in method.pairs()
             for row in found.rows
@@ -150,7 +132,7 @@ class _Scored:
         row_of, column_of = ({name: i for i, name in enumerate(names)} for names in (cases, labels))
         for s, found in enumerate(self.evaluations):
             for row in found.rows:
-                table[s, row_of[row.case], column_of[row.class_name]] = as_number(getattr(row, metric))
+                table[s, row_of[row.case], column_of[row.class_name]] = evaluation.as_number(getattr(row, metric))
         return table
 
     def seen(self, cases: Sequence[str], labels: Sequence[str]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -174,11 +156,11 @@ def _metric_scores(
     weights: Floats,
     baseline: int | None,
 ) -> list[dict[str | None, Score]]:
-    """Scores of one metric: for every method by class, None for the mean over classes."""
+    """results.Scores of one metric: for every method by class, None for the mean over classes."""
     tables = [method.table(metric, cases, labels) for method in scored]
     values = [finite_mean(table, 0) for table in tables]
     seen = [method.seen(cases, labels) for method in scored]
-    results: list[dict[str | None, Score]] = [{} for _ in scored]
+    by_class: list[dict[str | None, Score]] = [{} for _ in scored]
     for name, columns in [(None, slice(None)), *((name, slice(k, k + 1)) for k, name in enumerate(labels))]:
         differences: dict[int, tuple[Difference, int]] = {}
         for i in range(len(scored)):
@@ -196,7 +178,7 @@ def _metric_scores(
             n, centre = _centre(values[i][:, columns], weights)
             means = finite_mean(finite_mean(table[:, :, columns], 1), 1)
             known = means[np.isfinite(means)]
-            results[i][name] = Score(
+            by_class[i][name] = Score(
                 n=n,
                 mean=centre.mean,
                 low=centre.low,
@@ -205,20 +187,20 @@ def _metric_scores(
                 seed_sd=float(known.std(ddof=1)) if known.size > 1 else None,
                 difference=differences[i][0] if i in differences else None,
             )
-    return results
+    return by_class
 
 
-def _centre(values: Floats, weights: Floats) -> tuple[int, Statistic]:
+def _centre(values: Floats, weights: Floats) -> tuple[int, evaluation.Statistic]:
     """Cases with a value, and mean and interval of the mean over classes; values (cases, classes)."""
     n = int(np.isfinite(values).any(axis=1).sum())
-    draws = resampled_means(values, weights)
-    return n, statistic_of(finite_mean(values, 0), row_means(draws), several=n > 1)
+    draws = evaluation.resampled_means(values, weights)
+    return n, evaluation.statistic_of(finite_mean(values, 0), evaluation.row_means(draws), several=n > 1)
 
 
 def _difference(paired: Floats, left_out: int, weights: Floats) -> tuple[Difference, int]:
     """The difference with its uncorrected p, and the sign of its rank sum; paired (cases, classes)."""
     n, centre = _centre(paired, weights)
-    by_case = row_means(paired)
+    by_case = evaluation.row_means(paired)
     p, sign = signed_rank(by_case[np.isfinite(by_case)])
     note = None
     if not n:
@@ -229,7 +211,7 @@ def _difference(paired: Floats, left_out: int, weights: Floats) -> tuple[Differe
     return Difference(**fields, p=p, p_holm=None, verdict="not tested", note=note), sign
 
 
-def _verdict(found: Difference, sign: int, metric: str) -> Verdict:
+def _verdict(found: Difference, sign: int, metric: str) -> results.Verdict:
     if found.p_holm is None or found.mean is None:
         return "not tested"
     # with a few large differences against many small ones mean and ranks may disagree: no verdict then
@@ -238,7 +220,7 @@ def _verdict(found: Difference, sign: int, metric: str) -> Verdict:
     return "better" if (found.mean < 0) == (metric in _SMALLER_IS_BETTER) else "worse"
 
 
-def _training(trials: Sequence[FinishedTrial]) -> Training:
+def _training(trials: Sequence[FinishedTrial]) -> results.Training:
     records = [trial.record for trial in trials]
     epochs, steps = [record.epochs for record in records], [record.steps for record in records]
     seconds = [record.train_seconds for record in records]
@@ -246,7 +228,7 @@ def _training(trials: Sequence[FinishedTrial]) -> Training:
     for values in (epochs, steps, seconds):
         known = [value for value in values if value is not None]
         means.append(sum(known) / len(known) if known else None)
-    return Training(
+    return results.Training(
         epochs=epochs,
         steps=steps,
         seconds=seconds,
@@ -351,7 +333,7 @@ def level_of(baseline: Sequence[History]) -> float | None:
     return level if level > 0 else None
 
 
-def convergence_of(histories: Sequence[History], level: float | None) -> Convergence:
+def convergence_of(histories: Sequence[History], level: float | None) -> results.Convergence:
     """When each history first reached the level, and the medians in which "not reached" is later than all.
 
     The pseudo Dice is measured on patches of the validation cases, once per epoch; its moving average, which starts at
@@ -360,7 +342,7 @@ def convergence_of(histories: Sequence[History], level: float | None) -> Converg
     """
     reached = [_reached(history, level) for history in histories]
     epochs, seconds = [epoch for epoch, _ in reached], [second for _, second in reached]
-    return Convergence(
+    return results.Convergence(
         epochs=epochs, seconds=seconds, median_epochs=_late_median(epochs), median_seconds=_late_median(seconds)
     )
 

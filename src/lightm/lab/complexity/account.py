@@ -15,16 +15,9 @@ from torch import nn
 
 from lightm.errors import LightMError
 from lightm.lab.bench.measure import seconds
+from lightm.lab.complexity import operations as ops
 from lightm.lab.complexity.formulas import CONVOLUTION, MATRIX, NORM, SCALE, STATE, Term, has_closed_form, network_terms
-from lightm.lab.complexity.operations import (
-    Memory,
-    OperationCount,
-    Operations,
-    activation_memory,
-    build_network,
-    check_spatial,
-    count_operations,
-)
+from lightm.lab.complexity.operations import OperationCount, Operations, build_network
 from lightm.nets.blocks import PositionConv
 
 OTHER = "other"
@@ -248,7 +241,7 @@ class Account:
     options: dict[str, Any]
     parameters: ParameterTable
     operations: Operations
-    memory: Memory
+    memory: ops.Memory
     latency: Latency | None
 
     @property
@@ -312,7 +305,7 @@ def account(
     Raises InputError for an unknown name, impossible settings and sizes that the network refuses; LightMError when a
     closed form differs from the count of the tensors. Without `latency` nothing is computed: about a second.
     """
-    check_spatial(spatial)
+    ops.check_spatial(spatial)
     given = dict(options or {})
     network = build_network(name, in_channels, out_channels, spatial, given)
     table = count_parts(network, name, len(spatial), in_channels, out_channels, given)
@@ -323,8 +316,8 @@ def account(
         out_channels=out_channels,
         options=given,
         parameters=table,
-        operations=count_operations(network, in_channels, spatial),
-        memory=activation_memory(network, in_channels, spatial),
+        operations=ops.count_operations(network, in_channels, spatial),
+        memory=ops.activation_memory(network, in_channels, spatial),
         latency=measure_latency(name, spatial, in_channels, out_channels, given) if latency else None,
     )
 

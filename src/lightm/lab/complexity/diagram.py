@@ -30,7 +30,6 @@ class Unit:
     """One box: a stage as it ran. `skip_of` is the unit whose input is this one's second input."""
 
     title: str
-    modules: list[nn.Module]
     takes: Tensor
     gives: Tensor
     skip: Tensor | None = None
@@ -103,10 +102,9 @@ def trace(network: nn.Module, in_channels: int, spatial: Sequence[int]) -> list[
     for path, module, given, result in calls:
         title = "head" if path in ("head_norm", "head") else _title(path)
         if not units or units[-1].title != title:
-            units.append(Unit(title, [], given[0], result, given[1] if len(given) > 1 else None))
+            units.append(Unit(title, given[0], result, given[1] if len(given) > 1 else None))
         unit = units[-1]
         unit.gives = result
-        unit.modules.append(module)
         unit.parameters += sum(p.numel() for p in module.parameters())
         unit.multiply_adds += operations.below(path).multiply_adds.total()
         unit.lines += _layer_lines(module, len(spatial))

@@ -129,7 +129,6 @@ class OperationCount:
 class Operations:
     """Operations of one forward pass, for every module that runs operators itself, in the order of first use."""
 
-    spatial: tuple[int, ...]
     layers: dict[str, OperationCount]
 
     @property
@@ -155,7 +154,7 @@ def count_operations(network: nn.Module, in_channels: int, spatial: Sequence[int
         counter = _Counter(network)
         with counter, observed():
             network(image)
-    return Operations(tuple(spatial), counter.layers)
+    return Operations(counter.layers)
 
 
 class _Counter(TorchDispatchMode):
