@@ -78,9 +78,9 @@ def token_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def entry_rows(x: Tensor, entry: int) -> tuple[int, int]:
-    """(address, bytes between tokens) of an entry of float32 numbers (Bt, L, E)."""
-    return address(x) + 4 * entry * x.stride(0), 4 * x.stride(1)
+def strided_address(x: Tensor | None) -> tuple[int, int, int]:
+    """(address, bytes between batch entries, bytes between tokens) of float32 numbers; zeros for None."""
+    return (0, 0, 0) if x is None else (address(x), 4 * x.stride(0), 4 * x.stride(1))
 
 
 def rows(first: int, last: int, step: int, width: int) -> Extent:

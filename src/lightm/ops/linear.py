@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def _width(weight: Tensor) -> int:
     return _parts(weight) * weight.shape[-2]
 
 
+@cache
 def _cpu() -> Any:
     from lightm.ops import matmul_cpu
 

@@ -12,6 +12,7 @@ import mmap
 import sys
 import threading
 import weakref
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -35,12 +36,9 @@ def _map(size: int) -> mmap.mmap:
 
 
 def _advise(block: mmap.mmap, name: str) -> None:
-    advice = getattr(mmap, name, None)
-    if advice is not None:
-        try:
-            block.madvise(advice)
-        except OSError:  # a system without this advice: nothing is lost but time
-            return
+    if hasattr(mmap, name):
+        with suppress(OSError):  # a system without this advice: nothing is lost but time
+            block.madvise(getattr(mmap, name))
 
 
 class Results:

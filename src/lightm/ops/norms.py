@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -111,15 +112,15 @@ def reference_group_norm_relu(x: Tensor, groups: int, weight: Tensor, bias: Tens
     return functional.relu(normed).movedim(1, -1).contiguous().to(x.dtype)
 
 
+@cache
 def _cpu() -> Any:
     from lightm.ops import norms_cpu
 
     return norms_cpu
 
 
-def _fake_group(x: Tensor, groups: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    mean, inverse = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), mean, inverse
+def _fake_group(x: Tensor, groups: int, *_: Any) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), *(x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
 
 
 gated_norm_op = differentiable(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightm.ops import norms_kernels as kernels
-from lightm.ops.bounds import address, entry_address, entry_rows, token_rows
+from lightm.ops.bounds import address, entry_address, strided_address, token_rows
 from lightm.ops.norms_kernels import SEGMENT
 from lightm.ops.threads import for_blocks, parallel_for
 
@@ -33,9 +33,11 @@ def gated_norm_forward(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, parts
         torch.empty(y.shape),
     )
 
+    (y_at, y_entry, y_step), (z_at, z_entry, z_step) = strided_address(rows), strided_address(gates)
+
     def work(entry: int, first: int, last: int, worker: int) -> None:
         kernels.gated_forward(
-            *entry_rows(rows, entry), *entry_rows(gates, entry), entry_address(out, entry), address(factor),
+            y_at + entry * y_entry, y_step, z_at + entry * z_entry, z_step, entry_address(out, entry), address(factor),
             address(offset), channels, channels // parts, eps, first, last,
         )  # fmt: skip
 
@@ -57,12 +59,14 @@ def gated_norm_backward(
     )
     dy, dz = torch.empty(y.shape), torch.empty(y.shape)
     sums = torch.empty(batch, -(-length // SEGMENT), 2, channels)
+    (y_at, y_entry, y_step), (z_at, z_entry, z_step) = strided_address(rows), strided_address(gates)
+    g_at, g_entry, g_step = strided_address(grad)
 
     def work(entry: int, first: int, last: int, worker: int) -> None:
         kernels.gated_backward(
-            *entry_rows(rows, entry), *entry_rows(gates, entry), *entry_rows(grad, entry), entry_address(dy, entry),
-            entry_address(dz, entry), address(factor), address(offset), channels, channels // parts, eps, first, last,
-            entry_address(sums, entry),
+            y_at + entry * y_entry, y_step, z_at + entry * z_entry, z_step, g_at + entry * g_entry, g_step,
+            entry_address(dy, entry), entry_address(dz, entry), address(factor), address(offset), channels,
+            channels // parts, eps, first, last, entry_address(sums, entry),
         )  # fmt: skip
 
     for_blocks(batch, length, _block(channels), work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -72,6 +73,7 @@ def _pool(name: str, kind: str, x: Tensor, impl: str) -> Tensor:
     return pool_op(x, kind)
 
 
+@cache
 def _cpu() -> Any:
     from lightm.ops import resample_cpu
 

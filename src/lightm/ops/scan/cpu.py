@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightm.ops.bounds import address
+from lightm.ops.bounds import address, strided_address
 from lightm.ops.jit import LANES
 from lightm.ops.memory import RESULTS
 from lightm.ops.scan.inputs import ScanGradients, ScanInputs, ScanResults, check_chunk, gradient_of
 from lightm.ops.scan.kernels import backward_kernel, forward_kernel, scratch_floats, sum_kernel, summary_kernel
-from lightm.ops.scan.layout import SEGMENT, Layout, places, strided_address
+from lightm.ops.scan.layout import SEGMENT, Layout, places
 from lightm.ops.threads import for_blocks, parallel_for, worker_count
 from lightm.ops.vector_math import LOG2E
 

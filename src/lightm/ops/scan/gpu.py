@@ -163,13 +163,6 @@ def run_forward(inputs: ScanInputs) -> ScanResults:
     return y, last.transpose(1, 2).contiguous(), starts
 
 
-def _slots(plan: Plan, device: torch.device) -> int:
-    """Programs of the backward kernel, each with its own scratch: as many as run at once, at 255 registers a lane."""
-    if device.type != "cuda":
-        return min(plan.items, 4)
-    return min(plan.items, 8 * torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def run_backward(grad_y: Tensor, grad_state: Tensor, inputs: ScanInputs, starts: Tensor) -> ScanGradients:
     """Return the gradients of all inputs."""
     from lightm.ops.scan.triton_kernels import backward_kernel, grad_end_kernel
@@ -188,7 +181,10 @@ def run_backward(grad_y: Tensor, grad_state: Tensor, inputs: ScanInputs, starts:
     else:
         sums = floats((plan.batch, plan.chunks, plan.channels))
         arriving = torch.empty_like(starts)
-        slots = _slots(plan, u.device)
+        # programs, each with its own scratch: as many as run at once, at 255 registers a lane
+        cuda = u.device.type == "cuda"
+        most = 8 * torch.cuda.get_device_properties(u.device).multi_processor_count if cuda else 4
+        slots = min(plan.items, most)
         scratch = floats((slots, plan.chunk // _UNROLL_BACKWARD, plan.block_e * plan.block_n))
         count = plan.chunks - 1
         bias, gate = _strided(delta_bias, 1), _strided(z, 3)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightm.ops.bounds import address
 from lightm.ops.jit import LANES
 from lightm.ops.scan.kernels import STATE_SIZES
 
@@ -114,11 +113,6 @@ class Layout:
             return
         part = buffer.reshape(self.batch, stop - start, self.groups, self.group_width)
         result[:, start:stop] = part[..., : self.of_group].reshape(self.batch, stop - start, self.channels)
-
-
-def strided_address(x: Tensor | None) -> tuple[int, int, int]:
-    """(address, bytes between batch entries, bytes between tokens); zeros for None."""
-    return (0, 0, 0) if x is None else (address(x), 4 * x.stride(0), 4 * x.stride(1))
 
 
 def places(spots: Sequence[tuple[int, int, int]], across: Sequence[int], entry: int, first: int = 0) -> list[int]:

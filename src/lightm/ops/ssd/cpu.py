@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightm.ops.bounds import address
+from lightm.ops.bounds import address, strided_address
 from lightm.ops.jit import LANES
 from lightm.ops.memory import RESULTS
 from lightm.ops.scan.cpu import PASS, sum_tiles
 from lightm.ops.scan.inputs import ScanGradients, ScanInputs, ScanResults, check_chunk, gradient_of
-from lightm.ops.scan.layout import SEGMENT, Layout, places, strided_address
+from lightm.ops.scan.layout import SEGMENT, Layout, places
 from lightm.ops.ssd.kernels import backward_kernel, forward_kernel, scratch_floats
 from lightm.ops.threads import parallel_for, worker_count
 from lightm.ops.vector_math import LOG2E
