@@ -11,11 +11,12 @@ from typing import Any
 
 from lightm.errors import InputError, LightMError
 from lightm.files import disk_refusals
+from lightm.images import itk, pictures
 from lightm.images.volume import Volume
 from lightm.registry import Registry
 
-SUFFIXES = (".nii.gz", ".nii", ".png")
-"""Endings of LightM's own formats."""
+SUFFIXES = (".nii.gz", ".nii", *pictures.FORMATS, *itk.SUFFIXES)
+"""Endings of the formats that LightM reads by itself."""
 
 Reader = Callable[[Path], Volume]
 Writer = Callable[[Path, Volume], None]
@@ -40,7 +41,7 @@ FORMATS: Registry[Format] = Registry("format", "lightm.formats", _wrap)
 
 
 def register_format(ending: str, reader: Reader, writer: Writer | None = None, *, overwrite: bool = False) -> None:
-    """Make LightM read, and with a writer write, files whose names end in `ending`, such as ".nrrd".
+    """Make LightM read, and with a writer write, files whose names end in `ending`, such as ".mgz".
 
     reader: (path) -> `Volume`, its data (Z, Y, X) or (Y, X) and its affine in millimetres; it may raise any exception
     for a file that it cannot read, which becomes an InputError that names the file. writer: (path, volume), which
@@ -48,7 +49,7 @@ def register_format(ending: str, reader: Reader, writer: Writer | None = None, *
     complete. LightM checks voxels and labels as in its own formats. A whole volume is read into memory.
 
     The command line and other programs know the ending if a package declares it as an entry point of the group
-    "lightm.formats" (in pyproject.toml: `[project.entry-points."lightm.formats"]`, `nrrd = "my_package:FORMAT"`, the
+    "lightm.formats" (in pyproject.toml: `[project.entry-points."lightm.formats"]`, `mgz = "my_package:FORMAT"`, the
     name without its dot, for a reader or a pair of reader and writer).
 
     Raises InputError for an ending that is LightM's own or taken (unless `overwrite`), and for what cannot be called.
@@ -65,7 +66,7 @@ def register_format(ending: str, reader: Reader, writer: Writer | None = None, *
     (2, 4, 4)
     """
     if not isinstance(ending, str) or not ending.startswith("."):
-        raise InputError(f"format {ending!r}: expected the ending of a file's name, such as '.nrrd'")
+        raise InputError(f"format {ending!r}: expected the ending of a file's name, such as '.mgz'")
     if ending in SUFFIXES:
         raise InputError(f"format '{ending}' comes with LightM and cannot be replaced; register another ending")
     FORMATS.register(ending[1:], (reader, writer), overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Reading and writing of NIfTI and PNG files, and reading of DICOM series.
+"""Reading and writing of images and label maps in every format, and of one channel of a file that holds several.
 
 A file that cannot be used gives one InputError that names it and says how to fix it. A file is written under
 another name and renamed when complete, so that nobody ever sees half of one.
@@ -6,6 +6,7 @@ another name and renamed when complete, so that nobody ever sees half of one.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -13,29 +14,67 @@ import numpy as np
 
 from lightm.errors import InputError
 from lightm.files import atomic_file
-from lightm.images import dicom, formats, nifti, png
+from lightm.images import dicom, formats, itk, nifti, pictures
 from lightm.images.finite import check_finite
 from lightm.images.formats import SUFFIXES
 from lightm.images.volume import Volume
 
 Kind = Literal["image", "label"]
 
+_CHANNEL = re.compile(r"::\d{1,4}$")
 # A label made by resampling or by another program may hold 0.99999997 for 1.
 _ROUNDING = 1e-3
 
 
 def file_suffix(path: Path | str) -> str | None:
-    """Return which of SUFFIXES or registered endings a file's name ends with (in any case), or None."""
-    name = Path(path).name.lower()
+    """Return which of SUFFIXES or registered endings a file's name ends with (in any case), or None.
+
+    >>> file_suffix("BRATS_001.NII.GZ::2")
+    '.nii.gz'
+    """
+    name = _CHANNEL.sub("", Path(path).name).lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None) or formats.registered_suffix(name)
 
 
+def split_path(path: Path | str) -> tuple[Path, int | None]:
+    """Return a file and the channel that is meant of it, None where the path names none, as in `scan.nii.gz::2`.
+
+    >>> split_path("BRATS_001.nii.gz::2")[1]
+    2
+    """
+    path = Path(path)
+    found = _CHANNEL.search(path.name)
+    if found is None or file_suffix(path) is None:
+        return path, None
+    return path.with_name(path.name[: found.start()]), int(found[0][2:])
+
+
+def channel_paths(path: Path) -> tuple[Path, ...]:
+    """The channels of a file as paths that `read_volume` reads: the file itself where it holds one.
+
+    Raises InputError, naming the file, for one whose header cannot be read.
+    """
+    count, suffix = 1, file_suffix(path)
+    if path.is_file() and path.stat().st_size:
+        try:
+            if suffix in (".nii", ".nii.gz"):
+                count = nifti.channel_count(path)
+            elif suffix in pictures.FORMATS:
+                count = pictures.channel_count(path, suffix)
+            elif suffix in itk.SUFFIXES:
+                count = itk.channel_count(path)
+        except InputError as error:
+            raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from None
+    return (path,) if count == 1 else tuple(path.with_name(f"{path.name}::{number}") for number in range(count))
+
+
 def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
-    """Read a .nii, .nii.gz or .png file, or a DICOM series, as a volume.
+    """Read an image or a label map of any format in docs/files.md, or a DICOM series, as a volume.
 
     kind="image": real voxels, dtype as stored (float32 where the header scales them). kind="label": whole numbers
-    as uint8 or int16; floats within 0.001 of a whole number are rounded. A fourth axis of length 1 is dropped;
-    an RGB PNG is read as grey when its channels are equal. DICOM (a folder, `folder::SeriesInstanceUID` or a file
+    as uint8 or int16; floats within 0.001 of a whole number are rounded. Of a file that holds several channels, such as
+    four MR sequences along the fourth axis of a NIfTI file, `FILE::2` is the third; a colour picture without such a
+    number is read as grey. DICOM (a folder, `folder::SeriesInstanceUID` or a file
     that starts or is named as one) is read as `lightm.images.dicom.read_series` says, as an image only.
 
     Raises InputError, naming the file, for one that is missing, empty, truncated, corrupt, of another format, of
@@ -47,9 +86,9 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     >>> int(lightm.read_volume(data / "labelsTr" / "xray_000.png", kind="label").data.max())
     1
     """
-    path = Path(path)
     if "\0" in str(path):
         raise InputError(f"{str(path)!r}: holds a NUL character, which no file name does; check the path")
+    path, channel = split_path(path)
     suffix = file_suffix(path)
     if suffix is None:
         if path.is_dir() or dicom.is_dicom(path):
@@ -68,10 +107,16 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     try:
         if suffix not in SUFFIXES:
             volume = formats.read_registered(path, suffix)
+        elif suffix in pictures.FORMATS:
+            volume = pictures.read(path, suffix, kind, channel)
+        elif suffix in itk.SUFFIXES:
+            volume = itk.read(path, channel)
         else:
-            volume = png.read(path, kind) if suffix == ".png" else nifti.read(path)
+            volume = nifti.read(path, channel)
     except MemoryError:
         raise InputError(f"{path}: not enough memory to read its voxels; resample or crop the file") from None
+    except InputError as error:
+        raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from None
     try:
         if suffix not in (".nii", ".nii.gz"):
             check_finite(volume.data)
@@ -82,19 +127,23 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
 
 def voxel_bytes(path: Path) -> int:
     """Return about how much memory reading a file of SUFFIXES takes, from its header; 0 where it will be refused."""
+    path, _ = split_path(path)
     suffix = file_suffix(path)
     try:
         if not path.is_file() or suffix is None:
             return 0
         if suffix not in SUFFIXES:
             return path.stat().st_size
-        return png.voxel_bytes(path) if suffix == ".png" else nifti.voxel_bytes(path)
-    except OSError:
+        if suffix in pictures.FORMATS:
+            return pictures.voxel_bytes(path, suffix)
+        return itk.voxel_bytes(path) if suffix in itk.SUFFIXES else nifti.voxel_bytes(path)
+    except (OSError, InputError):
         return 0
 
 
 def place_remarks(path: Path) -> list[tuple[str, str]]:
     """Return what is odd about the place in space that a readable file gives, each with its cure."""
+    path, _ = split_path(path)
     suffix = file_suffix(path)
     return nifti.remarks(path) if suffix in (".nii", ".nii.gz") else []
 
@@ -111,11 +160,11 @@ def _read_dicom(path: Path, kind: Kind) -> Volume:
 
 
 def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) -> None:
-    """Write a volume to a .nii, .nii.gz or .png file, complete or not at all.
+    """Write a volume in the format that a file's name ends in (JPEG and DICOM are only read), complete or not at all.
 
     kind="label" stores whole numbers as uint8, or int16 where they need it; kind=None does so for bool and int64
     arrays, which no scanner makes, and keeps every other dtype. NIfTI keeps affine and codes, units millimetres;
-    the same volume gives the same bytes. PNG takes 2D arrays of whole numbers from 0 to 255, or uint16.
+    the same volume gives the same bytes. PNG and BMP take 2D arrays of whole numbers from 0 to 255, PNG also uint16.
     Missing folders are made. Raises InputError for what the format cannot hold, LightMError when writing fails.
 
     >>> import numpy as np
@@ -134,7 +183,10 @@ def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) 
             volume = volume.with_data(as_label(volume.data))
         if suffix not in SUFFIXES:
             return formats.write_registered(path, suffix, volume)
-        encode = png.encoder(volume) if suffix == ".png" else nifti.encoder(volume, suffix == ".nii.gz")
+        if suffix in itk.SUFFIXES:
+            return itk.write(path, suffix, volume)
+        packed = suffix == ".nii.gz"
+        encode = pictures.encoder(volume, suffix) if suffix in pictures.FORMATS else nifti.encoder(volume, packed)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     with atomic_file(path) as stream:
