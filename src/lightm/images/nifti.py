@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from lightm.images.finite import FiniteCheck
 from lightm.images.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes, check_place
 from lightm.images.volume import Volume, affine_spacing_mm
 
+_silent = logging.Logger("nibabel, silent", level=logging.CRITICAL + 1)
 _CHUNK = 1 << 20  # of one read
 _SLAB_BYTES = 8 << 20
 MAX_EXTRA_BYTES = 16 << 20  # of header extensions before the voxels, and of anything behind them
@@ -354,7 +356,9 @@ def _header(stream: BinaryIO) -> Any:
                 if not 1 <= axes <= 7:
                     raise InputError(f"its header gives {axes} axes; 1 to 7 are possible, export it again")
                 with np.errstate(all="ignore"):  # what overflows here is refused later
-                    return kind.from_fileobj(io.BytesIO(start[:length]))
+                    header = kind.from_fileobj(io.BytesIO(start[:length]), check=False)
+                    header.check_fix(logger=_silent)  # what matters of what it says is checked and said here
+                    return header
     raise InputError("not a NIfTI file: the first bytes are no NIfTI header; check the format, or export it again")
 
 
