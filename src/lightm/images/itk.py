@@ -167,7 +167,7 @@ def _look_at(path: Path, kind: str) -> list[Path]:
         raise InputError("its header gives no type of number (ElementType); voxels must be real numbers")
     if data is None or data.upper() == "LOCAL":
         return []
-    if data != Path(data.replace("\\", "/")).name or data in (".", "..", "LIST"):
+    if data != Path(data.replace("\\", "/")).name or data in ("", ".", "..", "LIST"):
         raise InputError(f"its voxels lie in '{data[:80]}'; only a file beside it is read")
     if not (file := path.with_name(data)).is_file():
         raise InputError(f"its voxels are missing: {data} must lie beside it")
@@ -185,10 +185,10 @@ def _geometry(reader: Any) -> tuple[tuple[int, ...], tuple[float, ...], np.ndarr
     dims, axes = min(len(sizes), 3), reader.GetDimension()
     affine = np.eye(4)
     steps = np.array(reader.GetSpacing()[:dims])
-    affine[:dims, :dims] = np.array(reader.GetDirection()).reshape(axes, axes)[:dims, :dims] * steps
-    affine[:dims, 3] = reader.GetOrigin()[:dims]
-    affine = np.diag([*steps, 1.0, 1.0]) if dims == 2 else _LPS @ affine  # a picture has no place in the patient
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+        affine[:dims, :dims] = np.array(reader.GetDirection()).reshape(axes, axes)[:dims, :dims] * steps
+        affine[:dims, 3] = reader.GetOrigin()[:dims]
+        affine = np.diag([*steps, 1.0, 1.0]) if dims == 2 else _LPS @ affine  # a picture has no place in the patient
         spacing = affine_spacing_mm(affine, dims)
         check_place(spacing, affine)
     return sizes[:dims], spacing, affine, channels

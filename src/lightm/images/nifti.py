@@ -51,7 +51,8 @@ class _Lenient:
     def get_qform(self, coded: bool = False) -> Any:
         found: Any = super()
         try:
-            return found.get_qform(coded)
+            with np.errstate(all="ignore"):  # what is not finite is refused
+                return found.get_qform(coded)
         except (HeaderDataError, ValueError):
             return (np.full((4, 4), np.nan), int(self["qform_code"])) if coded else np.full((4, 4), np.nan)  # type: ignore[index]
 
