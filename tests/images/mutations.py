@@ -1,4 +1,5 @@
-"""Hostile and odd files, made from small good ones: the same ones for the same seed, with NumPy alone.
+"""Hostile and odd files, made from small good ones: the same ones for the same seed, with NumPy and,
+where a format is not written here by hand, with Pillow and SimpleITK.
 
 Each maker returns the content of one file. `MAKERS` maps the name of a kind to ending and maker.
 """
@@ -9,8 +10,11 @@ import gzip
 import io
 import json
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -286,10 +290,71 @@ def _damaged(rng: Rng, content: bytes) -> bytes:
     return bytes(changed)
 
 
+def _itk(rng: Rng, ending: str, *, packed: bool = False) -> bytes:
+    """A sound file of a format that SimpleITK writes; of a pair the header alone."""
+    import SimpleITK
+
+    image = SimpleITK.GetImageFromArray(rng.integers(0, 100, (3, 4, 5)).astype(np.int16))
+    image.SetSpacing((0.7, 0.8, 2.5))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"odd{ending}"
+        SimpleITK.WriteImage(image, str(path), packed)
+        return path.read_bytes()
+
+
+def _picture(rng: Rng, name: str) -> bytes:
+    """A sound picture, grey or in colour; a TIFF of one or several pages."""
+    from PIL import Image
+
+    out, colour = io.BytesIO(), rng.random() < 0.5
+    pages = [Image.fromarray(rng.integers(0, 255, (6, 5, 3) if colour else (6, 5)).astype(np.uint8)) for _ in range(3)]
+    several = {"save_all": True, "append_images": pages[1:]} if name == "TIFF" and rng.random() < 0.5 else {}
+    packing = {"compression": str(rng.choice(["raw", "tiff_lzw", "tiff_adobe_deflate"]))} if name == "TIFF" else {}
+    pages[0].save(out, format=name, **several, **packing)
+    return out.getvalue()
+
+
+def _mutated(make: Callable[[Rng], bytes]) -> Maker:
+    """The same with bytes or digits changed, put in, taken out, copied, or the rest cut off, mostly in the header."""
+
+    def maker(rng: Rng) -> bytes:
+        content = bytearray(make(rng))
+        for _ in range(int(rng.choice([0, 1, 1, 2, 4, 8]))):
+            head = min(len(content), 420)
+            at, way = int(rng.integers(head if rng.random() < 0.8 else len(content))), rng.integers(6)
+            if way == 0:
+                content[at] = int(rng.integers(256))
+            elif way == 1:
+                del content[at : at + int(rng.integers(1, 20))]
+            elif way == 2:
+                content[at:at] = bytes(rng.choice(list(b"0123456789-. \n:eE"), int(rng.integers(1, 12))).tolist())
+            elif way == 3:
+                content[at : at + 4] = struct.pack("<i", int(_number(rng, "i")))
+            elif way == 4:
+                other = int(rng.integers(len(content)))
+                content[other : other + 8] = content[at : at + 8]
+            else:
+                content = content[: at + 1]
+            content = content or bytearray(b"x")
+        return bytes(content)
+
+    return maker
+
+
 MAKERS: dict[str, tuple[str, Maker]] = {
     "NIfTI": (".nii", nifti),
     "NIfTI, gzip": (".nii.gz", zipped_nifti),
     "PNG": (".png", png),
+    "JPEG": (".jpg", _mutated(partial(_picture, name="JPEG"))),
+    "BMP": (".bmp", _mutated(partial(_picture, name="BMP"))),
+    "TIFF": (".tif", _mutated(partial(_picture, name="TIFF"))),
+    "NRRD": (".nrrd", _mutated(partial(_itk, ending=".nrrd"))),
+    "NRRD, gzip": (".nrrd", _mutated(partial(_itk, ending=".nrrd", packed=True))),
+    "MetaImage": (".mha", _mutated(partial(_itk, ending=".mha"))),
+    "MetaImage, zlib": (".mha", _mutated(partial(_itk, ending=".mha", packed=True))),
+    "MetaImage, pair": (".mhd", _mutated(partial(_itk, ending=".mhd"))),
+    "VTK": (".vtk", _mutated(partial(_itk, ending=".vtk"))),
+    "NIfTI, pair": (".hdr", _mutated(partial(_itk, ending=".hdr"))),
     "DICOM": (".dcm", dicom),
     "dataset.json": (".json", description),
     "plan.yaml": (".yaml", settings),

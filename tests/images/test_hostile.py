@@ -65,6 +65,8 @@ def test_mutations_end_in_a_result_or_one_error(tmp_path: Path, kind: str) -> No
         pytest.importorskip("pydicom")
     ending, make = MAKERS[kind]
     path = tmp_path / f"odd{ending}"
+    for beside in ("img", "raw"):  # the voxels of pairs
+        (tmp_path / f"odd.{beside}").write_bytes(np.arange(60, dtype=np.int16).tobytes())
     counts: Counter[str] = Counter()
     slowest, start = 0.0, time.monotonic()
     runs = RUNS if kind != "plan.yaml" else RUNS // 4  # PyYAML is slow
@@ -167,14 +169,14 @@ def hostile_folder(root: Path) -> dict[str, str]:
     expected: dict[str, str] = {}
     bad: dict[str, tuple[bytes, str]] = {
         "empty": (b"", "empty"),
-        "text": (b"hello " * 99, "not a readable NIfTI"),
+        "text": (b"hello " * 99, "not a NIfTI file"),
         "bomb": (gzip_bomb(sound, 1 << 25), "more than its header"),
         "cut": (gzip.compress(sound)[:-9], "truncated"),
         "absurd": (gzip.compress(header((32767, 32767, 32767))), "at most 2147483648"),
         "offset": (gzip.compress(header((5, 4, 3), offset=(108, "f", 1e30))), "start at byte"),
         "micro": (gzip.compress(header((5, 4, 3), step=(280, "f", 1e-9))), "voxels of"),
         "flat": (gzip.compress(header((5, 4, 3), step=(280, "f", 0.0))), "spacing|affine"),
-        "time": (gzip.compress(header((5, 4, 1), axes=(40, "h", 4), count=(48, "h", 3))), "one scan"),
+        "time": (gzip.compress(header((5, 4, 1), axes=(40, "h", 4), count=(48, "h", 3))), "it holds 3 volumes"),
     }
     for case in range(6):
         (root / f"images/good{case}.nii.gz").write_bytes(gzip.compress(sound))

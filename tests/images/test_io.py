@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from PIL import Image
 
 from lightm.errors import InputError, LightMError
-from lightm.images.io import place_remarks, read_volume, voxel_bytes, write_volume
+from lightm.images.io import channel_paths, place_remarks, read_volume, voxel_bytes, write_volume
+from lightm.images.lazy import open_volume
 from lightm.images.volume import Volume
 
 
@@ -154,12 +156,11 @@ def faulty_files(folder: Path) -> dict[str, tuple[Path, str]]:
     return {
         "missing": (folder / "missing.nii.gz", "cannot be opened"),
         "folder": (folder.parent / folder.name / "x.nii", "a folder"),
-        "suffix": (file("a.mha", b"x"), "not a format"),
+        "suffix": (file("a.xyz", b"x"), "not a format"),
         "empty": (file("empty.nii.gz", b""), "0 bytes"),
         "truncated": (file("cut.nii.gz", good[: len(good) // 2]), "truncated"),
         "cut in the checksum": (file("tail.nii.gz", good[:-3]), "truncated"),
         "flipped bit": (file("torn.nii.gz", bytes(torn)), "not a readable NIfTI"),
-        "not gzip": (file("plain.nii.gz", plain), "not a readable NIfTI"),
         "truncated plain": (file("cut.nii", plain[:1000]), "truncated"),
         "text": (file("text.nii", b"hello " * 200), "no NIfTI header"),
         "short": (file("short.nii", b"ab"), "no NIfTI header"),
@@ -184,7 +185,7 @@ def faulty_files(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 FAULTS = [
-    "missing", "folder", "suffix", "empty", "truncated", "cut in the checksum", "flipped bit", "not gzip",
+    "missing", "folder", "suffix", "empty", "truncated", "cut in the checksum", "flipped bit",
     "truncated plain", "text", "short", "magic", "pair", "huge", "too long", "negative", "dims", "datatype",
     "offset", "affine", "nan", "inf", "beyond float32", "4D", "complex",
 ]  # fmt: skip
@@ -265,8 +266,6 @@ def test_pictures_of_other_modes(tmp_path):
 def test_faulty_pictures_are_refused(tmp_path):
     colour = np.zeros((2, 2, 3), np.uint8)
     colour[0, 0, 0] = 9
-    Image.fromarray(colour).save(tmp_path / "colour.png")
-    Image.fromarray(np.dstack([colour, colour[..., 1]])).save(tmp_path / "clear.png")
     Image.fromarray(colour).save(tmp_path / "really.jpg")
     (tmp_path / "jpeg.png").write_bytes((tmp_path / "really.jpg").read_bytes())
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50)).astype(np.uint8)).save(tmp_path / "good.png")
@@ -275,8 +274,6 @@ def test_faulty_pictures_are_refused(tmp_path):
     (tmp_path / "bomb.png").write_bytes(good[:16] + struct.pack(">II", 60000, 60000) + good[24:])
     Image.fromarray(colour).save(tmp_path / "moving.png", save_all=True, append_images=[Image.fromarray(colour + 1)])
     for name, message in [
-        ("colour", "a colour picture"),
-        ("clear", "transparency"),
         ("jpeg", "no PNG header"),
         ("cut", "not a readable PNG"),
         ("bomb", "60000 x 60000 pixels"),
@@ -293,7 +290,10 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
         ("a.png", Volume.from_spacing(solid, (1, 1, 1)), "PNG holds 2D"),
         ("a.png", Volume.from_spacing(flat, (1, 1)), "whole numbers"),
         ("a.png", Volume.from_spacing(flat.astype(np.int16) - 1, (1, 1)), "0 to 255"),
-        ("a.tif", Volume.from_spacing(flat, (1, 1)), "not a format"),
+        ("a.jpg", Volume.from_spacing(flat.astype(np.uint8), (1, 1)), "JPEG changes values"),
+        ("a.xyz", Volume.from_spacing(flat, (1, 1)), "not a format"),
+        ("a.vtk", oblique(solid.astype(np.uint8)), "no directions"),
+        ("a.tif", oblique(solid.astype(np.uint8)), "no directions"),
         ("a.nii.gz", Volume.from_spacing(solid * np.nan, (1, 1, 1)), "NaN"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -366,14 +366,84 @@ def test_every_type_of_real_numbers_is_read_as_stored(tmp_path, dtype):
         assert read_volume(tmp_path / "a.nii.gz", kind="label").data.dtype == np.uint8
 
 
-def test_axes_of_length_one_behind_the_third_are_dropped_and_others_refused(tmp_path):
+def test_axes_of_length_one_behind_the_third_are_dropped_and_one_of_several_holds_channels(tmp_path):
     one = save(tmp_path / "one.nii", np.ones((4, 3, 2, 1, 1), np.uint8))
     assert read_volume(one).shape == (2, 3, 4)
     assert read_volume(save(tmp_path / "flat.nii", np.ones((4, 3), np.uint8))).shape == (3, 4)
     assert read_volume(save(tmp_path / "slice.nii", np.ones((4, 3, 1), np.uint8))).shape == (1, 3, 4)
-    for shape in ((4, 3, 2, 2), (4, 3, 1, 3), (4, 3, 2, 1, 3), (4,)):
+    for shape in ((4, 3, 2, 5), (4, 3, 1, 5), (4, 3, 2, 1, 5)):
+        data = np.random.default_rng(0).random(shape).astype(np.float32)
+        for name in ("more.nii", "more.nii.gz"):
+            path = save(tmp_path / name, data)
+            assert len(channel_paths(path)) == 5
+            for number, channel in enumerate(channel_paths(path)):
+                expected = data.reshape(*shape[:3], 5)[..., number].T
+                np.testing.assert_array_equal(read_volume(channel).data, expected)
+                box = (slice(0, 1), slice(1, 3), slice(0, 2))
+                for folder in (None, tmp_path):
+                    np.testing.assert_array_equal(open_volume(channel, folder).read(box), expected[box])
+            with pytest.raises(InputError, match=r"5 volumes of shape \(4, 3, "):
+                read_volume(path)
+            with pytest.raises(InputError, match="no channel 5"):
+                read_volume(f"{path}::5")
+    for shape in ((4, 3, 2, 2, 3), (4,)):
         with pytest.raises(InputError, match="one scan of two or three axes"):
             read_volume(save(tmp_path / "more.nii", np.ones(shape, np.uint8)))
+
+
+def test_gzip_is_told_by_content(tmp_path):
+    plain = save(tmp_path / "a.nii", np.arange(24, dtype=np.int16).reshape(2, 3, 4))
+    shutil.copy(plain, tmp_path / "plain.nii.gz")
+    (tmp_path / "packed.nii").write_bytes(gzip.compress(plain.read_bytes()))
+    for name in ("plain.nii.gz", "packed.nii"):
+        np.testing.assert_array_equal(read_volume(tmp_path / name).data, read_volume(plain).data)
+        box = (slice(1, 3), slice(0, 2), slice(1, 2))
+        found = open_volume(tmp_path / name, tmp_path).read(box)
+        np.testing.assert_array_equal(found, read_volume(plain).data[box])
+
+
+def _with_forms(path, sform=None, qform=None):
+    """A file of 2 x 3 x 4 voxels whose header says these, as NIfTI-1 stores them."""
+    image = nibabel.Nifti1Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.diag([2, 3, 4, 1.0]))
+    image.header["sform_code"], image.header["qform_code"] = int(sform is not None), int(qform is not None)
+    if sform is not None:
+        for row, values in zip("xyz", sform, strict=True):
+            image.header[f"srow_{row}"] = values
+    if qform is not None:
+        for name, value in zip(("b", "c", "d"), qform, strict=True):
+            image.header[f"quatern_{name}"] = value
+        image.header["qoffset_x"] = 7
+    content = image.header.binaryblock + bytes(4) + np.asarray(image.dataobj).tobytes(order="F")
+    path.write_bytes(content)
+    return path
+
+
+def test_a_broken_sform_gives_way_to_a_valid_qform_and_the_reverse(tmp_path):
+    good = [[2, 0, 0, 5], [0, 3, 0, 6], [0, 0, 4, 7]]
+    turned = np.diag([-2.0, -3.0, 4.0, 1.0])  # a half turn about z
+    turned[0, 3] = 7
+    for broken in (np.zeros((3, 4)), np.full((3, 4), np.nan), [[2, 0, 0, 0], [2, 0, 0, 0], [0, 0, 4, 0]]):
+        volume = read_volume(_with_forms(tmp_path / "a.nii", broken, (0, 0, 1)))
+        np.testing.assert_allclose(volume.affine, turned, atol=1e-6)
+        assert any("not usable" in text for text, _ in place_remarks(tmp_path / "a.nii"))
+    volume = read_volume(_with_forms(tmp_path / "a.nii", good, (3, 3, 3)))
+    np.testing.assert_allclose(volume.affine[:3], good)
+    with pytest.raises(InputError, match=r"a\.nii"):
+        read_volume(_with_forms(tmp_path / "a.nii", np.zeros((3, 4)), (3, 3, 3)))
+    for rounded in (1.0000004, 1.0002):  # single precision, and four digits
+        volume = read_volume(_with_forms(tmp_path / "a.nii", None, (0, 0, rounded)))
+        np.testing.assert_allclose(volume.affine, turned, atol=1e-3)
+
+
+def test_both_forms_go_back_as_they_came(tmp_path):
+    good = [[2, 0, 0, 5], [0, 3, 0, 6], [0, 0, 4, 7]]
+    volume = read_volume(_with_forms(tmp_path / "a.nii", good, (0, 0, 1)))
+    write_volume(tmp_path / "b.nii.gz", volume)
+    for form in ("sform", "qform"):
+        names = ("a.nii", "b.nii.gz")
+        first, second = (getattr(nibabel.load(tmp_path / name).header, f"get_{form}")(True) for name in names)
+        np.testing.assert_allclose(first[0], second[0], atol=1e-5)
+        assert first[1] == second[1]
 
 
 @pytest.mark.parametrize(

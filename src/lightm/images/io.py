@@ -1,4 +1,4 @@
-"""Reading and writing of images: NIfTI, PNG, DICOM series (read), and formats registered from outside.
+"""Reading and writing of images and label maps in every format, and of one channel of a file that holds several.
 
 A file that cannot be used gives one InputError that names it and says how to fix it. A file is written under
 another name and renamed when complete, so that nobody ever sees half of one.
@@ -7,6 +7,7 @@ another name and renamed when complete, so that nobody ever sees half of one.
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,32 +18,67 @@ import numpy as np
 
 from lightm.errors import InputError, LightMError
 from lightm.files import atomic_file, disk_refusals
-from lightm.images import dicom, nifti, png
+from lightm.images import dicom, itk, nifti, pictures
 from lightm.images.limits import check_finite, naming
 from lightm.images.volume import Volume
 from lightm.registry import Registry
 
-SUFFIXES = (".nii.gz", ".nii", ".png")
-"""Endings of LightM's own formats."""
+SUFFIXES = (".nii.gz", ".nii", *pictures.FORMATS, *itk.SUFFIXES)
+"""Endings of the formats that LightM reads by itself."""
 
 Kind = Literal["image", "label"]
 
+_CHANNEL = re.compile(r"::\d{1,4}$")
 # A label made by resampling or by another program may hold 0.99999997 for 1.
 _ROUNDING = 1e-3
 
 
 def file_suffix(path: Path | str) -> str | None:
-    """Return which of SUFFIXES or registered endings a file's name ends with (in any case), or None."""
-    name = Path(path).name.lower()
+    """Return which of SUFFIXES or registered endings a file's name ends with (in any case), or None.
+
+    >>> file_suffix("BRATS_001.NII.GZ::2")
+    '.nii.gz'
+    """
+    name = _CHANNEL.sub("", Path(path).name).lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None) or _registered_suffix(name)
 
 
+def split_path(path: Path | str) -> tuple[Path, int | None]:
+    """Return a file and the channel that is meant of it, None where the path names none, as in `scan.nii.gz::2`.
+
+    >>> split_path("BRATS_001.nii.gz::2")[1]
+    2
+    """
+    path = Path(path)
+    found = _CHANNEL.search(path.name)
+    if found is None or file_suffix(path) is None:
+        return path, None
+    return path.with_name(path.name[: found.start()]), int(found[0][2:])
+
+
+def channel_paths(path: Path) -> tuple[Path, ...]:
+    """The channels of a file as paths that `read_volume` reads: the file itself where it holds one.
+
+    Raises InputError, naming the file, for one whose header cannot be read.
+    """
+    count, suffix = 1, file_suffix(path)
+    if path.is_file() and path.stat().st_size:
+        if suffix in (".nii", ".nii.gz"):
+            count = nifti.channel_count(path)
+        elif suffix in pictures.FORMATS:
+            count = pictures.channel_count(path, suffix)
+        elif suffix in itk.SUFFIXES:
+            count = itk.channel_count(path)
+    return (path,) if count == 1 else tuple(path.with_name(f"{path.name}::{number}") for number in range(count))
+
+
 def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
-    """Read a .nii, .nii.gz or .png file, or a DICOM series, as a volume.
+    """Read an image or a label map of any format in docs/files.md, or a DICOM series, as a volume.
 
     kind="image": real voxels, dtype as stored (float32 where the header scales them). kind="label": whole numbers
-    as uint8 or int16; floats within 0.001 of one are rounded. A fourth axis of length 1 is dropped; an RGB PNG with
-    equal channels is read as grey. DICOM (a folder, `folder::SeriesInstanceUID` or a file that starts or is named as
+    as uint8 or int16; floats within 0.001 of one are rounded. Of a file that holds several channels, such as four MR
+    sequences along the fourth axis of a NIfTI file, `FILE::2` is the third; a colour picture without such a number is
+    read as grey. DICOM (a folder, `folder::SeriesInstanceUID` or a file that starts or is named as
     one) is read as `lightm.images.dicom.read_series` says, as an image only.
 
     Raises InputError, naming the file, for one that is missing, empty, damaged, of another format, of more than 2^31
@@ -54,9 +90,9 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     >>> int(lightm.read_volume(data / "labelsTr" / "xray_000.png", kind="label").data.max())
     1
     """
-    path = Path(path)
     if "\0" in str(path):
         raise InputError(f"{str(path)!r}: holds a NUL character, which no file name does; check the path")
+    path, channel = split_path(path)
     suffix = file_suffix(path)
     if suffix is None:
         if path.is_dir() or dicom.is_dicom(path):
@@ -80,8 +116,10 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     try:
         if suffix not in SUFFIXES:
             volume = _read_registered(path, suffix)
+        elif suffix in pictures.FORMATS:
+            volume = pictures.read(path, suffix, kind, channel)
         else:
-            volume = png.read(path, kind) if suffix == ".png" else nifti.read(path)
+            volume = itk.read(path, channel) if suffix in itk.SUFFIXES else nifti.read(path, channel)
     except MemoryError:
         raise InputError(f"{path}: not enough memory to read its voxels; resample or crop the file") from None
     with naming(path):
@@ -92,30 +130,34 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
 
 def voxel_bytes(path: Path) -> int:
     """Return about how much memory reading a file of SUFFIXES takes, from its header; 0 where it will be refused."""
+    path, _ = split_path(path)
     suffix = file_suffix(path)
     try:
         if not path.is_file() or suffix is None:
             return 0
         if suffix not in SUFFIXES:
             return path.stat().st_size
-        return png.voxel_bytes(path) if suffix == ".png" else nifti.voxel_bytes(path)
-    except OSError:
+        if suffix in pictures.FORMATS:
+            return pictures.voxel_bytes(path, suffix)
+        return itk.voxel_bytes(path) if suffix in itk.SUFFIXES else nifti.voxel_bytes(path)
+    except (OSError, InputError):
         return 0
 
 
 def place_remarks(path: Path) -> list[tuple[str, str]]:
     """Return what is odd about the place in space that a readable file gives, each with its cure."""
+    path, _ = split_path(path)
     suffix = file_suffix(path)
     return nifti.remarks(path) if suffix in (".nii", ".nii.gz") else []
 
 
 def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) -> None:
-    """Write a volume to a .nii, .nii.gz or .png file, complete or not at all.
+    """Write a volume in the format that a file's name ends in (JPEG and DICOM are only read), complete or not at all.
 
     kind="label" stores whole numbers as uint8, or int16 where they need it; kind=None does so for bool and int64
     arrays, and keeps every other dtype. NIfTI keeps affine and codes, units millimetres; the same volume gives the same
-    bytes. PNG takes 2D arrays of whole numbers from 0 to 255, or uint16. Missing folders are made. Raises InputError
-    for what the format cannot hold, LightMError when writing fails.
+    bytes. PNG and BMP take 2D arrays of whole numbers from 0 to 255, PNG also uint16. Missing folders
+    are made. Raises InputError for what the format cannot hold, LightMError when writing fails.
 
     >>> import numpy as np
     >>> volume = lightm.Volume.from_spacing(np.ones((4, 8, 8), np.uint8), (2.0, 1.0, 1.0))
@@ -133,7 +175,10 @@ def write_volume(path: Path | str, volume: Volume, *, kind: Kind | None = None) 
             volume = volume.with_data(as_label(volume.data))
         if suffix not in SUFFIXES:
             return _write_registered(path, suffix, volume)
-        encode = png.encoder(volume) if suffix == ".png" else nifti.encoder(volume, suffix == ".nii.gz")
+        if suffix in itk.SUFFIXES:
+            return itk.write(path, suffix, volume)
+        packed = suffix == ".nii.gz"
+        encode = pictures.encoder(volume, suffix) if suffix in pictures.FORMATS else nifti.encoder(volume, packed)
     with atomic_file(path) as stream:
         encode(stream)
 
@@ -195,7 +240,7 @@ FORMATS: Registry[Format] = Registry("format", "lightm.formats", _wrap)
 
 
 def register_format(ending: str, reader: Reader, writer: Writer | None = None, *, overwrite: bool = False) -> None:
-    """Make LightM read, and with a writer write, files whose names end in `ending`, such as ".nrrd".
+    """Make LightM read, and with a writer write, files whose names end in `ending`, such as ".mgz".
 
     reader: (path) -> `Volume`, its data (Z, Y, X) or (Y, X) and its affine in millimetres; whatever it raises
     becomes an InputError that names the file. writer: (path, volume), which writes to the path
@@ -203,7 +248,7 @@ def register_format(ending: str, reader: Reader, writer: Writer | None = None, *
     read into memory.
 
     The command line and other programs know the ending if a package declares it as an entry point of the group
-    "lightm.formats" (in pyproject.toml: `[project.entry-points."lightm.formats"]`, `nrrd = "my_package:FORMAT"`, the
+    "lightm.formats" (in pyproject.toml: `[project.entry-points."lightm.formats"]`, `mgz = "my_package:FORMAT"`, the
     name without its dot, for a reader or a pair of reader and writer).
 
     Raises InputError for an ending that is LightM's own or taken (unless `overwrite`), and for what cannot be called.
@@ -220,7 +265,7 @@ def register_format(ending: str, reader: Reader, writer: Writer | None = None, *
     (2, 4, 4)
     """
     if not isinstance(ending, str) or not ending.startswith("."):
-        raise InputError(f"format {ending!r}: expected the ending of a file's name, such as '.nrrd'")
+        raise InputError(f"format {ending!r}: expected the ending of a file's name, such as '.mgz'")
     if ending in SUFFIXES:
         raise InputError(f"format '{ending}' comes with LightM and cannot be replaced; register another ending")
     FORMATS.register(ending[1:], (reader, writer), overwrite=overwrite)

@@ -24,7 +24,7 @@ import numpy as np
 
 from lightm.errors import InputError, LightMError
 from lightm.images import nifti
-from lightm.images.io import file_suffix, read_volume
+from lightm.images.io import file_suffix, read_volume, split_path
 from lightm.images.limits import check_bytes
 from lightm.images.volume import Volume, canonical_axes
 
@@ -180,7 +180,7 @@ class LazyVolume:
 class Header:
     """What is known of an image before its voxels are read: its place, and the bytes per voxel has in the file.
 
-    whole: whether the format can be read only as a whole (PNG, DICOM), and `geometry` is that whole.
+    whole: whether the format can be read only as a whole (all but NIfTI), and `geometry` is that whole.
     """
 
     geometry: Volume
@@ -190,12 +190,12 @@ class Header:
 
 def read_header(path: Path | str) -> Header:
     """Return shape, place and size of voxels of an image; raises InputError as `read_volume` does, for the header."""
-    path = Path(path)
+    given, (path, channel) = path, split_path(path)
     if not _is_streamed(path):
-        volume = read_volume(path)
+        volume = read_volume(given)
         return Header(volume, volume.data.dtype.itemsize, whole=True)
     with nifti.opened(path) as stream:
-        stored = nifti.read_stored(stream, path)
+        stored = nifti.read_stored(stream, path, channel)
         return Header(stored.geometry, stored.dtype.itemsize)
 
 
@@ -203,16 +203,16 @@ def open_volume(path: Path | str, folder: Path | None = None) -> LazyVolume:
     """Open an image of any format that `read_volume` reads, with its checks and its messages.
 
     folder=None: the file's voxels are held in memory in the file's dtype. Else boxes are read from an uncompressed file
-    itself, or from a temporary copy, unpacked in `folder`, of a compressed one. PNG and DICOM are held in any case.
+    itself, or from a temporary copy, unpacked in `folder`, of a compressed one. Other formats are held in any case.
     Every voxel is read once here, so that NaN, infinities and a damaged file are found.
     """
-    path = Path(path)
+    given, (path, channel) = path, split_path(path)
     if not _is_streamed(path):
-        return LazyVolume.of(read_volume(path))
-    in_file = folder is not None and file_suffix(path) == ".nii"
+        return LazyVolume.of(read_volume(given))
+    in_file = folder is not None and not nifti.is_packed(path)
     try:
         with nifti.opened(path) as stream:
-            stored = nifti.read_stored(stream, path)
+            stored = nifti.read_stored(stream, path, channel)
             if folder is None:
                 check_bytes(stored.file_bytes, "its voxels")
             if in_file:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -36,6 +37,7 @@ from lightm.images.limits import (
 )  # fmt: skip
 from lightm.images.volume import Volume, affine_spacing_mm
 
+_silent = logging.Logger("nibabel, silent", level=logging.CRITICAL + 1)
 _CHUNK = 1 << 20  # of one read
 _SLAB_BYTES = 8 << 20
 MAX_EXTRA_BYTES = 16 << 20  # of header extensions before the voxels, and of anything behind them
@@ -44,12 +46,38 @@ _FORMS_APART = 0.5
 _FAULTS = (*PARSE_ERRORS, ImageFileError, HeaderDataError, WrapStructError)
 
 
+class _Lenient:
+    """What other programs write and nibabel refuses: a qform rounded beyond a unit quaternion, or without meaning."""
+
+    def get_qform_quaternion(self) -> np.ndarray:
+        found: Any = super()
+        b, c, d = (float(self[f"quatern_{part}"]) for part in "bcd")  # type: ignore[index]
+        norm = np.sqrt(b * b + c * c + d * d)
+        return np.array([0.0, b, c, d]) / norm if 1 < norm < 1.001 else found.get_qform_quaternion()
+
+    def get_qform(self, coded: bool = False) -> Any:
+        found: Any = super()
+        try:
+            with np.errstate(all="ignore"):  # what is not finite is refused
+                return found.get_qform(coded)
+        except (HeaderDataError, ValueError):
+            return (np.full((4, 4), np.nan), int(self["qform_code"])) if coded else np.full((4, 4), np.nan)  # type: ignore[index]
+
+
+class _Header1(_Lenient, nibabel.Nifti1Header):
+    """NIfTI-1."""
+
+
+class _Header2(_Lenient, nibabel.Nifti2Header):
+    """NIfTI-2."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """How voxels lie in a file, and what is made of them: all that is known before they are read.
 
     shape: (Z, Y, X) or (Y, X). dtype: the file's. geometry: a `Volume` of the shape, dtype and place of the result,
-    whose voxels are all one zero that takes no memory.
+    whose voxels are all one zero that takes no memory. behind: bytes of further channels after these voxels.
     """
 
     shape: tuple[int, ...]
@@ -58,6 +86,7 @@ class Stored:
     slope: Any
     inter: Any
     geometry: Volume
+    behind: int = 0
 
     @property
     def scaled(self) -> bool:
@@ -105,51 +134,100 @@ class Stored:
             converted = self.convert(slab)
             finite.see(converted)
             yield part, slab, converted
-        _drain(stream)
+        _drain(stream, self.behind)
         finite.check()
+
+
+def is_packed(path: Path) -> bool:
+    """Whether the content of a file is compressed by gzip."""
+    with open(path, "rb") as stream:
+        return stream.read(2) == b"\x1f\x8b"
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a .nii or .nii.gz file, unpacked; what reading raises becomes an InputError that names the file."""
+    """Open a NIfTI file, unpacked if its content is compressed; a failure becomes an InputError that names the file."""
     with naming(path, "NIfTI", _FAULTS, "copy, download or export it again"):
         try:
-            with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as stream:
+            with gzip.open(path, "rb") if is_packed(path) else open(path, "rb") as stream:
                 yield cast(BinaryIO, stream)
         except EOFError:
             raise InputError("the file ends too early (truncated); copy or download it again") from None
 
 
-def read_stored(stream: BinaryIO, path: Path) -> Stored:
-    """Return what the header of an opened file says, checked; the affine is the sform's where its code is set, else
-    the qform's, else that of spacing and shape alone.
+def read_stored(stream: BinaryIO, path: Path, channel: int | None = None) -> Stored:
+    """Return what the header of an opened file says, checked, of one channel of it.
+
+    The affine is the sform's where its code is set and it is usable, else the qform's, else that of spacing and shape
+    alone.
     """
-    image = _header(stream)
+    header = _header(stream)
     packed = isinstance(stream, gzip.GzipFile)
-    shape = _shape(image.header, path.stat().st_size * (MAX_DEFLATE if packed else 1))[::-1]
-    slope, inter = image.dataobj.slope, image.dataobj.inter
+    found, channels = _shape(header, path.stat().st_size * (MAX_DEFLATE if packed else 1))
+    shape = found[::-1]
+    if channel is None and channels > 1:
+        raise InputError(
+            f"it holds {channels} volumes of shape {found} (x, y, z): channels, time points or directions. Give one by "
+            f"its number, as in {path.name}::0, or all of them as the channels of a case"
+        )
+    if not 0 <= (channel or 0) < channels:
+        raise InputError(f"it holds {channels} channel(s), numbered from 0; there is no channel {channel}")
+    slope, inter = header.get_slope_inter()
+    slope, inter = 1.0 if slope is None else slope, 0.0 if inter is None else inter
     if not (np.isfinite(slope) and np.isfinite(inter)):
         raise InputError(f"the header scales voxels by {slope} and {inter}; save the file with a finite slope")
-    dtype = image.header.get_data_dtype()
+    dtype = header.get_data_dtype()
     final = np.dtype(np.float32) if (slope, inter) != (1, 0) else dtype.newbyteorder("=")
     if final.kind == "f" and final.itemsize > 8:
         final = np.dtype(np.float64)
-    affine = np.asarray(image.affine, dtype=np.float64)
+    geometry = _place(header, np.broadcast_to(np.zeros((), final), shape))
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    offset, behind = int(header.get_data_offset()) + (channel or 0) * size, (channels - 1 - (channel or 0)) * size
+    return Stored(shape, dtype, offset, np.asanyarray(slope), np.asanyarray(inter), geometry, behind)
+
+
+def _place(header: Any, data: np.ndarray) -> Volume:
+    """Give voxels the place of a header: of its sform, of its qform where that is unusable, or of spacing alone."""
+    errors: list[InputError] = []
+    codes = int(header["sform_code"]), int(header["qform_code"])
+    places: dict[str, np.ndarray] = {}
+    for name, code in zip(("sform", "qform"), codes, strict=True):
+        if code > 0:
+            try:
+                places[name] = np.asarray(getattr(header, f"get_{name}")(), dtype=np.float64)
+                _volume(data, places[name], codes)
+            except (InputError, HeaderDataError, ValueError) as error:
+                errors.append(InputError(str(error)))
+                places.pop(name, None)
+    if not any(code > 0 for code in codes):
+        return _volume(data, np.asarray(header.get_base_affine(), dtype=np.float64), codes)
+    if not places:
+        raise errors[0]
+    volume = _volume(data, next(iter(places.values())), codes)
+    return replace(volume, qform=places["qform"]) if len(places) == 2 else volume
+
+
+def _volume(data: np.ndarray, affine: np.ndarray, codes: tuple[int, int]) -> Volume:
     with np.errstate(over="ignore", invalid="ignore"):
-        steps = affine_spacing_mm(affine, len(shape))
+        steps = affine_spacing_mm(affine, data.ndim)
         check_place(steps, affine)
-    codes = (int(image.header["sform_code"]), int(image.header["qform_code"]))
-    geometry = Volume(np.broadcast_to(np.zeros((), final), shape), steps, affine, codes)
-    return Stored(shape, dtype, int(image.dataobj.offset), np.asanyarray(slope), np.asanyarray(inter), geometry)
+        return Volume(data, steps, affine, codes)
 
 
-def read(path: Path) -> Volume:
+def channel_count(path: Path) -> int:
+    """How many volumes a file holds, from its header; raises InputError naming the file."""
+    with opened(path) as stream:
+        header = _header(stream)
+        return _shape(header, path.stat().st_size * (MAX_DEFLATE if isinstance(stream, gzip.GzipFile) else 1))[1]
+
+
+def read(path: Path, channel: int | None = None) -> Volume:
     """Read one file to its end, so that a gzip checksum is verified; raises InputError naming the file.
 
     Memory: the voxels, and some 16 MB while they are read.
     """
     with opened(path) as stream:
-        stored = read_stored(stream, path)
+        stored = read_stored(stream, path, channel)
         check_bytes(stored.read_bytes, "its voxels")
         data = np.empty(stored.shape, stored.geometry.data.dtype)
         for part, _, voxels in stored.slabs(stream):
@@ -161,7 +239,7 @@ def voxel_bytes(path: Path) -> int:
     """Return the bytes that reading this file takes, from its header alone; 0 for one that `read` refuses."""
     try:
         with opened(path) as stream:
-            return read_stored(stream, path).read_bytes
+            return read_stored(stream, path, 0).read_bytes
     except (InputError, MemoryError):
         return 0
 
@@ -171,10 +249,10 @@ def remarks(path: Path) -> list[tuple[str, str]]:
     found = []
     try:
         with opened(path) as stream:
-            header = _header(stream).header
+            header = _header(stream)
             shape = tuple(int(size) for size in header.get_data_shape())
             units = header.get_xyzt_units()[0]
-            sform, qform = header.get_sform(), header.get_qform()
+            used = read_stored(stream, path, 0).geometry
     except (InputError, MemoryError):
         return []
     codes = int(header["sform_code"]), int(header["qform_code"])
@@ -182,7 +260,11 @@ def remarks(path: Path) -> list[tuple[str, str]]:
         remark = "neither sform nor qform is set, so its directions are not known; spacing alone is used"
         remedy = "export it with its geometry, or make sure that left and right are as in the other cases"
         found.append((remark, remedy))
-    if min(codes) > 0:
+    if min(codes) > 0 and used.qform is None:
+        remark = "one of its two places, sform and qform, is not usable; the other is taken"
+        found.append((remark, "save it with one geometry"))
+    if used.qform is not None:
+        sform, qform = used.affine, used.qform
         corner = np.array([*(size - 1 for size in (*shape, 1, 1)[:3]), 1.0])
         step = min(affine_spacing_mm(sform, 3)) or 1.0
         apart = max(float(np.linalg.norm((sform - qform) @ place)) for place in (corner, np.array([0, 0, 0, 1.0])))
@@ -208,7 +290,7 @@ def encoder(volume: Volume, zipped: bool) -> Callable[[BinaryIO], None]:
     sform, qform = volume.form_codes
     image.header.set_xyzt_units("mm")
     image.set_sform(volume.affine, code=sform)
-    image.set_qform(volume.affine, code=qform)
+    image.set_qform(volume.affine if volume.qform is None else volume.qform, code=qform)
     # Codes of another file need not be able to express this affine (a sheared one, or none given at all).
     stored = image.header.get_best_affine()
     if np.abs(stored - volume.affine).max() > 1e-4 * min(volume.spacing_mm):
@@ -224,10 +306,10 @@ def encoder(volume: Volume, zipped: bool) -> Callable[[BinaryIO], None]:
     return encode
 
 
-# Image, length of its header, place of its magic, and code and place of the voxels' offset and the number of axes.
+# Header, its length, place of its magic, and code and place of the voxels' offset and the number of axes.
 _LAYOUTS: list[tuple[Any, ...]] = [
-    (nibabel.Nifti1Image, 348, 344, b"n+1\0", ("f", 108), ("h", 40)),
-    (nibabel.Nifti2Image, 540, 4, b"n+2\0", ("q", 168), ("q", 16)),
+    (_Header1, 348, 344, b"n+1\0", ("f", 108), ("h", 40)),
+    (_Header2, 540, 4, b"n+2\0", ("q", 168), ("q", 16)),
 ]
 
 
@@ -249,11 +331,14 @@ def _header(stream: BinaryIO) -> Any:
             raise InputError(f"its header gives {axes} axes; 1 to 7 are possible, export it again")
         # Only the header goes to nibabel: header extensions may claim any length, and nothing here needs them.
         with np.errstate(all="ignore"):  # what overflows here is refused later
-            return kind.from_stream(io.BytesIO(start[:length] + bytes(4)))
+            header = kind.from_fileobj(io.BytesIO(start[:length]), check=False)
+            header.check_fix(logger=_silent)  # what matters of what it says is checked and said here
+            return header
     raise InputError("not a NIfTI file: the first bytes are no NIfTI header; check the format, or export it again")
 
 
-def _shape(header: Any, most_bytes: int) -> tuple[int, ...]:
+def _shape(header: Any, most_bytes: int) -> tuple[tuple[int, ...], int]:
+    """Shape of one volume, (x, y, z) or (x, y), and how many volumes there are."""
     shape = tuple(int(size) for size in header.get_data_shape())
     if not shape or min(shape) < 1:
         raise InputError(f"the header gives shape {shape} (x, y, z, ...); every axis needs at least one voxel")
@@ -266,9 +351,10 @@ def _shape(header: Any, most_bytes: int) -> tuple[int, ...]:
             f"the header gives shape {shape}, {voxels} voxels; at most {MAX_VOXELS} are read. "
             "The header is corrupt, or the file must be cropped or resampled"
         )
-    if len(squeezed) > 3 or len(squeezed) < 2:
+    further = [size for size in squeezed[3:] if size > 1]
+    if len(further) > 1 or len(squeezed) < 2:
         raise InputError(
-            f"one scan of two or three axes is needed, got shape {shape} (x, y, z, ...); "
+            f"one scan of two or three axes, or several along a fourth, are needed, got shape {shape} (x, y, z, ...); "
             "save each time point, direction or channel as a file of its own"
         )
     kind = header.get_data_dtype()
@@ -281,17 +367,17 @@ def _shape(header: Any, most_bytes: int) -> tuple[int, ...]:
             f"the header promises {voxels} voxels of {kind.itemsize} bytes, shape {shape}, which the file is too "
             "short to hold (truncated, or a corrupt header); copy or download it again"
         )
-    return squeezed
+    return squeezed[:3], further[0] if further else 1
 
 
-def _drain(stream: BinaryIO) -> None:
+def _drain(stream: BinaryIO, behind: int) -> None:
     """Read a compressed file to its end, which checks its sum; raises InputError where much lies behind the voxels."""
     if not isinstance(stream, gzip.GzipFile):
         return
     extra = 0
     while block := stream.read(_CHUNK):
         extra += len(block)
-        if extra > MAX_EXTRA_BYTES:
+        if extra > behind + MAX_EXTRA_BYTES:
             raise InputError(
                 f"it unpacks to over {MAX_EXTRA_BYTES >> 20} MB more than its header promises; the header is corrupt, "
                 "or the file is made to fill the memory"

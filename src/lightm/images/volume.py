@@ -25,7 +25,8 @@ class Volume:
 
     data: (Z, Y, X) or (Y, X), any real dtype. spacing_mm: in the axis order of `data`. affine: (4, 4) float64,
     voxel (x, y, z, 1) to millimetres (right, anterior, superior); its column lengths are the spacing.
-    form_codes: NIfTI's sform and qform codes, kept so that a file goes back as it came.
+    form_codes: NIfTI's sform and qform codes, and qform: the qform where a file gives both, kept so that a file goes
+    back as it came.
     Raises InputError when these do not fit together. Voxel values are not looked at.
 
     >>> import numpy as np
@@ -38,6 +39,7 @@ class Volume:
     spacing_mm: tuple[float, ...]
     affine: np.ndarray
     form_codes: tuple[int, int] = (1, 1)
+    qform: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.data.ndim not in (2, 3):
@@ -97,8 +99,9 @@ class Volume:
         data = apply_orientation(self.data.T, orientation).T
         affine = self.affine @ inv_ornt_aff(orientation, self.data.T.shape)
         # Without codes NIfTI derives the place from the shape alone, which holds no longer once axes moved.
-        codes = self.form_codes if np.array_equal(affine, self.affine) else (1, 1)
-        return Volume(data, affine_spacing_mm(affine, 3), affine, codes)
+        if np.array_equal(affine, self.affine):
+            return replace(self, data=data)
+        return Volume(data, affine_spacing_mm(affine, 3), affine)
 
 
 def canonical_axes(volume: Volume) -> tuple[tuple[int, bool], ...]:
