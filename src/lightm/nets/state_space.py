@@ -95,7 +95,8 @@ class VSS(nn.Module):
     ) -> None:
         super().__init__()
         inner = expand * channels
-        self.inner_total, self.state_size, self.d_conv = inner, state_size, d_conv
+        self.inner = self.inner_total = inner
+        self.state_size, self.d_conv = state_size, d_conv
         self.dt_rank = math.ceil(channels / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(inner, d_conv))

@@ -65,11 +65,9 @@ def choose(
     Triton kernel, says why that cannot take tensors like `lead`, None if it can. `fallback` is what "auto" takes where
     no kernel can run. ValueError when an explicit choice cannot be honoured.
     """
-    known = list(dict.fromkeys(("auto", "reference", fallback, "cpu")))
-    if triton_limits is not None:
-        known.append("triton")
+    known = ("auto", "reference", fallback, "cpu", *(("triton",) if triton_limits is not None else ()))
     if impl not in known:
-        raise ValueError(f"{operator}: impl is {impl!r}, expected one of {', '.join(map(repr, known))}")
+        raise ValueError(f"{operator}: impl is {impl!r}, expected one of {', '.join(map(repr, dict.fromkeys(known)))}")
     if impl == "triton" and triton_limits is not None:
         reason = triton_limits(lead)
         if reason is not None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightm.ops.bounds import Extent, address, each, rows, strided_address, token_rows
+from lightm.ops.bounds import Extent, address, each, entry_address, rows, strided_address, token_rows
 from lightm.ops.jit import LANES, device_function, kernel
-from lightm.ops.threads import for_blocks, parallel_for, worker_count
+from lightm.ops.threads import parallel_for, worker_count
 from lightm.ops.vector import fma, full, load, store
 from lightm.ops.vector_math import sigmoid
 
@@ -139,16 +139,18 @@ def run_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> T
     """y (Bt, L, E) in x's dtype."""
     batch, length, channels = x.shape
     tokens, y = token_rows(x), torch.empty(x.shape)
-    (x_at, x_entry, x_step), (y_at, y_entry, y_step) = strided_address(tokens), strided_address(y)
+    x_at, x_entry, x_step = strided_address(tokens)
     by_offset, shift = _parameters(weight, bias)
+    blocks = -(-length // _BLOCK)
 
-    def work(entry: int, first: int, last: int, worker: int) -> None:
+    def work(item: int, worker: int) -> None:
+        entry, block = divmod(item, blocks)
         conv1d_forward(
-            x_at + entry * x_entry, x_step, y_at + entry * y_entry, y_step, address(by_offset), address(shift),
-            weight.shape[1], channels, int(silu), first, last,
+            x_at + entry * x_entry, x_step, entry_address(y, entry), 4 * channels, address(by_offset), address(shift),
+            weight.shape[1], channels, int(silu), block * _BLOCK, min((block + 1) * _BLOCK, length),
         )  # fmt: skip
 
-    for_blocks(batch, length, _BLOCK, work)
+    parallel_for(work, batch * blocks)
     return y.to(x.dtype)
 
 
@@ -159,7 +161,6 @@ def run_backward(
     (batch, length, channels), kernel_size = x.shape, weight.shape[1]
     tokens, grad, dx = token_rows(x), token_rows(grad_y), torch.empty(x.shape)
     (x_at, x_entry, x_step), (dy_at, dy_entry, dy_step) = strided_address(tokens), strided_address(grad)
-    dx_at, dx_entry, dx_step = strided_address(dx)
     by_offset, shift = _parameters(weight, bias)
     blocks = -(-length // _BLOCK)
     items = batch * blocks
@@ -170,7 +171,7 @@ def run_backward(
     def work(item: int, worker: int) -> None:
         entry, block = divmod(item, blocks)
         conv1d_backward(
-            x_at + entry * x_entry, x_step, dy_at + entry * dy_entry, dy_step, dx_at + entry * dx_entry, dx_step,
+            x_at + entry * x_entry, x_step, dy_at + entry * dy_entry, dy_step, entry_address(dx, entry), 4 * channels,
             address(by_offset), address(shift), kernel_size, channels, int(silu), block * _BLOCK,
             min((block + 1) * _BLOCK, length), length, address(dweight[item]), address(dbias[item]),
             address(scratch[worker]),

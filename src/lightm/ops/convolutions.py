@@ -41,7 +41,8 @@ def causal_conv1d(
             f"{_CAUSAL}: weight has shape {tuple(weight.shape)}, expected ({x.shape[2]}, K) = (E, K), E from x's last "
             "axis; a Conv1d weight (E, 1, K) needs .squeeze(1)"
         )
-    check_shape(_CAUSAL, "bias", bias, (x.shape[2],), "(E,), E from x's last axis")
+    if bias is not None:
+        check_shape(_CAUSAL, "bias", bias, (x.shape[2],), "(E,), E from x's last axis")
     if activation not in (None, "silu"):
         raise ValueError(f"{_CAUSAL}: activation is {activation!r}, expected None or 'silu'")
     run = reference_conv1d if choose(_CAUSAL, impl, x) == "reference" else conv1d_op
