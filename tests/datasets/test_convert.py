@@ -278,13 +278,6 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda r: png(r / "ChinaSet_AllFiles/mask/CHNCXR_0001_0_mask.png", np.zeros((5, 5), np.uint8)),
         "CHNCXR_0001_0_mask.png: the mask has shape",
     ),
-    "colour": (
-        "montgomery-shenzhen",
-        lambda r: png(
-            r / "ChinaSet_AllFiles/CXR_png/CHNCXR_0001_0.png", np.arange(360, dtype=np.uint8).reshape(12, 10, 3)
-        ),
-        "CHNCXR_0001_0.png: a colour picture",
-    ),
     "listed file missing": (
         "msd",
         lambda r: (r / "labelsTr/prostate_02.nii.gz").unlink(),

@@ -65,7 +65,7 @@ def test_labels_are_ordered_by_value_and_ignore_is_apart(make_dataset):
         ({"labels": {"background": 0, **{f"l{i}": i for i in range(1, 300)}}}, "300 labels; at most 255"),
         ({"channel_names": None}, '"channel_names" is missing'),
         ({"channel_names": {"1": "CT"}}, "number them"),
-        ({"file_ending": ".mha"}, "'.mha' is not a format"),
+        ({"file_ending": ".xyz"}, "'.xyz' is not a format"),
     ],
 )
 def test_a_faulty_description_is_named(make_dataset, changes, message):

@@ -48,7 +48,7 @@ def read(path: Path, suffix: str, kind: str, channel: int | None = None) -> Volu
             data = data[..., channel] if data.ndim > len(steps) else data
         elif colours > 1:
             data = _grey(data, kind)
-    return Volume.from_spacing(np.ascontiguousarray(data), steps)
+        return Volume.from_spacing(np.ascontiguousarray(data), steps)
 
 
 def channel_count(path: Path, suffix: str) -> int:
@@ -166,7 +166,8 @@ def _grey(data: np.ndarray, kind: str) -> np.ndarray:
         raise InputError("a label map in colour; save the class of each pixel as a grey value")
     if data.shape[-1] != 3:
         raise InputError(f"it holds {data.shape[-1]} channels; give one by its number, as in FILE::0")
-    return (data @ np.array([0.299, 0.587, 0.114])).astype(np.float32)
+    grey = data @ np.array([0.299, 0.587, 0.114])
+    return grey.astype(np.float32) if data.dtype.kind == "f" else np.rint(grey).astype(data.dtype)
 
 
 @contextmanager
