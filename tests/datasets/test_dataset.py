@@ -256,7 +256,7 @@ def test_decathlon_layout(make_dataset):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"modality": {"0": "T1", "1": "T2"}}, "4D file"),
+        ({"modality": {"0": "T1", "1": "T2"}}, r"it holds 1 channel\(s\), but dataset.json names 2 \(T1, T2\)"),
         ({"training": [{"image": "../../x.nii.gz", "label": "y.nii.gz"}]}, "outside the dataset"),
         ({"training": ["a.nii.gz"]}, '"training" holds'),
         ({"training": [{"image": 3, "label": 4}]}, "expected the path of a file"),

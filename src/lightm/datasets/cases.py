@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from lightm.errors import InputError
-from lightm.images.io import file_suffix
+from lightm.images.io import channel_paths, file_suffix, split_path
 from lightm.progress import Progress
 
 Item = TypeVar("Item")
@@ -108,8 +108,9 @@ def on_all_cores(
 
 def split_name(file: Path) -> tuple[str, str]:
     """Return a file's name without and its format's ending, ("scan_0000", ".nii.gz"); no ending for other files."""
-    suffix = file.name[len(file.name) - len(file_suffix(file) or "") :]
-    return file.name.removesuffix(suffix), suffix
+    name = split_path(file)[0].name
+    suffix = name[len(name) - len(file_suffix(file) or "") :]
+    return name.removesuffix(suffix), suffix
 
 
 def split_channel(name: str) -> tuple[str, int] | None:
@@ -129,27 +130,36 @@ def join_channels(
 
     named: names without their endings, and the files. owner: what asks for the channels, for messages. bare: a single
     channel needs no number, and a number may belong to the name, as in scan_0017, unless scan_0000 is there too.
+    One file that holds as many channels as are wanted, named CASE or CASE_0000, is a case by itself.
     """
     named = list(named)
     wanted = f"{owner} names {len(channels)} channel(s) ({', '.join(channels)})"
     one = bare and len(channels) == 1
     numbered = {name.removesuffix("_0000") for name, _ in named if name.endswith("_0000")}
+    found = [split_channel(name) for name, _ in named]
+    # In a folder without channel 0 whose numbers are too high, digits belong to the names, as in STS24_0010.
+    plain = not numbered and any(parts is not None and parts[1] >= len(channels) for parts in found)
     groups: dict[str, dict[int, Path]] = {}
-    problems = []
+    problems, whole = [], []
     for name, file in named:
         case_id, channel = split_channel(name) or (name, -1)
         if one and (channel < 0 or case_id not in numbered):
             case_id, channel = name, 0
-        if channel < 0:
+        elif plain:
+            case_id, channel = name, -1
+        if (channel < 0 or case_id in numbered) and (several := _channels_in(file, len(channels))):
+            whole.append(Case(case_id, several))
+        elif channel < 0:
             cure = f"rename it to {name}_0000{split_name(file)[1]}, others to _0001 and so on"
-            problems.append(error(None, file, f"the name has no channel number, but {wanted}", cure))
+            problems.append(error(name, file, f"the name has no channel number, but {wanted}", cure))
         elif channel >= len(channels):
             message = f"channel {channel} of case '{case_id}', but {wanted}"
-            problems.append(error(case_id, file, message, "remove the file, or name the channel"))
+            cure = "name the channel in channel_names, or move the file to another folder"
+            problems.append(error(case_id, file, message, cure))
         elif (twin := groups.setdefault(case_id, {}).setdefault(channel, file)) is not file:
             message = f"case '{case_id}' is there twice, also as {twin}"
             problems.append(error(case_id, file, message, "keep one of them"))
-    cases = []
+    cases = whole
     for case_id, files in sorted(groups.items()):
         absent = next((index for index in range(len(channels)) if index not in files), None)
         if absent is None:
@@ -159,4 +169,15 @@ def join_channels(
         file = first.with_name(f"{case_id}_{absent:04d}{split_name(first)[1]}")
         message = f"channel {absent} ('{channels[absent]}') of case '{case_id}' is missing"
         problems.append(error(case_id, file, message, "add the file"))
-    return cases, problems
+    return sorted(cases, key=lambda case: case.id), problems
+
+
+def _channels_in(file: Path, count: int) -> tuple[Path, ...]:
+    """The channels of a file that holds `count` of them, more than one; else none."""
+    if count == 1:
+        return ()
+    try:
+        found = channel_paths(file)
+    except (InputError, OSError):  # reported by whoever reads it
+        return ()
+    return found if len(found) == count else ()

@@ -6,6 +6,8 @@ are read, to learn the values.) Problems are collected, so that a check can name
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +30,11 @@ from lightm.datasets.cases import (
 )
 from lightm.datasets.description import MAX_CLASSES, Description, read_description
 from lightm.errors import InputError
-from lightm.images.io import SUFFIXES, file_suffix, read_volume, voxel_bytes
+from lightm.images.io import SUFFIXES, channel_paths, companions, file_suffix, read_volume, voxel_bytes
 from lightm.images.limits import MemoryGate
+
+
+_log = logging.getLogger(__name__)
 
 
 def open_dataset(path: Path | str, *, labels: Path | str | None = None) -> Dataset:
@@ -51,7 +56,15 @@ def open_dataset(path: Path | str, *, labels: Path | str | None = None) -> Datas
     if errors:
         more = f" (and {len(errors) - 1} more problems; `lightm check` lists them all)" if len(errors) > 1 else ""
         raise InputError(f"{errors[0]}{more}")
+    for problem in problems:
+        _warn(str(problem))
     return dataset
+
+
+@lru_cache(1024)
+def _warn(text: str) -> None:
+    """Log a warning, once: a run opens its data set several times."""
+    _log.warning(text)
 
 
 def scan(path: Path, labels: Path | None = None) -> tuple[Dataset, list[Problem]]:
@@ -70,7 +83,7 @@ def scan(path: Path, labels: Path | None = None) -> tuple[Dataset, list[Problem]
     plain = (path / "images").is_dir() and (path / "labels").is_dir()
     if file.is_file() and ((path / "imagesTr").is_dir() or not plain):
         description = read_description(file)
-        return _decathlon(path, description) if description.listed else _nnunet(path, description)
+        return _decathlon(path, description) if _is_decathlon(path, description) else _nnunet(path, description)
     if plain:
         return _two_folders(path, path / "images", path / "labels")
     if not any(path.iterdir()):
@@ -81,6 +94,16 @@ def scan(path: Path, labels: Path | None = None) -> tuple[Dataset, list[Problem]
     )
 
 
+def _is_decathlon(root: Path, description: Description) -> bool:
+    """Whether dataset.json lists the files themselves; nnU-Net's may list cases, whose files have channel numbers."""
+    if description.listed is None:
+        return False
+    images = [entry.get("image") for entry in description.listed[0] if isinstance(entry, dict)]
+    folder = root / "imagesTr"
+    numbered = folder.is_dir() and any(split_name(file)[0].endswith("_0000") for file in files_in(folder))
+    return not numbered or any(isinstance(image, str) and (root / image).exists() for image in images[:100])
+
+
 def _nnunet(root: Path, description: Description) -> tuple[Dataset, list[Problem]]:
     images, labels = root / "imagesTr", root / "labelsTr"
     for folder in (images, labels):
@@ -89,30 +112,77 @@ def _nnunet(root: Path, description: Description) -> tuple[Dataset, list[Problem
                 f"{folder}: no such folder; nnU-Net's layout needs imagesTr and labelsTr beside dataset.json"
             )
     ending = description.file_ending or _ending(labels)
-    cases, problems = join_channels(_stems(images, ending).items(), description.channels)
-    paired, orphans = _pair(cases, _stems(labels, ending), {problem.case for problem in problems})
-    problems += orphans
-    # Images of another format would be left out in silence.
-    message = f"ends otherwise than file_ending {ending} in dataset.json, so it is not used"
-    cure = f"convert it to {ending}, or remove it"
-    problems += [warning(None, file, message, cure) for file in _others(images, ending) + _others(labels, ending)]
+    given, unused = _readable(images, ending)
+    maps, more = _readable(labels, ending)
+    cases, problems = join_channels(given.items(), description.channels)
+    paired, orphans = _pair(cases, maps, {problem.case for problem in problems})
+    problems = [_milder(problem, ending) for problem in (*problems, *orphans)] + unused + more
     tests: list[Case] = []
     if (root / "imagesTs").is_dir():
-        tests, more = join_channels(_stems(root / "imagesTs", ending).items(), description.channels)
-        problems += more
+        given, unused = _readable(root / "imagesTs", ending)
+        tests, more = join_channels(given.items(), description.channels)
+        problems += unused + [warning(problem.case, problem.file, problem.message, problem.cure) for problem in more]
     return _dataset(root, description, ending, paired, tests, problems)
 
 
+def _milder(problem: Problem, ending: str) -> Problem:
+    """What is wrong with a file that ends otherwise than the data set does is a warning: it may be no part of it."""
+    if problem.file is None or problem.file.name.lower().endswith(ending):
+        return problem
+    message = f"{problem.message}, and it ends otherwise than {ending}, so it is not used"
+    return warning(problem.case, problem.file, message, problem.cure)
+
+
+def _readable(folder: Path, ending: str) -> tuple[dict[str, Path], list[Problem]]:
+    """Return the images in a folder by name without ending, and a warning for each file that is not used.
+
+    Of two files of one name the one that ends in `ending` is taken. Files that belong to others (the voxels of a pair,
+    the spacing of a TIFF) are no images by themselves.
+    """
+    found: dict[str, Path] = {}
+    files = sorted(files_in(folder), key=lambda file: (split_name(file)[1].lower() != ending, file.name))
+    beside = {name for file in files for name in companions(file)}
+    problems = []
+    for file in files:
+        stem, suffix = split_name(file)
+        if suffix and stem not in found:
+            found[stem] = file
+        elif suffix:
+            message = f"is there beside {found[stem].name}, so it is not used"
+            problems.append(warning(None, file, message, "keep one of the two in this folder"))
+        elif file.name not in beside:
+            problems.append(warning(None, file, "not a format that is read, so it is not used", "convert it"))
+    return dict(sorted(found.items())), problems
+
+
 def _decathlon(root: Path, description: Description) -> tuple[Dataset, list[Problem]]:
-    if len(description.channels) > 1:
-        raise InputError(
-            f"{description.file}: {len(description.channels)} modalities in one 4D file; save each as "
-            "a file of its own, CASE_0000.nii.gz, CASE_0001.nii.gz, ... (nnUNetv2_convert_MSD_dataset does)"
-        )
     problems: list[Problem] = []
-    training, tests = (existing(cases, problems) for cases in listed_cases(root, description))
+    training, tests = (
+        _with_channels(existing(cases, problems), description, problems) for cases in listed_cases(root, description)
+    )
     ending = description.file_ending or (file_suffix(training[0].images[0]) if training else None) or ".nii.gz"
     return _dataset(root, description, ending, training, tests, problems)
+
+
+def _with_channels(cases: list[Case], description: Description, problems: list[Problem]) -> list[Case]:
+    """Return cases of one file each with the channels in it; one with another number of them adds to `problems`."""
+    if len(description.channels) == 1:
+        return cases
+    found = []
+    for case in cases:
+        try:
+            images = channel_paths(case.images[0])
+        except InputError as refusal:
+            message, _, cure = str(refusal).removeprefix(f"{case.images[0]}: ").rpartition("; ")
+            problems.append(error(case.id, case.images[0], message or cure, cure if message else "export it again"))
+            continue
+        if len(images) == len(description.channels):
+            found.append(Case(case.id, images, case.label))
+        else:
+            named = ", ".join(description.channels)
+            message = f"it holds {len(images)} channel(s), but dataset.json names {len(description.channels)} ({named})"
+            problems.append(error(case.id, case.images[0], message, "correct modality in dataset.json, or the file"))
+    return found
 
 
 def listed_cases(root: Path, description: Description) -> tuple[list[Case], list[Case]]:
@@ -140,7 +210,7 @@ def existing(cases: list[Case], problems: list[Problem]) -> list[Case]:
         absent = {what: file for what, file in files.items() if not file.is_file()}
         for what, file in absent.items():
             message = f"the {what} listed in dataset.json does not exist"
-            problems.append(error(case.id, file, message, "add it, or remove the entry"))
+            problems.append(error(case.id, file, message, "add it, or take the entry out of dataset.json"))
         if not absent:
             found.append(case)
     return found
@@ -174,13 +244,13 @@ def _two_folders(root: Path, images: Path, labels: Path) -> tuple[Dataset, list[
 
 def _pair(cases: list[Case], maps: dict[str, Path], reported: set[str | None]) -> tuple[list[Case], list[Problem]]:
     problems = [
-        error(case.id, case.images[0], "an image without a label", "add its label, or remove the image")
+        error(case.id, case.images[0], "an image without a label", "add its label, or move the image to another folder")
         for case in cases
         if case.id not in maps
     ]
     known = {case.id for case in cases} | reported
     problems += [
-        error(stem, file, "a label without an image", "add its image, or remove the label")
+        error(stem, file, "a label without an image", "add its image, or move the label to another folder")
         for stem, file in sorted(maps.items())
         if stem not in known
     ]
@@ -198,7 +268,11 @@ def _dataset(
     if promised is not None and promised != len(cases) and not problems:
         message = f"numTraining says {promised}, found {len(cases)} cases"
         problems.append(warning(None, description.file, message, "add the missing cases, or correct the number"))
-    problems += doubled([*cases, *tests])
+    twins = doubled([*cases, *tests])
+    again = doubled(cases)
+    problems += again
+    problems += [warning(p.case, p.file, p.message, "rename it; it is not predicted") for p in twins if p not in again]
+    tests = [case for case in tests if not any(p.file == case.images[0] for p in twins)]
     dataset = Dataset(
         root.resolve().name,
         root,
@@ -252,11 +326,13 @@ def _values_found(files: list[Path]) -> dict[str, int]:
 
 
 def _stems(folder: Path, ending: str) -> dict[str, Path]:
-    return {file.name.removesuffix(ending): file for file in files_in(folder) if file.name.endswith(ending)}
+    return {split_name(file)[0]: file for file in files_in(folder) if file.name.lower().endswith(ending)}
 
 
 def _others(folder: Path, ending: str) -> list[Path]:
-    return [file for file in files_in(folder) if not file.name.endswith(ending)]
+    files = files_in(folder)
+    beside = {name for file in files for name in companions(file)}
+    return [file for file in files if not file.name.lower().endswith(ending) and file.name not in beside]
 
 
 def _mixed(folder: Path, ending: str) -> list[Problem]:
@@ -286,7 +362,9 @@ def _inside(root: Path, entry: Any, file: Path) -> Path:
         raise InputError(f"{file}: lists {str(entry)[:80]!r}; expected the path of a file")
     path = root / entry
     try:
-        inside = "\0" not in entry and path.resolve().is_relative_to(root.resolve())
+        # By name alone: the files may be links to where another program keeps them.
+        inside = "\0" not in entry and Path(os.path.abspath(path)).is_relative_to(Path(os.path.abspath(root)))
+        path.is_file()
     except (OSError, RuntimeError, ValueError):  # a name that is too long, a loop of links
         inside = False
     if not inside:

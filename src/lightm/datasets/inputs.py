@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lightm.datasets.cases import Case, files_in, join_channels, split_channel, split_name
 from lightm.errors import InputError, did_you_mean
 from lightm.images import dicom
-from lightm.images.io import SUFFIXES, file_suffix
+from lightm.images.io import SUFFIXES, file_suffix, split_path
 
 _DATASET_FOLDERS = ("imagesTs", "imagesTr", "images")
 # What no file name may hold on some system; a case's name becomes the name of its label map.
@@ -63,14 +63,14 @@ def find_cases(
 
 def _given(inputs: Path, channels: Sequence[str], cases: Set[str] | None) -> Iterator[tuple[str, Case]]:
     """Yield the cases of one input that is no list, and where they are from."""
-    if dicom.SEPARATOR in inputs.name or (inputs.is_file() and file_suffix(inputs) is None):
+    if file_suffix(inputs) is None and (dicom.SEPARATOR in inputs.name or inputs.is_file()):
         if not dicom.is_dicom(inputs):
             raise InputError(
                 f"{inputs}: not a format that can be read; expected {', '.join(SUFFIXES)}, DICOM, or a list of paths "
                 "(.txt, .csv)"
             )
         found = _dicom_single(inputs, channels)
-    elif inputs.is_file():
+    elif split_path(inputs)[0].is_file():
         found = _single(inputs, channels)
     elif inputs.is_dir():
         found = _from_folders(inputs, channels, cases)
@@ -154,7 +154,7 @@ def _entry_cases(entry: _Entry, channels: Sequence[str], cases: Set[str] | None)
     for file in entry.paths:
         if _is_list(file):
             raise InputError(f"{file}: a list in a list; name its images here")
-        if not file.exists() and not dicom.is_dicom(file):
+        if not split_path(file)[0].exists() and not dicom.is_dicom(file):
             comma = "; channels are separated by tabs" if "," in str(file) and len(entry.paths) == 1 else ""
             raise InputError(f"{file}: no such file or folder{comma}")
     if len(entry.paths) == 1 and entry.case is None:

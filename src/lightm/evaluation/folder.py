@@ -14,6 +14,7 @@ from lightm.errors import InputError, did_you_mean
 from lightm.evaluation.evaluation import CaseRow, Evaluation, summarize
 from lightm.evaluation.metrics import case_metrics, resolve_tolerances
 from lightm.images.io import SUFFIXES, file_suffix, read_volume
+from lightm.images.pictures import FORMATS as PICTURES
 from lightm.images.volume import geometry_difference
 from lightm.options import Names, Options, PathText
 from lightm.progress import Progress
@@ -91,11 +92,12 @@ def evaluate_folder(
         progress("evaluating", len(pairs), len(pairs))
     if len(dims) > 1:
         raise InputError(f"2D and 3D labels in one folder: {dims[2]} and {dims[3]}; evaluate them separately")
+    pictures = 2 in dims and all(label.suffix.lower() in PICTURES for _, label in pairs.values())
     evaluation = summarize(
         rows,
         classes,
         spatial_dims=2 if 2 in dims else 3,
-        distance_unit="px" if all(label.suffix.lower() == ".png" for _, label in pairs.values()) else "mm",
+        distance_unit="px" if pictures else "mm",
         nsd_tolerance_mm=tolerances,
         bootstrap=chosen.bootstrap,
         seed=chosen.seed,

@@ -72,6 +72,15 @@ def channel_paths(path: Path) -> tuple[Path, ...]:
     return (path,) if count == 1 else tuple(path.with_name(f"{path.name}::{number}") for number in range(count))
 
 
+def companions(file: Path) -> tuple[str, ...]:
+    """Names of files beside an image that are parts of it: the voxels of a pair, the spacing of a TIFF stack."""
+    suffix = file_suffix(file)
+    if suffix in (".tif", ".tiff"):
+        stem = file.name[: -len(suffix)]
+        return (f"{stem}.json", f"{re.sub(r'_[0-9]{4}$', '', stem)}.json")
+    return tuple(path.name for path in itk.companions(file)) if suffix in itk.SUFFIXES else ()
+
+
 def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
     """Read an image or a label map of any format in docs/files.md, or a DICOM series, as a volume.
 

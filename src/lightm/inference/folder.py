@@ -16,7 +16,7 @@ from lightm.datasets.cases import Case
 from lightm.datasets.inputs import find_cases
 from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, locked_folder, remove_temporaries
-from lightm.images.io import file_suffix
+from lightm.images.io import file_suffix, split_path
 from lightm.inference import record as records
 from lightm.inference.budget import peak_resident_bytes
 from lightm.inference.one_case import CaseWriter, DiskError, Job, each_read, failed_case
@@ -92,7 +92,7 @@ def predict_folder(
     if predictor.source is None:
         raise InputError("a Predictor without a file: save its network as a model and load that, so that it is known")
     found = find_cases(given, predictor.plan.channels, cases=chosen.cases)
-    targets = {case.id: out / (case.id + (file_suffix(case.images[0]) or ".nii.gz")) for case in found}
+    targets = {case.id: out / (case.id + _result_suffix(case)) for case in found}
     _check_targets(found, targets, out)
     recorded = RecordedOptions(
         **{name: getattr(chosen, name) for name in RecordedOptions.model_fields if name != "second_file"},
@@ -202,8 +202,14 @@ def _check_out(out: Path, *, any_content: bool) -> None:
         )
 
 
+def _result_suffix(case: Case) -> str:
+    """The format of a case's label map: that of its image, PNG for JPEG, which cannot hold one."""
+    suffix = file_suffix(case.images[0]) or ".nii.gz"
+    return ".png" if suffix in (".jpg", ".jpeg") else suffix
+
+
 def _check_targets(found: list[Case], targets: dict[str, Path], out: Path) -> None:
-    sources = {image.resolve() for case in found for image in case.images}
+    sources = {split_path(image)[0].resolve() for case in found for image in case.images}
     for case in found:
         extra = (out / PREVIEWS / f"{case.id}.png", out / PROBABILITIES / f"{case.id}.nii.gz")
         for target in (targets[case.id], *extra):

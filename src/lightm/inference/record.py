@@ -21,6 +21,7 @@ from lightm.errors import InputError, LightMError
 from lightm.files import file_hash, write_text
 from lightm.images import dicom
 from lightm.images.dicom_files import dicom_files
+from lightm.images.io import split_path
 from lightm.inference.budget import parse_memory
 from lightm.inference.statistics import ClassStatistics
 from lightm.nets.folder import read_description
@@ -198,7 +199,7 @@ def file_record(path: Path, name: str) -> FileRecord:
     """
     folder, _ = dicom.split_source(path)
     if not folder.is_dir():
-        size, digest = file_hash(path).split(":")
+        size, digest = file_hash(split_path(path)[0]).split(":")
         return FileRecord(path=name, bytes=int(size), sha256=digest)
     contents = {file.name: file_hash(file) for file in dicom_files(folder)}
     whole = hashlib.sha256("".join(f"{file}\0{content}\n" for file, content in contents.items()).encode())

@@ -21,6 +21,7 @@ import platformdirs
 from lightm.datasets.cases import Case
 from lightm.errors import LightMError
 from lightm.files import file_hash, write_text
+from lightm.images.io import split_path
 from lightm.labels import IGNORE_INDEX
 from lightm.preparation.plan import Plan
 
@@ -155,6 +156,7 @@ class FileHashes:
 
     def of(self, file: Path) -> str:
         """Return size and SHA-256 of the content; raises InputError for a file that cannot be read."""
+        file, _ = split_path(file)
         name = str(file.resolve())
         try:
             facts = file.stat()

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from lightm.datasets.cases import Case, Dataset, on_all_cores
 from lightm.errors import InputError
 from lightm.files import file_hash
-from lightm.images.io import read_volume
+from lightm.images.io import read_volume, split_path
 from lightm.images.volume import geometry_difference
 from lightm.progress import Progress
 
@@ -99,7 +99,8 @@ def take_fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> t
 
 def _data_hash(dataset: Dataset) -> str:
     """Return the SHA-256 over names, sizes and contents of all training files, in the order of their names."""
-    files = sorted({file for case in dataset.cases for file in (*case.images, case.label) if file is not None})
+    given = {file for case in dataset.cases for file in (*case.images, case.label) if file is not None}
+    files = sorted({split_path(file)[0] for file in given})
     contents = on_all_cores(file_hash, files)
     whole = hashlib.sha256()
     for file, content in sorted(zip((f"{file.parent.name}/{file.name}" for file in files), contents, strict=True)):
