@@ -33,7 +33,6 @@ from lightm.errors import InputError
 from lightm.images.io import SUFFIXES, channel_paths, companions, file_suffix, read_volume, voxel_bytes
 from lightm.images.limits import MemoryGate
 
-
 _log = logging.getLogger(__name__)
 
 
