@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from lightm.errors import InputError
 
+_log = logging.getLogger(__name__)
 _KNOWN = "cpu, cuda, cuda:N, mps, gpu or auto"
 
 
@@ -24,6 +27,8 @@ def resolve_device(name: str | torch.device) -> torch.device:
     apple = torch.backends.mps.is_available()
     if text == "auto":
         text = "cuda" if count else "cpu"
+        if count:
+            _log.info("device: a GPU, cuda; --device cpu takes the processor")
     elif text == "gpu":
         text = "mps" if apple and not count else "cuda"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import locale
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +54,44 @@ def test_vtk_keeps_spacing_and_origin_of_axes_along_its_own(tmp_path: Path) -> N
     affine = np.diag([-0.7, -0.8, 2.5, 1.0])
     affine[:3, 3] = (9, 8, -7)
     volume = Volume(np.arange(60, dtype=np.int16).reshape(3, 4, 5), (2.5, 0.8, 0.7), affine)
+    before = locale.setlocale(locale.LC_ALL)
     write_volume(tmp_path / "scan.vtk", volume)
+    assert locale.setlocale(locale.LC_ALL) == before  # ITK sets it to "C", and `open` would then read ASCII
     assert geometry_difference(read_volume(tmp_path / "scan.vtk"), volume) is None
+
+
+@pytest.mark.parametrize("suffix", [*SOLID, ".vtk", ".nii", ".nii.gz", ".tif", ".bmp", ".jpg", ".png"])
+def test_a_file_that_ends_too_early_is_refused_by_name(tmp_path: Path, suffix: str) -> None:
+    """ITK fills the missing voxels of a pair or a VTK file with zeros, tifffile leaves out the slices that it lacks."""
+    data = np.random.default_rng(0).integers(0, 1000, (13, 24, 25)).astype(np.int16)
+    before = locale.setlocale(locale.LC_ALL)
+    picture = suffix in (".bmp", ".jpg", ".png")
+    with itk._itk("not written"):
+        SimpleITK.WriteImage(
+            SimpleITK.GetImageFromArray(data[0].astype(np.uint8) if picture else data), str(tmp_path / f"scan{suffix}")
+        )
+    assert read_volume(tmp_path / f"scan{suffix}").data.shape == (data.shape[1:] if picture else data.shape)
+    voxels = next(
+        (file for file in itk.companions(tmp_path / f"scan{suffix}") if file.is_file()), tmp_path / f"scan{suffix}"
+    )
+    voxels.write_bytes(voxels.read_bytes()[:-300])
+    with pytest.raises(InputError, match=rf"scan\{suffix}.*again"):
+        read_volume(tmp_path / f"scan{suffix}")
+    assert locale.setlocale(locale.LC_ALL) == before
+
+
+def test_vtk_in_text(tmp_path: Path) -> None:
+    head = (
+        "# vtk DataFile Version 3.0\nmade by hand\nASCII\nDATASET STRUCTURED_POINTS\nDIMENSIONS 3 2 1\n"
+        "SPACING 1 1 1\nORIGIN 0 0 0\nPOINT_DATA 6\nSCALARS scalars float 1\nLOOKUP_TABLE default\n"
+    )
+    path = tmp_path / "scan.vtk"
+    path.write_text(head + "1 2 3\n-4 .5 6e0\nMETADATA\n")
+    np.testing.assert_array_equal(read_volume(path).data.ravel(), [1, 2, 3, -4, 0.5, 6])
+    for voxels in ("1 2 3\n4 5\n", "1 2 x 4 5 6\n", ""):
+        path.write_text(head + voxels)
+        with pytest.raises(InputError, match=r"scan\.vtk.*again"):
+            read_volume(path)
 
 
 @pytest.mark.parametrize("way", ["components", "fourth axis"])

@@ -88,9 +88,9 @@ def test_2d_and_mirroring_and_two_channels(
 ) -> None:
     images = [made((70, 43), seed) for seed in (0, 1)]
     plan = make_plan(spacing, (16, 8), labels=CLASSES, channels=("a", "b"))
-    expected = Predictor(Noise(2, 2), plan, tta=True).predict_volumes(images).data
+    expected = Predictor(Noise(2, 2), plan, tta=(0, 1)).predict_volumes(images).data
     only(MemoryPlan(False, False, False), monkeypatch)
-    found = Predictor(Noise(2, 2), plan, tta=True, max_memory=10**11).predict_volumes(images).data
+    found = Predictor(Noise(2, 2), plan, tta=(0, 1), max_memory=10**11).predict_volumes(images).data
     np.testing.assert_array_equal(found, expected)
     assert len(np.unique(expected)) == 4
 

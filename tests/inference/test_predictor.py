@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import permutations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import lightm
 from lightm.errors import InputError, LightMError
 from lightm.images.volume import Volume
 from lightm.inference import Predictor
@@ -98,7 +100,7 @@ def test_rules_remove_stray_components(make_plan: PlanMaker) -> None:
     assert (cleaned == 7).sum() == 42
 
 
-def test_mirroring_is_used_over_all_axes(make_plan: PlanMaker) -> None:
+def test_mirroring_is_used_over_the_axes_of_training(make_plan: PlanMaker) -> None:
     class Ramp(nn.Module):
         """Votes for class 1 in the first half of the last axis, more weakly than the image's sign."""
 
@@ -109,7 +111,7 @@ def test_mirroring_is_used_over_all_axes(make_plan: PlanMaker) -> None:
     image = Volume.from_spacing(blobs((8, 8)), (1.0, 1.0))
     plan = make_plan((1.0, 1.0), (8, 8))
     once = Predictor(Ramp(), plan).predict_volumes([image])
-    mirrored = Predictor(Ramp(), plan, tta=True).predict_volumes([image])
+    mirrored = Predictor(Ramp(), plan, tta=(1,)).predict_volumes([image])
     assert np.array_equal(mirrored.data, image.data > 0)  # the ramp cancels
     assert not np.array_equal(once.data, mirrored.data)
 
@@ -134,3 +136,18 @@ def test_errors(make_plan: PlanMaker) -> None:
         Predictor(Threshold(0), plan, "nowhere")
     with pytest.raises(LightMError, match="returned 1 classes; its plan has 2"):
         Predictor(nn.Identity(), plan).predict_volumes([flat])
+
+
+@pytest.mark.slow
+def test_a_model_is_flipped_along_the_axes_of_its_training_alone(tmp_path: Path) -> None:
+    data = lightm.phantoms("xray", tmp_path / "data", cases=4, size=32)
+    short = {"epochs": 1, "steps_per_epoch": 2, "val_patches": 1, "patch_size": [32, 32], "test": False}
+    mirrored = lightm.train(data, tmp_path / "mirrored", augment={"mirror_axes": [1]}, **short)
+    assert lightm.load(mirrored.run_dir, tta=True).tta == (1,)
+    assert lightm.load(mirrored.run_dir).tta == ()
+    plain = lightm.train(data, tmp_path / "plain", **short)
+    with pytest.raises(InputError, match="was not trained with mirroring"):
+        lightm.load(plain.run_dir, tta=True)
+    with pytest.raises(InputError, match="was not trained with mirroring"):
+        lightm.predict(plain.run_dir, data / "imagesTr", tmp_path / "out", tta=True)
+    assert not (tmp_path / "out").exists()

@@ -7,11 +7,16 @@ against the length of the files and the machine's memory before the voxels are a
 
 from __future__ import annotations
 
+import locale
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice, takewhile
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -26,6 +31,8 @@ _IO = dict(zip(SUFFIXES, ("Nrrd", "Nrrd", "Meta", "Meta", "VTK", "Nifti"), stric
 _BESIDE = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz"), ".hdr": (".img",)}
 """Endings of the files with the voxels that are written beside a header."""
 _HEADER_BYTES = 1 << 16
+_LOCALE = Lock()
+_NUMBER = re.compile(rb"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's axes point left, posterior, superior; ours right, anterior, superior
 # What a header may say, by the name of its reader in ITK: how many axes, how long they are, where the voxels are.
 _AXES = {"Meta": r"^NDims *=(.*)$", "Nrrd": r"^dimension: *(.*)$"}
@@ -39,17 +46,15 @@ def read(path: Path, channel: int | None = None) -> Volume:
     import SimpleITK
 
     with naming(path):
-        header, _ = _header(path)
+        header = _header(path)
         sizes, steps, affine, channels = _geometry(header)
         if channel is None and channels > 1:
             raise InputError(f"it holds {channels} channels; give one by its number, as in {path.name}::0")
         if not 0 <= (channel or 0) < channels:
             raise InputError(f"it holds {channels} channel(s), numbered from 0; there is no channel {channel}")
         check_bytes(prod(sizes) * channels * _itemsize(header), "its voxels")
-        try:
+        with _itk(f"not a readable {path.suffix.lower()} file", "; copy or export it again"):
             image = header.Execute()
-        except RuntimeError as error:
-            raise _refusal(path, error) from None
         data = SimpleITK.GetArrayFromImage(image)  # (T, Z, Y, X) or (Z, Y, X, C)
         if channels > 1:
             data = data[..., channel] if image.GetNumberOfComponentsPerPixel() > 1 else data[channel]
@@ -59,13 +64,13 @@ def read(path: Path, channel: int | None = None) -> Volume:
 def channel_count(path: Path) -> int:
     """How many channels a file holds; raises InputError as `read` does."""
     with naming(path):
-        return _geometry(_header(path)[0])[3]
+        return _geometry(_header(path))[3]
 
 
 def voxel_bytes(path: Path) -> int:
     """How much memory the voxels take, from the header alone; raises InputError as `read` does."""
     with naming(path):
-        header, _ = _header(path)
+        header = _header(path)
         sizes, _, _, channels = _geometry(header)
         return prod(sizes) * channels * _itemsize(header)
 
@@ -93,10 +98,8 @@ def write(path: Path, suffix: str, volume: Volume) -> None:
         with tempfile.TemporaryDirectory(prefix=".lightm-", dir=path.parent) as folder:
             # The header names the file beside it, so both get their names before they are moved.
             made = Path(folder) / (path.name[: -len(suffix)] + suffix)  # ITK adds the ending where it is upper-case
-            try:
+            with _itk(f"cannot be written as {suffix}"):
                 SimpleITK.WriteImage(image, str(made), suffix not in (".vtk", ".hdr"))
-            except RuntimeError as error:
-                raise InputError(f"cannot be written as {suffix} ({_reason(error)})") from None
             for file in sorted(Path(folder).iterdir(), key=lambda file: file == made):
                 beside = companions(path)[0].name if suffix == ".hdr" else file.name
                 os.replace(file, path if file == made else path.parent / beside)
@@ -108,8 +111,8 @@ def companions(path: Path) -> tuple[Path, ...]:
     return tuple(path.with_name(path.stem + (end.upper() if path.suffix == ".HDR" else end)) for end in endings)
 
 
-def _header(path: Path) -> tuple[Any, int]:
-    """ITK's reader of this file with the header read, and the bytes of its files; InputError for a hostile one."""
+def _header(path: Path) -> Any:
+    """ITK's reader of this file with the header read; InputError for a hostile or a truncated one."""
     import SimpleITK
 
     SimpleITK.ProcessObject_SetGlobalWarningDisplay(False)
@@ -122,20 +125,24 @@ def _header(path: Path) -> tuple[Any, int]:
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO(f"{kind}ImageIO")
     reader.SetFileName(str(path))
-    try:
+    with _itk(f"not a readable {path.suffix.lower()} file", "; copy or export it again"):
         reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise _refusal(path, error) from None
-    stored = path.stat().st_size + sum(file.stat().st_size for file in beside)
     voxels = prod(reader.GetSize()) * reader.GetNumberOfComponents()
     if voxels > MAX_VOXELS:
         raise InputError(f"its header gives {voxels} voxels; at most {MAX_VOXELS} are read")
-    if voxels * _itemsize(reader) > stored * MAX_DEFLATE:
+    # ITK fills what a pair or a VTK file lacks with zeros; the others' voxels may be compressed.
+    needed = voxels * _itemsize(reader) / (1 if kind in ("Nifti", "VTK") else MAX_DEFLATE)
+    held = (
+        _vtk_bytes(path, voxels, _itemsize(reader))
+        if kind == "VTK"
+        else sum(_length(file) for file in beside or [path])
+    )
+    if needed > held:
         raise InputError(
             f"its header promises {voxels} voxels of {_itemsize(reader)} bytes, which the file is too short to hold "
             "(truncated, or a corrupt header); copy or export it again"
         )
-    return reader, stored
+    return reader
 
 
 def _look_at(path: Path, kind: str) -> list[Path]:
@@ -149,7 +156,7 @@ def _look_at(path: Path, kind: str) -> list[Path]:
         text = text[: end.end()] if end else text
 
     def said(patterns: dict[str, str]) -> str | None:
-        found = re.findall(patterns.get(kind, "$^"), text, re.M)
+        found = re.findall(patterns.get(kind, "(?!)"), text, re.M)
         if len(found) > 1:
             raise InputError(f"its header says '{found[0].strip()}' and '{found[1].strip()}' of one thing")
         return found[0].strip() if found else None
@@ -175,6 +182,24 @@ def _look_at(path: Path, kind: str) -> list[Path]:
     if not (file := path.with_name(data)).is_file():
         raise InputError(f"its voxels are missing: {data} must lie beside it")
     return [file]
+
+
+def _length(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _vtk_bytes(path: Path, voxels: int, itemsize: int) -> int:
+    """How many bytes of voxels a legacy VTK file holds; text that is no number counts as its end."""
+    with open(path, "rb") as stream:
+        head = stream.read(_HEADER_BYTES)
+        values = re.search(rb"^(SCALARS.*\n(LOOKUP_TABLE.*\n)?|(COLOR_SCALARS|VECTORS|TENSORS).*\n)", head, re.M)
+        if values is None:
+            return 0
+        if not re.match(rb".*\n.*\n *ASCII", head):
+            return _length(path) - values.end()
+        stream.seek(values.end())
+        found = takewhile(_NUMBER.fullmatch, (word for line in stream for word in line.split()))
+        return sum(itemsize for _ in islice(found, voxels))
 
 
 def _geometry(reader: Any) -> tuple[tuple[int, ...], tuple[float, ...], np.ndarray, int]:
@@ -207,8 +232,22 @@ def _itemsize(reader: Any) -> int:
     return int(bits[1]) // 8
 
 
-def _refusal(path: Path, error: Exception) -> InputError:
-    return InputError(f"not a readable {path.suffix.lower()} file ({_reason(error)}); copy or export it again")
+@contextmanager
+def _itk(failed: str, remedy: str = "") -> Iterator[None]:
+    """Let ITK read or write: its errors become InputError, and the process keeps its locale.
+
+    VTK's reader and writer set the locale of the whole process to "C", and with it the text encoding that Python's
+    `open` assumes in every other library.
+    """
+    with _LOCALE:
+        before = locale.setlocale(locale.LC_ALL)
+        try:
+            yield
+        except RuntimeError as error:
+            raise InputError(f"{failed} ({_reason(error)}){remedy}") from None
+        finally:
+            if locale.setlocale(locale.LC_ALL) != before:
+                locale.setlocale(locale.LC_ALL, before)
 
 
 def _reason(error: Exception) -> str:

@@ -175,10 +175,11 @@ def _tiff(path: Path) -> Iterator[tuple[Any, tuple[int, ...], int]]:
     """Open a TIFF: its one series, its shape as ([Z,] Y, X[, C]), and the number of axes in space."""
     import tifffile
 
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs of damaged files is raised here
-    with opened(path) as stream, tifffile.TiffFile(stream) as file:
+    with opened(path) as stream, _heard("tifffile") as said, tifffile.TiffFile(stream) as file:
         if len(file.pages) > 2**16:
             raise InputError(f"{len(file.pages)} pages; at most {2**16} are read")
+        if lost := [words for words in said if "page offset" in words]:
+            raise InputError(f"its last pages are missing (truncated: {lost[0]}); copy or export it again")
         series = file.series
         if len(series) != 1:
             raise InputError(f"{len(series)} pictures of different kinds; save one picture, or one stack of slices")
@@ -203,6 +204,22 @@ def _tiff(path: Path) -> Iterator[tuple[Any, tuple[int, ...], int]]:
                 "header); copy or export it again"
             )
         yield found, (*space, *colours), len(space)
+
+
+@contextmanager
+def _heard(name: str) -> Iterator[list[str]]:
+    """What a library logs of a damaged file, as a list instead of on the screen."""
+    logger, said = logging.getLogger(name), []
+
+    def hear(record: logging.LogRecord) -> bool:
+        said.append(record.getMessage())
+        return False
+
+    logger.addFilter(hear)
+    try:
+        yield said
+    finally:
+        logger.removeFilter(hear)
 
 
 def _read_tiff(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:

@@ -141,7 +141,8 @@ def _as_loaded(predictor: Predictor, options: PredictOptions) -> PredictOptions:
     """The options with those that a Predictor has already; raises InputError where others were asked for."""
     if wrong := [name for name in (*_LOADING, "postprocess") if name in options.model_fields_set]:
         raise InputError(f"{', '.join(wrong)}: the Predictor has these already; give them to lightm.load instead")
-    return options.model_copy(update={name: getattr(predictor, name) for name in _LOADING if name != "device"})
+    loaded = {name: getattr(predictor, name) for name in _LOADING if name != "device"}
+    return options.model_copy(update=loaded | {"tta": bool(predictor.tta)})
 
 
 def load_predictor(model: Path | str, options: PredictOptions, network: nn.Module | None = None) -> Predictor:

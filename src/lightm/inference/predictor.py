@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightm.device import resolve_device
 from lightm.errors import InputError, LightMError
 from lightm.images.lazy import LazyVolume, open_volume, read_header
 from lightm.images.volume import Volume
@@ -34,8 +35,9 @@ class Predictor:
     """A network with the plan it was trained by, ready to segment images.
 
     network: (B, C, *patch) -> logits (B, K, *patch); it is moved to `device` and put into evaluation mode.
-    overlap: of neighbouring windows, as a share of the patch. tta: average the logits over all flips (4 in 2D, 8 in 3D:
-    that many times the work); only for structures that a flip leaves what they are, so not for left and right.
+    overlap: of neighbouring windows, as a share of the patch. tta: spatial axes over whose flips the logits are
+    averaged, of (z, y, x) or (y, x), 2^n times the work; only axes that the network was trained to be mirrored along,
+    as flips along others change its labels.
     rules: post-processing steps, see `lightm.inference.postprocess`.
 
     max_memory: bytes of resident memory that the whole process may reach (`lightm.inference.budget.parse_memory` reads
@@ -60,10 +62,10 @@ class Predictor:
         self,
         network: nn.Module,
         plan: Plan,
-        device: str | torch.device = "cpu",
+        device: str | torch.device = "auto",
         *,
         overlap: float = 0.5,
-        tta: bool = False,
+        tta: Sequence[int] = (),
         rules: Sequence[Step | Sequence[int]] = (),
         max_memory: int | None = None,
         window: Window = "patch",
@@ -74,12 +76,9 @@ class Predictor:
             raise InputError(f"max_memory={max_memory}: expected a number of bytes, such as 2_000_000_000, or None")
         if window not in ("patch", "whole"):
             raise InputError(f"window='{window}': expected 'patch' (sliding windows) or 'whole' (one window)")
-        try:
-            self.device = torch.device(device)
-            self.network = network.to(self.device).eval()
-        except (RuntimeError, AssertionError) as error:  # PyTorch asserts when it was built without the device
-            raise InputError(f"device '{device}' cannot be used here ({error}); try 'cpu'") from error
-        self.plan, self.overlap, self.tta, self.rules = plan, overlap, tta, rules
+        self.device = resolve_device(device)
+        self.network = network.to(self.device).eval()
+        self.plan, self.overlap, self.tta, self.rules = plan, overlap, tuple(tta), rules
         self.max_memory, self.window = max_memory, window
         self.source: Path | None = None  # the model folder or file that it was loaded from
         self._measured: dict[tuple[int, ...], int] = {}
@@ -88,7 +87,7 @@ class Predictor:
     def from_folder(
         cls,
         model_dir: Path | str,
-        device: str | torch.device = "cpu",
+        device: str | torch.device = "auto",
         *,
         overlap: float = 0.5,
         tta: bool = False,
@@ -99,8 +98,9 @@ class Predictor:
     ) -> Predictor:
         """Load a model folder; raises InputError, naming the file, for one that is missing or damaged.
 
-        postprocess: whether to apply the post-processing that the model was saved with. network: a module to load the
-        weights into, for a model that was trained with a network of one's own.
+        tta: average over flips along the axes that the model was trained to be mirrored along; InputError where there
+        are none. postprocess: whether to apply the post-processing that the model was saved with. network: a module to
+        load the weights into, for a model that was trained with a network of one's own.
         """
         network, info = model_folder.load_model(Path(model_dir), **({} if network is None else {"network": network}))
         try:
@@ -108,7 +108,13 @@ class Predictor:
         except ValueError as error:
             raise InputError(f"{Path(model_dir) / 'model.json'}: its plan is not valid: {error}") from error
         rules = read_postprocess(info, str(Path(model_dir) / "model.json")).steps if postprocess else ()
-        made = cls(network, plan, device, overlap=overlap, tta=tta, rules=rules, max_memory=max_memory, window=window)
+        axes = info.get("training", {}).get("mirror_axes", ()) if tta else ()
+        if tta and not axes:
+            raise InputError(
+                f"{model_dir}: tta: this model was not trained with mirroring, and averaging over flips would spoil "
+                "its labels; predict without it, or train with augment: {mirror_axes: [...]}"
+            )
+        made = cls(network, plan, device, overlap=overlap, tta=axes, rules=rules, max_memory=max_memory, window=window)
         made.source = Path(model_dir)
         return made
 
@@ -208,7 +214,7 @@ class Predictor:
                 grid,
                 patch_size=case.patch,
                 overlap=self.overlap,
-                mirror_axes=self._mirror_axes(),
+                mirror_axes=self.tta,
                 device=self.device,
                 progress=progress,
                 folder=None if held.sums else folder,
@@ -276,10 +282,7 @@ class Predictor:
     def _call(self, patch: tuple[int, ...]) -> Tensor:
         """Run the network on zeros; one flip stands for all, since each is added to the sum before the next."""
         window = torch.zeros((len(self.plan.channels), *patch))
-        return window_logits(self.network, window, self._mirror_axes()[:1], self.device)
-
-    def _mirror_axes(self) -> tuple[int, ...]:
-        return tuple(range(self.plan.spatial_dims)) if self.tta else ()
+        return window_logits(self.network, window, self.tta[:1], self.device)
 
     def _checked(self, slabs: Iterator[Tensor]) -> Iterator[Tensor]:
         for slab in slabs:

@@ -54,10 +54,10 @@ class _Choices(Options):
     """How cases are predicted and what is written of each. max_memory: in bytes; it changes no label."""
 
     overlap: float = Field(0.5, ge=0, lt=1, description="Overlap of neighbouring windows, 0 to below 1.")
-    tta: bool = Field(False, description="Average over mirrored copies (slower).")
+    tta: bool = Field(False, description="Average over flips along the axes that training mirrored (slower).")
     window: Literal["patch", "whole"] = Field("patch", description="patch: sliding windows; whole: the volume at once.")
     postprocess: bool = Field(True, description="Post-process the label maps as the model says.")
-    device: str = Field("cpu", description="cpu or cuda.")
+    device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda, cuda:1, mps or gpu.")
     max_memory: Annotated[int | None, BeforeValidator(_bytes)] = Field(
         None, ge=1, description="Limit of the process, such as 2GB.", json_schema_extra={"text": True}
     )

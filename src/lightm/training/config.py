@@ -146,7 +146,7 @@ class TrainConfig(Recipe):
     patience: int | None = Field(None, ge=1, description="Epochs without a better EMA pseudo Dice before stopping.")
     val_patches: int = Field(16, ge=1, description="Patches per validation.")
     workers: int = Field(0, ge=0, description="Processes that prepare patches.")
-    device: str = Field("cpu", description="cpu or cuda.")
+    device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda, cuda:1, mps or gpu.")
     precision: str = Field("32-true", description="Floating-point precision of the training.")
     on_nan: Literal["stop", "skip"] = Field("stop", description="At a loss or gradient that is NaN: stop or skip.")
     nan_limit: int = Field(10, ge=1, description="Steps that --on-nan skip may skip.")

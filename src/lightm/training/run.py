@@ -188,6 +188,7 @@ def fit(
                 "epochs": state.epoch,
                 "steps": state.step,
                 "train_seconds": round(state.elapsed_s, 1),
+                "mirror_axes": sorted(config.augment.mirror_axes) if config.augment.mirror_probability else [],
                 "best_moving_pseudo_dice": state.best_dice,
                 "best_epoch": best["epoch"],
                 "data_hash": plan.fingerprint.data_hash,
