@@ -309,7 +309,10 @@ def test_a_fold_without_a_number_of_folds(run: Run, base: Path) -> None:
     assert code == 0, said
     first = json.loads(Path("run/split.json").read_text(encoding="utf-8"))
     code, said = run("train", base.parent / "data", "-o", "other", *SHORT, "--no-test", "--fold", "2")
-    assert first["val"] != json.loads(Path("other/split.json").read_text(encoding="utf-8"))["val"]
+    second = json.loads(Path("other/split.json").read_text(encoding="utf-8"))
+    assert (first["kind"], first["fold"], second["fold"]) == ("5-fold", 3, 2)
+    assert not set(first["test"]) & set(second["test"])
+    assert first["val"] != second["val"]
 
 
 def test_two_models_are_an_ensemble(run: Run, base: Path) -> None:

@@ -225,12 +225,7 @@ def evaluate(
     chosen = EvaluateOptions.of(options, more, "evaluate")
     if labels is not None:
         return evaluate_folder(predictions, labels, options=chosen, progress=progress)
-    if wrong := sorted(chosen.model_fields_set - {"nsd_tolerance_mm"}):
-        raise InputError(f"{', '.join(wrong)}: only for a folder of label maps; give it and its labels, or a run alone")
-    tolerance = chosen.nsd_tolerance_mm
-    if isinstance(tolerance, dict):
-        raise InputError("nsd_tolerance_mm: one number for a run; tolerances per class need label maps and labels")
-    return score_run(predictions, nsd_tolerance_mm=tolerance, progress=progress)
+    return score_run(predictions, options=chosen, progress=progress)
 
 
 def report(run: Path | str, *, out: Path | str | None = None, progress: Progress | None = None) -> Path:

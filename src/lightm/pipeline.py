@@ -12,12 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightm.datasets.cases import Dataset
-from lightm.datasets.discovery import open_dataset
 from lightm.datasets.phantoms import make_phantoms
-from lightm.datasets.split import Split, load_split
+from lightm.datasets.split import ALL, Split, load_split
 from lightm.errors import InputError
 from lightm.evaluation.evaluation import Evaluation
-from lightm.evaluation.folder import evaluate_folder
+from lightm.evaluation.folder import EvaluateOptions, evaluate_folder
 from lightm.evaluation.report import write_report
 from lightm.images.io import read_volume
 from lightm.inference.folder import PredictOptions, Predictor, load_predictor, predict_folder
@@ -29,7 +28,7 @@ from lightm.progress import Progress
 from lightm.training import TrainResult
 from lightm.training.config import ResumeOptions, TrainConfig, load_config
 from lightm.training.record import Run
-from lightm.training.run import earlier_run, new_run, run_training
+from lightm.training.run import earlier_run, new_run, open_data, run_training
 
 _log = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ def finish_run(training: TrainResult, *, progress: Progress | None = None) -> Ru
     evaluation = None
     if config.postprocess or config.test:
         predictor = load_predictor(run_dir / "model", PredictOptions(device=config.device), training.network)
-        if config.postprocess:
+        if config.postprocess and training.split.kind != ALL:  # whose validation cases were trained on
             choose_postprocess(training, predictor=predictor, progress=progress)
         if config.test and test:
             evaluation = score_cases(training.data, run_dir, test, predictor, progress=progress)
@@ -174,21 +173,35 @@ def choose_postprocess(
     return chosen
 
 
-def score_run(run_dir: Path | str, *, nsd_tolerance_mm: float = 1.0, progress: Progress | None = None) -> Evaluation:
+def score_run(
+    run_dir: Path | str,
+    *,
+    options: EvaluateOptions | Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    **more: Any,
+) -> Evaluation:
     """Predict the test cases of a run's split into `predictions/` and score them into `evaluation/`.
 
-    Raises InputError for a folder that holds no trained run or has no test cases.
+    options: an EvaluateOptions, or its fields as `more`; classes, cases and folder are the run's. Raises InputError for
+    a folder that holds no trained run or has no test cases.
     """
-    run_dir = Path(run_dir)
+    run_dir, chosen = Path(run_dir), EvaluateOptions.of(options, more, "evaluate")
+    if wrong := sorted(chosen.model_fields_set & {"labels_map", "ignore_label", "out", "cases"}):
+        raise InputError(f"{', '.join(wrong)}: only for a folder of label maps; give it and its labels, or a run alone")
     if not (run_dir / "model" / "model.json").is_file():
-        raise InputError(f"{run_dir}: holds no trained run (model/model.json is missing); finish its training first")
+        raise InputError(
+            f"{run_dir}: holds no trained run (model/model.json is missing); finish its training first, or give the "
+            "true labels of a folder of predictions (--labels)"
+        )
     config = load_config(run_dir / "config.yaml")
-    data = open_dataset(config.dataset, labels=config.labels)
+    if chosen.dataset is not None:
+        config = config.model_copy(update={"dataset": chosen.dataset})
+    data = open_data(run_dir, config)
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
     if not split.test:
         raise InputError(f"{run_dir / 'split.json'}: the split has no test cases")
     predictor = load_predictor(run_dir, PredictOptions(device=config.device))
-    return score_cases(data, run_dir, split.test, predictor, nsd_tolerance_mm, progress)
+    return score_cases(data, run_dir, split.test, predictor, chosen, progress)
 
 
 def score_cases(
@@ -196,7 +209,7 @@ def score_cases(
     run_dir: Path,
     case_ids: Sequence[str],
     predictor: Predictor,
-    nsd_tolerance_mm: float = 1.0,
+    options: EvaluateOptions | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Predict the named cases of a data set with a run's model and score them against their labels."""
@@ -207,16 +220,14 @@ def score_cases(
     labels = [case.label for case in map(data.case, case_ids)]
     folder = labels[0].parent if labels and labels[0] is not None else data.root
     foreground = {name: value for name, value in data.labels.items() if value != data.values[0]}
-    return evaluate_folder(
-        predictions,
-        folder,
-        labels_map=foreground,
-        ignore_label=data.ignore_label,
-        out=run_dir / "evaluation",
-        cases=case_ids,
-        nsd_tolerance_mm=nsd_tolerance_mm,
-        progress=progress,
-    )
+    given: dict[str, Any] = {} if options is None else options.model_dump(exclude_unset=True, exclude={"dataset"})
+    run = {
+        "labels_map": foreground,
+        "ignore_label": data.ignore_label,
+        "out": run_dir / "evaluation",
+        "cases": case_ids,
+    }
+    return evaluate_folder(predictions, folder, **{**given, **run}, progress=progress)
 
 
 def demo(

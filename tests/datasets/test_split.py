@@ -64,3 +64,56 @@ def test_a_written_split_is_read_back_and_checked(tmp_path: Path) -> None:
         load_split(path, IDS)
     with pytest.raises(InputError, match="cannot be read"):
         load_split(tmp_path / "none.json", IDS)
+
+
+def test_folds_are_validated_by_different_cases() -> None:
+    assert len({tuple(make_split(IDS, folds=5, fold=fold).val) for fold in range(5)}) == 5
+
+
+def test_fold_all_trains_on_every_case(tmp_path: Path) -> None:
+    split = make_split(IDS, fold="all")
+    assert (split.train, split.val, split.test) == (IDS, IDS, [])
+    split.save(tmp_path / "split.json")
+    assert load_split(tmp_path / "split.json", IDS) == split
+
+
+@pytest.mark.parametrize("folds", [None, 3])
+@pytest.mark.parametrize("pattern", [r"^p\d", r"^p(\d)_"])
+def test_cases_of_a_group_stay_together(folds: int | None, pattern: str) -> None:
+    ids = [f"p{patient}_{scan}" for patient in range(6) for scan in "abc"[: 1 + patient % 3]]
+    split = make_split(ids, folds=folds, group_by=pattern)
+    parts = [{case[:2] for case in part} for part in (split.train, split.val, split.test)]
+    assert sum(len(part) for part in parts) == 6
+    assert set().union(*parts) == {case[:2] for case in ids}
+    assert sorted([*split.train, *split.val, *split.test]) == ids
+
+
+def test_groups_that_cannot_be_made_are_refused() -> None:
+    with pytest.raises(InputError, match="finds nothing in the name of case 'case_00'"):
+        make_split(IDS, group_by="patient")
+    with pytest.raises(InputError, match="not a regular expression"):
+        make_split(IDS, group_by="(")
+    with pytest.raises(InputError, match="in 1 groups"):
+        make_split(IDS, group_by="case")
+
+
+def test_nnunets_file_of_folds(tmp_path: Path) -> None:
+    path = tmp_path / "splits_final.json"
+    folds = [{"train": IDS[:15], "val": IDS[15:]}, {"train": IDS[5:], "val": IDS[:5]}]
+    path.write_text(json.dumps(folds), encoding="utf-8")
+    split = load_split(path, IDS, 1)
+    assert (split.train, split.val, split.test, split.fold) == (IDS[5:], IDS[:5], IDS[:5], 1)
+    assert load_split(path, IDS).fold == 0
+    split.save(tmp_path / "split.json")
+    assert load_split(tmp_path / "split.json", IDS) == split
+    with pytest.raises(InputError, match=r"splits_final\.json: holds 2 folds"):
+        load_split(path, IDS, 2)
+    with pytest.raises(InputError, match="no fold 1 of it"):
+        load_split(tmp_path / "split.json", IDS, 1)
+    for faulty, words in (
+        ([{"train": IDS}], "'train' and 'val'"),
+        ([{"train": IDS, "val": IDS[:1]}], "more than once"),
+    ):
+        path.write_text(json.dumps(faulty), encoding="utf-8")
+        with pytest.raises(InputError, match=words):
+            load_split(path, IDS)

@@ -174,8 +174,9 @@ def test_classes_and_cases_can_be_given(make_run: Callable[..., Path]) -> None:
     assert (result.cases, list(result.labels)) == (["a", "b"], ["first", "second"])
     (predictions / "d.nii.gz").unlink()
     assert evaluate_folder(predictions, labels, labels_map=names, cases="predicted").cases == ["a", "b", "c"]
-    with pytest.raises(InputError, match=r"no dataset\.json.*labels_map"):
+    with pytest.raises(InputError, match=r"no prediction for d; .*--cases predicted"):
         evaluate_folder(predictions, labels)
+    assert list(evaluate_folder(predictions, labels, cases="predicted").labels) == ["1", "2"]
 
 
 def test_ignored_value_of_the_data_set(make_run: Callable[..., Path]) -> None:

@@ -105,9 +105,12 @@ def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from lightm.evaluation.evaluation import format_table
+    from lightm.evaluation.evaluation import format_lesions, format_table
 
-    Console(width=None if sys.stdout.isatty() else 120).print(format_table(evaluation))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(format_table(evaluation))
+    if evaluation.lesions is not None:
+        console.print(format_lesions(evaluation))
 
 
 def command(model: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from lightm.config_io import load_json
+from lightm.evaluation.lesions import LesionSummary
 from lightm.evaluation.metrics import STATUSES, ClassMetrics, Status
 from lightm.files import write_text
 
@@ -85,6 +86,7 @@ class Evaluation(_Strict):
     rows: list[CaseRow]
     classes: list[ClassSummary]
     overall: Overall
+    lesions: list[LesionSummary] | None = None  # where they were asked for
 
     @property
     def cases(self) -> list[str]:
@@ -186,6 +188,26 @@ def format_table(evaluation: Evaluation) -> Table:
     if len(evaluation.classes) > 1:
         table.add_section()
         table.add_row("mean over classes", *cells(evaluation.overall), *[""] * len(STATUSES))
+    return table
+
+
+def format_lesions(evaluation: Evaluation) -> Table:
+    """Return the lesions per class as a Rich table for the terminal."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    summaries = evaluation.lesions or []
+    unit = "ml" if evaluation.spatial_dims == 3 else "px"
+    found = f"found: IoU of at least {summaries[0].min_iou:g} with a predicted lesion." if summaries else ""
+    table = Table(title="lesions", caption=f"{found} DSC by size: of the smallest, middle and largest third ({unit}).")
+    table.add_column("class")
+    for heading in ("lesions", "found", "false", "sensitivity", "F1", "false per case", "DSC found", "DSC by size"):
+        table.add_column(heading, justify="right")
+    for one in summaries:
+        values = (one.sensitivity, one.f1, one.false_per_case, one.dsc_found)
+        sizes = "\n".join(f"{group.low:.3g} to {group.high:.3g}: {group.dsc:.3f}" for group in one.sizes)
+        counts = [str(count) for count in (one.lesions, one.found, one.false)]
+        table.add_row(escape(one.class_name), *counts, *("–" if v is None else f"{v:.3f}" for v in values), sizes)
     return table
 
 

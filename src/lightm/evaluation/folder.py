@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,16 @@ from pydantic import Field
 from lightm.datasets.description import read_description
 from lightm.errors import InputError, did_you_mean
 from lightm.evaluation.evaluation import CaseRow, Evaluation, summarize
+from lightm.evaluation.lesions import LesionRow, case_lesions, summarize_lesions, write_lesions
 from lightm.evaluation.metrics import case_metrics, resolve_tolerances
 from lightm.images.io import SUFFIXES, file_suffix, read_volume
 from lightm.images.pictures import FORMATS as PICTURES
 from lightm.images.volume import geometry_difference
 from lightm.options import Names, Options, PathText
 from lightm.progress import Progress
+
+_log = logging.getLogger(__name__)
+_MOST_VALUES = 256
 
 
 class EvaluateOptions(Options):
@@ -28,7 +33,7 @@ class EvaluateOptions(Options):
     """
 
     labels_map: dict[str, Any] | None = Field(
-        None, description="Classes, {liver: 1}; default: those of the labels' dataset.json."
+        None, description="Classes, {liver: 1}; default: those of the labels' dataset.json, else the values found."
     )
     ignore_label: int | None = Field(None, description="Label value of voxels that do not count.")
     out: PathText | None = Field(
@@ -42,6 +47,9 @@ class EvaluateOptions(Options):
     )
     bootstrap: int = Field(1000, description="Resamples of the confidence intervals; 0: no intervals.")
     seed: int = Field(0, ge=0, description="Seed of the resampling.")
+    lesions: bool = Field(False, description="Score every lesion by itself too: found, missed, false, DSC by size.")
+    lesion_iou: float = Field(0.1, gt=0, le=1, description="IoU with a true lesion from which a predicted one is it.")
+    dataset: PathText | None = Field(None, description="Where a run's data set is now, if it was moved.")
 
 
 def evaluate_folder(
@@ -57,20 +65,25 @@ def evaluate_folder(
     `labels` holds one label file per case, `predictions` one file of the same name (its suffix may differ). Options, as
     an object or their fields as `more`: `cases` names the cases to score; `None` means every label, "predicted" every
     prediction. `labels_map` gives class names and values (background, value 0, is left out); without it they are read
-    from the `dataset.json` in `labels` or the folder above it, which also says which value to ignore. `out`: folder for
-    `metrics.json` and `metrics.csv`. Metrics are those of `case_metrics`; intervals are bootstraps over cases.
+    from the `dataset.json` in `labels` or the folder above it, which also says which value to ignore, and where there
+    is none every value that a label map holds is a class (one more reading of all files). `out`: folder for
+    `metrics.json`, `metrics.csv` and, with `lesions`, `lesions.csv`. Metrics are those of `case_metrics`, of lesions
+    those of `case_lesions`; intervals are bootstraps over cases.
 
     Raises `InputError` naming the files for a case without prediction or label, for shapes or affines that differ, and
     for values that are no class. Holds one case in memory at a time.
     """
     chosen = EvaluateOptions.of(options, more, "evaluate")
     predictions, labels = Path(predictions), Path(labels)
-    classes, ignore = _class_values(labels, chosen.labels_map, chosen.ignore_label)
-    tolerances = resolve_tolerances(chosen.nsd_tolerance_mm, classes)
+    if chosen.dataset is not None:
+        raise InputError("dataset: only where a run is scored, whose data set was moved; leave it out here")
     if chosen.bootstrap < 0:
         raise InputError(f"bootstrap is {chosen.bootstrap}: expected a number of resamples, or 0 for no intervals")
     pairs = _pair_files(predictions, labels, chosen.cases)
+    classes, ignore = _class_values(labels, chosen.labels_map, chosen.ignore_label, pairs)
+    tolerances = resolve_tolerances(chosen.nsd_tolerance_mm, classes)
     rows: list[CaseRow] = []
+    lesions: list[LesionRow] | None = [] if chosen.lesions else None
     dims: dict[int, Path] = {}
     for done, (case, (pred_path, label_path)) in enumerate(pairs.items()):
         if progress is not None:
@@ -88,6 +101,10 @@ def evaluate_folder(
             pred.data, label.data, label.spacing_mm, classes, ignore_label=ignore, nsd_tolerance_mm=tolerances
         )
         rows += [CaseRow(case=case, class_name=name, **m.model_dump()) for name, m in metrics.items()]
+        if lesions is not None:
+            lesions += case_lesions(
+                case, pred.data, label.data, label.spacing_mm, classes, ignore_label=ignore, min_iou=chosen.lesion_iou
+            )
     if progress is not None:
         progress("evaluating", len(pairs), len(pairs))
     if len(dims) > 1:
@@ -102,9 +119,14 @@ def evaluate_folder(
         bootstrap=chosen.bootstrap,
         seed=chosen.seed,
     )
+    if lesions is not None:
+        found = summarize_lesions(lesions, list(classes), len(pairs), chosen.lesion_iou)
+        evaluation = evaluation.model_copy(update={"lesions": found})
     if chosen.out is not None:
         evaluation.to_csv(Path(chosen.out) / "metrics.csv")
         evaluation.to_json(Path(chosen.out) / "metrics.json")
+        if lesions is not None:
+            write_lesions(lesions, Path(chosen.out) / "lesions.csv")
     return evaluation
 
 
@@ -137,27 +159,29 @@ def _pair_files(
     every = {*labelled, *predicted} if cases is None else predicted if cases == "predicted" else cases
     wanted = sorted(set(every))
     if not wanted:
-        raise InputError("no case to evaluate: the list of cases is empty")
+        raise InputError("no case to score: the list of cases is empty (--cases)")
     if missing := [case for case in wanted if case not in predicted]:
-        subset = '; to score the predicted ones only, pass cases="predicted"' if cases is None else ""
+        subset = "; to score the predicted ones only, use --cases predicted" if cases is None else ""
         near = did_you_mean(missing[0], predicted) if cases is not None else ""
         raise InputError(f"{predictions}: no prediction for {_list(missing)}{near}{subset}")
     if missing := [case for case in wanted if case not in labelled]:
         near = f"{did_you_mean(missing[0], labelled)} (predicted: {predicted[missing[0]]})"
-        raise InputError(f"{labels}: no label for {_list(missing)}{near}; add it, or name the cases to evaluate")
+        raise InputError(f"{labels}: no label for {_list(missing)}{near}; add it, or name the cases to score (--cases)")
     return {case: (predicted[case], labelled[case]) for case in wanted}
 
 
 def _class_values(
-    labels: Path, labels_map: Mapping[str, int] | None, ignore_label: int | None
+    labels: Path,
+    labels_map: Mapping[str, int] | None,
+    ignore_label: int | None,
+    pairs: Mapping[str, tuple[Path, Path]],
 ) -> tuple[dict[str, int], int | None]:
     """Return foreground classes sorted by value and the value to ignore."""
     given: Mapping[str, Any] | None = labels_map
     if given is None:
         path = next((p for p in (labels / "dataset.json", labels.parent / "dataset.json") if p.is_file()), None)
         if path is None:
-            remedy = "give labels_map, for example {'liver': 1}"
-            raise InputError(f"{labels}: no dataset.json in it or in the folder above to name the classes; {remedy}")
+            return _found_values(labels, ignore_label, pairs), ignore_label
         description = read_description(path)
         given = description.labels
         if ignore_label is None:
@@ -165,16 +189,30 @@ def _class_values(
     classes: dict[str, int] = {}
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise InputError(f"labels_map: label '{name}' is {value!r}, expected a whole number")
+            raise InputError(f"--labels-map: label '{name}' is {value!r}, expected a whole number")
         if name == "ignore" and ignore_label is None:
             ignore_label = int(value)
         elif int(value) != 0 and int(value) != ignore_label:
             classes[name] = int(value)
     if not classes:
-        raise InputError("labels_map: names no class besides background")
+        raise InputError("--labels-map: names no class besides background")
     if len(set(classes.values())) < len(classes):
-        raise InputError(f"labels_map: two classes have the same value: {classes}")
+        raise InputError(f"--labels-map: two classes have the same value: {classes}")
     return dict(sorted(classes.items(), key=lambda item: item[1])), ignore_label
+
+
+def _found_values(labels: Path, ignore_label: int | None, pairs: Mapping[str, tuple[Path, Path]]) -> dict[str, int]:
+    """Every value of the label maps as a class of that name."""
+    found: set[int] = set()
+    for path in (path for pair in pairs.values() for path in pair):
+        found.update(int(value) for value in np.unique(read_volume(path, kind="label").data))
+        if len(found) > _MOST_VALUES:
+            raise InputError(f"{path}: holds more than {_MOST_VALUES} values, with those before it; is it a label map?")
+    classes = sorted(found - {0, ignore_label})
+    if not classes:
+        raise InputError(f"{labels}: no label map and no prediction holds anything but background; nothing to score")
+    _log.info("%s: no dataset.json names the classes; every value is one: %s", labels, _list(list(map(str, classes))))
+    return {str(value): value for value in classes}
 
 
 def _check_values(
@@ -185,7 +223,7 @@ def _check_values(
         named = ", ".join(f"{name}={value}" for name, value in classes.items())
         raise InputError(
             f"case {case}: {what} {path} holds {_list([str(v) for v in unknown])}, which is no class "
-            f"(background=0, {named}); correct the file, or add the value to the classes"
+            f"(background=0, {named}); correct the file, or name the value (--labels-map)"
         )
 
 

@@ -143,6 +143,10 @@ def remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
+HASHES = "hashes.json"
+"""The file of a cache folder that keeps them."""
+
+
 class FileHashes:
     """Hashes of files' contents, remembered by path, size and time of change: unchanged files are not read again."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -84,7 +86,7 @@ def take_fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> t
     total = max(1, sum(voxels.values()))
     return Fingerprint(
         cases=len(facts),
-        data_hash=_data_hash(dataset),
+        data_hash=data_hash(dataset.cases),
         shape_min=shapes.min(0).tolist(),
         shape_median=np.median(shapes, axis=0).round().astype(int).tolist(),
         shape_max=shapes.max(0).tolist(),
@@ -97,11 +99,14 @@ def take_fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> t
     ), facts
 
 
-def _data_hash(dataset: Dataset) -> str:
-    """Return the SHA-256 over names, sizes and contents of all training files, in the order of their names."""
-    given = {file for case in dataset.cases for file in (*case.images, case.label) if file is not None}
+def data_hash(cases: Iterable[Case], content_hash: Callable[[Path], str] = file_hash) -> str:
+    """Return the SHA-256 over names, sizes and contents of the cases' files, in the order of their names.
+
+    Files keep their hash where their data set is moved or renamed. content_hash: of one file, on several threads.
+    """
+    given = {file for case in cases for file in (*case.images, case.label) if file is not None}
     files = sorted({split_path(file)[0] for file in given})
-    contents = on_all_cores(file_hash, files)
+    contents = on_all_cores(content_hash, files)
     whole = hashlib.sha256()
     for file, content in sorted(zip((f"{file.parent.name}/{file.name}" for file in files), contents, strict=True)):
         whole.update(f"{file}\0{content}\n".encode())

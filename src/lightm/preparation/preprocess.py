@@ -174,10 +174,10 @@ def preprocess_dataset(
     Raises InputError, naming the case, for faulty files; LightMError when the disk refuses. Cost: reading, and
     cubic resampling where spacings differ; 5 bytes per voxel on disk for one channel; memory of one case per worker.
     """
-    folder = Path(cache_dir or cache.default_cache_dir()) / _folder_name(dataset.name)
+    folder = cache_folder(dataset, cache_dir)
     cases = dataset.cases if case_ids is None else [dataset.case(case_id) for case_id in case_ids]
     cache.remove_leftovers(folder)
-    hashes = cache.FileHashes(folder / "hashes.json")
+    hashes = cache.FileHashes(folder / cache.HASHES)
 
     def one(case: Case) -> PreprocessedCase:
         key = cache.case_key(case, plan, hashes)
@@ -195,6 +195,11 @@ def preprocess_dataset(
             pool.shutdown(cancel_futures=True)
             hashes.save()
     return done
+
+
+def cache_folder(dataset: Dataset, cache_dir: Path | str | None = None) -> Path:
+    """The folder of a data set's preprocessed cases, and of the hashes of its files."""
+    return Path(cache_dir or cache.default_cache_dir()) / _folder_name(dataset.name)
 
 
 def _make(case: Case, plan: Plan, place: Path, key: str) -> PreprocessedCase:

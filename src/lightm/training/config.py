@@ -137,10 +137,19 @@ class TrainConfig(Recipe):
         "default", description="Recipe: default, paper, arsl or released."
     )
     plan: PathText | None = Field(None, description="Plan to use instead of DATASET/plan.yaml.")
-    split: PathText | None = Field(None, description="split.json of another run, to use the same split.")
+    split: PathText | None = Field(
+        None, description="split.json of another run, or nnU-Net's splits_final.json (then with --fold)."
+    )
     split_seed: int = Field(0, ge=0, description="Seed of the split.")
-    folds: int | None = Field(None, ge=2, description="Number of folds, instead of 7:1:2.")
-    fold: int = Field(0, ge=0, description="The fold to test.")
+    folds: int | None = Field(None, ge=2, description="Number of folds, instead of 7:1:2; 5 with --fold.")
+    fold: Annotated[int, Field(ge=0)] | Literal["all"] | None = Field(
+        None, description="The fold to test, from 0; all: train on every case."
+    )
+    group_by: str | None = Field(
+        None,
+        description="Regular expression; cases in which it finds the same, as of one patient, stay in one part.",
+        json_schema_extra={"text": True},
+    )
     seed: int = Field(0, ge=0, description="Seed of weights and patches.")
     max_time: Duration | None = Field(None, description="Time budget of the training: 90s, 15m, 2h.")
     patience: int | None = Field(None, ge=1, description="Epochs without a better EMA pseudo Dice before stopping.")
@@ -170,7 +179,17 @@ class TrainConfig(Recipe):
             values.setdefault("max_time", values.pop("max_time_s"))
         if values.pop("epochs_given", None) is False:
             values.pop("epochs", None)
+        if "folds" in values and values["folds"] is None and values.get("fold") == 0:
+            del values["fold"]  # as runs of earlier versions say that there are no folds
         return values
+
+    @model_validator(mode="after")
+    def _five(self) -> TrainConfig:
+        if isinstance(self.fold, int) and self.folds is None and self.split is None:
+            self.folds = 5
+        if self.folds is not None and self.fold is None:
+            self.fold = 0
+        return self
 
     @property
     def max_time_s(self) -> float | None:
@@ -203,6 +222,8 @@ class TrainConfig(Recipe):
 class ResumeOptions(Options):
     """What may change when a run is resumed; all else is as it was started."""
 
+    dataset: PathText | None = Field(None, description="Where the data set is now, if it was moved.")
+    labels: PathText | None = Field(None, description="Where its folder of labels is now, if it was moved.")
     epochs: int | None = Field(None, ge=1, description="Epochs of the whole run.")
     max_time: Duration | None = Field(None, description="Time budget of the whole run: 90s, 15m, 2h.")
     patience: int | None = Field(None, ge=1, description="Epochs without a better EMA pseudo Dice before stopping.")

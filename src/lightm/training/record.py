@@ -37,7 +37,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """A training that can begin or be resumed. network, loss: objects of one's own; None: what the config names."""
+    """A training that can begin or be resumed.
+
+    data_hash: of the files of the split's cases, as `lightm.preparation.fingerprint.data_hash`. network, loss: objects
+    of one's own; None: what the config names.
+    """
 
     run_dir: Path
     config: TrainConfig
@@ -45,6 +49,7 @@ class Run:
     data: Dataset = field(repr=False)
     plan: Plan
     split: Split
+    data_hash: str = ""
     network: nn.Module | None = None
     loss: Loss | None = None
     resume: bool = False
@@ -116,7 +121,7 @@ def run_record(run: Run, net: nn.Module, started: datetime) -> dict[str, Any]:
         },
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         "seed": config.seed,
-        "data_hash": run.plan.fingerprint.data_hash,
+        "data_hash": run.data_hash,
         "backend": f"selective scan: {'numba' if config.device == 'cpu' else 'reference'} on {config.device}",
         "started": first,
         "finished": None,

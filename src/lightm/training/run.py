@@ -15,9 +15,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from lightm.config_io import read_json
 from lightm.datasets.cases import Dataset
 from lightm.datasets.discovery import open_dataset
-from lightm.datasets.split import Split, check_split, load_split, make_split
+from lightm.datasets.split import ALL, NNUNET, Split, check_split, load_split, make_split
 from lightm.device import resolve_device
 from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, disk_refusals, is_temporary, locked_folder, remove_temporaries
@@ -25,9 +26,10 @@ from lightm.losses import SegmentationLoss, create_loss
 from lightm.losses.base import CustomLoss
 from lightm.nets import create, save_model
 from lightm.nets.folder import OWN
-from lightm.preparation.cache import PreprocessedCase, default_cache_dir
+from lightm.preparation.cache import HASHES, FileHashes, PreprocessedCase, default_cache_dir
+from lightm.preparation.fingerprint import data_hash
 from lightm.preparation.plan import Plan, load_plan, make_plan
-from lightm.preparation.preprocess import preprocess_dataset
+from lightm.preparation.preprocess import cache_folder, preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.checkpoint_io import BEST, load_checkpoint, newest_checkpoint
 from lightm.training.config import ResumeOptions, TrainConfig, load_config
@@ -78,7 +80,8 @@ def new_run(
     settings = settings.resolved(chosen.spatial_dims)
     chosen = with_sizes(chosen, settings)
     drawn = choose_split(data, settings, objects["split"])
-    return Run(run_dir, settings, fabric, data, chosen, drawn, objects["network"], objects["loss"])
+    seen = hash_of(data, drawn)
+    return Run(run_dir, settings, fabric, data, chosen, drawn, seen, objects["network"], objects["loss"])
 
 
 def earlier_run(
@@ -91,11 +94,45 @@ def earlier_run(
     config = load_config(run_dir / "config.yaml")
     check_own(run_dir, "network", config.network, network)
     check_own(run_dir, "loss", config.loss, loss)
-    config = config.model_copy(update={k: v for k, v in options.model_dump().items() if v is not None})
+    changed = {k: v for k, v in options.model_dump().items() if v is not None}
+    changed.update({k: str(Path(changed[k]).resolve()) for k in ("dataset", "labels") if k in changed})
+    config = config.model_copy(update=changed)
     fabric = build_fabric(config.device, config.precision)
-    data = open_dataset(config.dataset, labels=config.labels)
+    data = open_data(run_dir, config)
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
-    return Run(run_dir, config, fabric, data, load_plan(run_dir / "plan.yaml"), split, network, loss, resume=True)
+    record, seen = run_dir / "run.json", hash_of(data, split)
+    before = read_json(record).get("data_hash") if record.is_file() else None
+    if before not in (None, seen):
+        raise InputError(
+            f"{data.root}: the files of the cases have changed since the run {run_dir} was begun (data hash "
+            f"{before[:12]}, now {seen[:12]}); give the data as they were (--dataset), or begin a new run"
+        )
+    plan = load_plan(run_dir / "plan.yaml")
+    return Run(run_dir, config, fabric, data, plan, split, seen, network, loss, resume=True)
+
+
+def open_data(run_dir: Path, config: TrainConfig) -> Dataset:
+    """Open the data set of a run; InputError that names the options where it is not where it was."""
+    try:
+        return open_dataset(config.dataset, labels=config.labels)
+    except InputError as error:
+        gone = [path for path in (config.dataset, config.labels) if path is not None and not Path(path).exists()]
+        if not gone:
+            raise
+        where = "--labels" if gone == [config.labels] else "--dataset"
+        raise InputError(
+            f"{run_dir}: its data are no longer at {gone[0]}; say where they are now with {where}"
+        ) from error
+
+
+def hash_of(data: Dataset, split: Split) -> str:
+    """The data hash of the cases of a split; hashes of unchanged files are taken from the cache."""
+    used = {*split.train, *split.val, *split.test}
+    hashes = FileHashes(cache_folder(data) / HASHES)
+    found = data_hash([case for case in data.cases if case.id in used], hashes.of)
+    with contextlib.suppress(LightMError):  # a cache that cannot be written is said where it is needed
+        hashes.save()
+    return found
 
 
 def train_model(dataset: Path | str, out: Path | str | None = None, **arguments: Any) -> TrainResult:
@@ -191,7 +228,7 @@ def fit(
                 "mirror_axes": sorted(config.augment.mirror_axes) if config.augment.mirror_probability else [],
                 "best_moving_pseudo_dice": state.best_dice,
                 "best_epoch": best["epoch"],
-                "data_hash": plan.fingerprint.data_hash,
+                "data_hash": run.data_hash,
             },
         )
     run.fabric.barrier()
@@ -264,17 +301,31 @@ def check_own(where: Path, what: str, name: str, given: object | None) -> None:
 
 
 def choose_plan(data: Dataset, given: Plan | Path | str | None, progress: Progress | None) -> Plan:
-    """The plan given, else the data set's own `plan.yaml`, else a fresh one."""
-    if given is None:
-        given = data.root / "plan.yaml"
-        if not given.is_file():
-            return make_plan(data, progress=progress)
-    plan = given if isinstance(given, Plan) else load_plan(given)
+    """The plan given, else the data set's own `plan.yaml`, else a fresh one.
+
+    Raises InputError for a plan of other labels or channels, and for a `plan.yaml` of the data set that was made before
+    its files changed; one that is given may be of other data.
+    """
+    own = data.root / "plan.yaml"
+    if given is None and not own.is_file():
+        return make_plan(data, progress=progress)
+    plan = given if isinstance(given, Plan) else load_plan(own if given is None else given)
+    where = "the plan" if isinstance(given, Plan) else own if given is None else given
     if plan.labels != data.labels or list(plan.channels) != list(data.channels):
-        where = "the plan" if isinstance(given, Plan) else given
         raise InputError(
             f"{where}: made for labels {plan.labels} and channels {list(plan.channels)}, but the data set has "
             f"{data.labels} and {list(data.channels)}; make it anew with `lightm plan {data.root}`"
+        )
+    every = Split(kind="", seed=0, train=[case.id for case in data.cases], val=[], test=[])
+    if plan.fingerprint.data_hash != hash_of(data, every):
+        then, now = plan.fingerprint.cases, len(data.cases)
+        if given is None:
+            raise InputError(
+                f"{where}: the data set has changed since this plan was made ({then} cases then, {now} now); make it "
+                f"anew with `lightm plan {data.root}`, or use it as it is with --plan {own}"
+            )
+        _log.warning(
+            "%s: this plan was made from other data (%d cases, %d here); it is used as it is", where, then, now
         )
     return plan
 
@@ -299,14 +350,26 @@ def with_sizes(plan: Plan, config: TrainConfig, patch: Sequence[int] | None = No
 
 
 def choose_split(data: Dataset, config: TrainConfig, given: Split | None = None) -> Split:
-    """The split given, else the one named in the configuration, else a fresh draw over the cases with a label."""
+    """The split given, else the one named in the configuration, else a fresh draw over the cases with a label.
+
+    Raises InputError for a split that does not fit, and for options of a draw beside a split that is given.
+    """
     labelled = [case.id for case in data.cases if case.label is not None]
+    drawn = [name for name in ("folds", "group_by", "split_seed") if getattr(config, name)]
+    drawn += ["fold"] if config.fold is not None and (given is not None or config.fold == ALL) else []
+    if drawn and (given is not None or config.split is not None):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in drawn)
+        raise InputError(f"{options}: of a split that is drawn, but one is given (split); leave out one of them")
     if given is not None:
         return check_split(given, labelled, "the split")
     if config.split is not None:
-        return load_split(Path(config.split), labelled)
+        split = load_split(Path(config.split), labelled, None if isinstance(config.fold, str) else config.fold)
+        if split.kind == NNUNET:
+            _log.info("%s, fold %s: its validation cases choose the weights, and are scored", config.split, split.fold)
+        return split
     try:
-        return make_split(labelled, seed=config.split_seed, folds=config.folds, fold=config.fold)
+        fold = 0 if config.fold is None else config.fold
+        return make_split(labelled, seed=config.split_seed, folds=config.folds, fold=fold, group_by=config.group_by)
     except InputError as error:
         raise InputError(f"{data.root}: {error}") from error
 

@@ -161,7 +161,7 @@ def train_trial(request: dict[str, Any]) -> None:
     state = json.loads((path / "model" / "model.json").read_text(encoding="utf-8"))["training"]
     record = TrialRecord(
         **request["trial"],
-        data_hash=trained.plan.fingerprint.data_hash,
+        data_hash=trained.data_hash,
         status="finished",
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - clock, 1),
