@@ -219,10 +219,9 @@ def score_cases(
     predict_folder(predictor, data.root, predictions, cases=case_ids, progress=progress)
     labels = [case.label for case in map(data.case, case_ids)]
     folder = labels[0].parent if labels and labels[0] is not None else data.root
-    foreground = {name: value for name, value in data.labels.items() if value != data.values[0]}
     given: dict[str, Any] = {} if options is None else options.model_dump(exclude_unset=True, exclude={"dataset"})
     run = {
-        "labels_map": foreground,
+        "labels_map": data.targets,
         "ignore_label": data.ignore_label,
         "out": run_dir / "evaluation",
         "cases": case_ids,

@@ -378,7 +378,7 @@ def test_names_that_do_not_match_are_listed(tmp_path: Path) -> None:
     ("changes", "options", "message"),
     [
         ({"dataset_json": {**DATASET, "labels": {"background": 0, "lung": 1}}}, {}, r"2 labels .*3 classes"),
-        ({"dataset_json": {**DATASET, "labels": {"background": 0, "a": [1, 2], "b": 2}}}, {}, "regions are not"),
+        ({"dataset_json": {**DATASET, "labels": {"background": 0, "a": [1, 2], "b": 2}}}, {}, "no regions_class_order"),
         ({"dataset_json": {**DATASET, "channel_names": {"0": "CT", "1": "PET"}}}, {}, "2 channels"),
         ({}, {"labels": {"background": 1, "a": 2, "b": 3}}, "background, 0, first"),
         ({}, {"spacing_mm": [1.0, 1.0]}, "spacing_mm needs 3"),

@@ -74,7 +74,7 @@ def import_released(
     network, plan = result.network, result.plan
     echo(
         f"{network['spatial_dims']}D, {network['in_channels']} channel(s), {result.parameters:,} parameters; labels "
-        f"{', '.join(f'{name}={value}' for name, value in plan.labels.items())}; spacing {plan.spacing_mm} mm"
+        f"{', '.join(f'{name}={value}' for name, value in plan.targets.items())}; spacing {plan.spacing_mm} mm"
     )
     typer.echo(f"model: {result.folder}")
 

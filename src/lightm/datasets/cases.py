@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from lightm.errors import InputError
 from lightm.images.io import channel_paths, file_suffix, split_path
+from lightm.labels import Values, targets_of
 from lightm.progress import Progress
 
 Item = TypeVar("Item")
@@ -36,6 +37,8 @@ class Dataset:
 
     labels: name to value, ordered by value, background (0) first, without the ignore label. Class index k of a network
     stands for the k-th of them; values need not be consecutive.
+    regions, regions_class_order: nnU-Net's region-based labels: name to label values, which may overlap, and the value
+    that a label map gets where each is found, later ones in place of earlier ones. Both are empty without regions.
     """
 
     name: str
@@ -46,6 +49,13 @@ class Dataset:
     file_ending: str
     cases: tuple[Case, ...]
     test_cases: tuple[Case, ...] = ()
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    regions_class_order: tuple[int, ...] = ()
+
+    @property
+    def targets(self) -> dict[str, Values]:
+        """What is trained, found and scored, name to value: regions, or classes without the background."""
+        return targets_of(self.labels, self.regions)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from lightm.errors import InputError, LightMError, did_you_mean
 from lightm.files import atomic_file
 from lightm.images.io import file_suffix, read_volume, write_volume
 from lightm.images.volume import Volume, geometry_difference
+from lightm.labels import each_value
 from lightm.progress import Progress
 
 _SHOWN = 20  # problems of a message
@@ -177,7 +178,10 @@ class _Writer:
 
     def _write_label(self, path: Path, image: Volume, target: Path) -> None:
         label = read_volume(path, kind="label")
-        unknown = sorted(set(np.unique(label.data).tolist()) - set(self.found.labels.values()))
+        unknown = sorted(
+            set(np.unique(label.data).tolist())
+            - {one for value in self.found.labels.values() for one in each_value(value)}
+        )
         if unknown:
             known = ", ".join(f"{name} {value}" for name, value in self.found.labels.items())
             raise InputError(f"{path}: holds the value {unknown[0]}, which is no label ({known})")

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightm.config_io import read_json
+from lightm.datasets.cases import Dataset
 from lightm.errors import InputError
 from lightm.images.io import SUFFIXES, file_suffix
-from lightm.labels import IGNORE_INDEX
+from lightm.labels import IGNORE_INDEX, Values, check_regions, targets_of
 
 MAX_CLASSES = IGNORE_INDEX  # class indices are stored in bytes
 _MAX_CHANNELS = 10_000  # files are numbered with four digits
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of dataset.json. values: name to value, background first; ignore: the value that does not count.
+
+    regions, order: nnU-Net's region-based labels, name to values, and the value that stands for each in label maps;
+    the values are called label_1, label_2, ... then.
+    """
+
+    values: dict[str, int]
+    ignore: int | None = None
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,6 +46,13 @@ class Description:
     file_ending: str | None
     cases_promised: int | None
     listed: tuple[list[Any], list[Any]] | None
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    regions_class_order: tuple[int, ...] = ()
+
+    @property
+    def targets(self) -> dict[str, Values]:
+        """What is to be found, name to value: regions, or classes without the background."""
+        return targets_of(self.labels, self.regions)
 
 
 def read_description(file: Path) -> Description:
@@ -41,14 +66,16 @@ def read_description(file: Path) -> Description:
             raise InputError(
                 f"file_ending {_short(ending)} is not a format that can be read; use one of {', '.join(SUFFIXES)}"
             )
-        labels, ignore = _labels(content.get("labels"))
+        labels = read_labels(content)
         channels = _channels(content.get("channel_names", content.get("modality")))
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     training, test, promised = (content.get(key) for key in ("training", "test", "numTraining"))
     listed = (training, test if isinstance(test, list) else []) if isinstance(training, list) else None
     promised = promised if isinstance(promised, int) else None
-    return Description(file, channels, labels, ignore, ending, promised, listed)
+    return Description(
+        file, channels, labels.values, labels.ignore, ending, promised, listed, labels.regions, labels.order
+    )
 
 
 def _short(value: Any) -> str:
@@ -68,31 +95,42 @@ def _channels(given: Any) -> tuple[str, ...]:
     return tuple(str(given[str(index)]) for index in range(len(given)))
 
 
-def _labels(given: Any) -> tuple[dict[str, int], int | None]:
+def label_entries(of: Description | Dataset) -> dict[str, Any]:
+    """Return "labels" and, with regions, "regions_class_order" as a dataset.json holds them."""
+    ignore = {} if of.ignore_label is None else {"ignore": of.ignore_label}
+    if not of.regions:
+        return {"labels": {**of.labels, **ignore}}
+    regions = {name: list(values) for name, values in of.regions.items()}
+    order = list(of.regions_class_order)
+    return {"labels": {"background": 0, **regions, **ignore}, "regions_class_order": order}
+
+
+def read_labels(content: Mapping[str, Any]) -> Labels:
+    """Read "labels" and "regions_class_order" of a dataset.json; InputError for what cannot be."""
+    given = content.get("labels")
     if not isinstance(given, dict) or not given:
         raise InputError('"labels" is missing or empty; write for example "labels": {"background": 0, "liver": 1}')
     if all(re.fullmatch(r"-?\d{1,9}", key) for key in given) and all(isinstance(name, str) for name in given.values()):
         given = {name: int(key) for key, name in given.items()}  # MSD writes {"1": "liver"}
     if len(given) > MAX_CLASSES + 1:
         raise InputError(f"{len(given)} labels; at most {MAX_CLASSES} are possible")
-    values: dict[str, int] = {}
+    named: dict[str, tuple[int, ...]] = {}
     for name, value in given.items():
-        if isinstance(value, (list, tuple)):
-            raise InputError(
-                f"label {_short(name)} is a region {_short(value)} of several values; regions are not supported, "
-                "give each label one value"
-            )
-        if isinstance(value, str) and value.isdecimal() and len(value) < 9:
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f"label {_short(name)} has the value {_short(value)}; expected a whole number")
-        if not 0 <= value <= 32767:
-            raise InputError(
-                f"label {_short(name)} has the value {_short(value)}; values from 0 to 32767 can be stored, renumber it"
-            )
-        values[str(name)] = value
-    doubled = sorted(value for value, count in Counter(values.values()).items() if count > 1)
-    ignore = values.pop("ignore", None)
+        several = isinstance(value, (list, tuple))
+        if several and not value:
+            raise InputError(f"label {_short(name)} has no value; give it one")
+        named[str(name)] = tuple(_label_value(name, one) for one in (value if several else [value]))
+    ignore = named.pop("ignore", None)
+    if ignore is not None and len(ignore) > 1:
+        raise InputError(f"the ignore label has the values {_short(list(ignore))}; give it one value")
+    ignored = None if ignore is None else ignore[0]
+    order = content.get("regions_class_order")
+    if any(len(values) > 1 for values in named.values()):
+        return _regions(named, ignored, order)
+    if order is not None:
+        _log.warning("regions_class_order is not used: no label has several values")
+    values = {name: held[0] for name, held in named.items()}
+    doubled = sorted(v for v, count in Counter([*values.values(), *(ignore or ())]).items() if count > 1)
     if doubled:
         raise InputError(f"labels share the value {doubled[0]}; give each label a value of its own")
     if 0 not in values.values():
@@ -101,4 +139,33 @@ def _labels(given: Any) -> tuple[dict[str, int], int | None]:
         raise InputError('only the background is named in "labels"; add what is to be segmented')
     if len(values) > MAX_CLASSES:
         raise InputError(f"{len(values)} labels; at most {MAX_CLASSES} are possible")
-    return dict(sorted(values.items(), key=lambda item: item[1])), ignore
+    return Labels(dict(sorted(values.items(), key=lambda item: item[1])), ignored)
+
+
+def _regions(named: dict[str, tuple[int, ...]], ignored: int | None, given: Any) -> Labels:
+    regions = {name: values for name, values in named.items() if values != (0,)}
+    if len(regions) == len(named):
+        raise InputError('no label has the value 0; write "background": 0')
+    if given is not None and not isinstance(given, (list, tuple)):
+        raise InputError(f"regions_class_order is {_short(given)}; expected a list with one value for each region")
+    order = tuple(_label_value("of regions_class_order", value) for value in given or ())
+    for name, values in regions.items():
+        if ignored in values:
+            raise InputError(f"region {_short(name)} holds {ignored}, the ignore label; take it out of the region")
+    check_regions(regions, order)
+    found = sorted({value for values in regions.values() for value in values})
+    if len(found) >= MAX_CLASSES:
+        raise InputError(f"{len(found)} label values; at most {MAX_CLASSES - 1} are possible")
+    return Labels({"background": 0, **{f"label_{value}": value for value in found}}, ignored, regions, order)
+
+
+def _label_value(name: str, value: Any) -> int:
+    if isinstance(value, str) and value.isdecimal() and len(value) < 9:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"label {_short(name)} has the value {_short(value)}; expected a whole number")
+    if not 0 <= value <= 32767:
+        raise InputError(
+            f"label {_short(name)} has the value {_short(value)}; values from 0 to 32767 can be stored, renumber it"
+        )
+    return value

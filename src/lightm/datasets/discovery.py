@@ -281,6 +281,8 @@ def _dataset(
         ending,
         tuple(sorted(cases, key=lambda case: case.id)),
         tuple(sorted(tests, key=lambda case: case.id)),
+        description.regions,
+        description.regions_class_order,
     )
     return dataset, problems
 

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lightm.datasets.cases import Case, Problem, error, files_in, split_name, warning
-from lightm.datasets.description import read_description
+from lightm.datasets.description import label_entries, read_description
 from lightm.datasets.discovery import existing, listed_cases, scan
 from lightm.errors import InputError
 from lightm.images.io import file_suffix
@@ -39,11 +40,16 @@ class Found:
 
     name: str
     channels: tuple[str, ...]
-    labels: dict[str, int]
-    about: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+
+    def take_labels(self, entries: dict[str, Any]) -> None:
+        """Take "labels", and of regions "regions_class_order" too, as dataset.json holds them."""
+        self.labels = entries.pop("labels")
+        self.about |= entries
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -155,9 +161,8 @@ def _msd(source: Path, labels: Path | None = None) -> Found:
         "reference": "Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 13, 2022",
         "licence": "CC BY-SA 4.0, as the Decathlon's page states it",
     }
-    found = Found(source.resolve().name, description.channels, dict(description.labels), about)
-    if description.ignore_label is not None:
-        found.labels["ignore"] = description.ignore_label
+    found = Found(source.resolve().name, description.channels, {}, about)
+    found.take_labels(label_entries(description))
     parts = len(description.channels) if len(description.channels) > 1 else 0
     training, tests = listed_cases(source, description)
     found.sources = [
@@ -180,9 +185,8 @@ def _folder(source: Path, labels: Path | None = None) -> Found:
     data, problems = scan(
         source / "images" if labels is None else source, source / "labels" if labels is None else labels
     )
-    found = Found(source.resolve().name, data.channels, dict(data.labels), problems=problems)
-    if data.ignore_label is not None:
-        found.labels["ignore"] = data.ignore_label
+    found = Found(source.resolve().name, data.channels, {}, problems=problems)
+    found.take_labels(label_entries(data))
     found.sources = [Source(case.id, case.images, case.label) for case in data.cases]
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +16,7 @@ from lightm.config_io import load_json
 from lightm.evaluation.lesions import LesionSummary
 from lightm.evaluation.metrics import STATUSES, ClassMetrics, Status
 from lightm.files import write_text
+from lightm.labels import Values
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,12 +75,15 @@ class Overall(_Strict):
 
 
 class Evaluation(_Strict):
-    """Every number of one evaluation; written as `metrics.json` and `metrics.csv`."""
+    """Every number of one evaluation; written as `metrics.json` and `metrics.csv`.
+
+    labels: name to label value, or to the values of a region.
+    """
 
     schema_version: Literal[1] = 1
     spatial_dims: Literal[2, 3]
     distance_unit: Literal["mm", "px"] = "mm"
-    labels: dict[str, int]
+    labels: dict[str, int | list[int]]
     nsd_tolerance_mm: dict[str, float]
     bootstrap: int
     seed: int
@@ -124,7 +128,7 @@ def load_evaluation(path: Path) -> Evaluation:
 
 def summarize(
     rows: Sequence[CaseRow],
-    labels: dict[str, int],
+    labels: Mapping[str, Values],
     *,
     spatial_dims: Literal[2, 3],
     distance_unit: Literal["mm", "px"],
@@ -156,7 +160,7 @@ def summarize(
     return Evaluation(
         spatial_dims=spatial_dims,
         distance_unit=distance_unit,
-        labels=labels,
+        labels={name: value if isinstance(value, int) else list(value) for name, value in labels.items()},
         nsd_tolerance_mm=nsd_tolerance_mm,
         bootstrap=bootstrap,
         seed=seed,

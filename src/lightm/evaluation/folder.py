@@ -18,6 +18,7 @@ from lightm.evaluation.metrics import case_metrics, resolve_tolerances
 from lightm.images.io import SUFFIXES, file_suffix, read_volume
 from lightm.images.pictures import FORMATS as PICTURES
 from lightm.images.volume import geometry_difference
+from lightm.labels import Values, each_value
 from lightm.options import Names, Options, PathText
 from lightm.progress import Progress
 
@@ -33,7 +34,9 @@ class EvaluateOptions(Options):
     """
 
     labels_map: dict[str, Any] | None = Field(
-        None, description="Classes, {liver: 1}; default: those of the labels' dataset.json, else the values found."
+        None,
+        description="Classes, {liver: 1}, or regions, {whole: [1, 2]}; default: the labels' dataset.json, else the "
+        "values found.",
     )
     ignore_label: int | None = Field(None, description="Label value of voxels that do not count.")
     out: PathText | None = Field(
@@ -64,11 +67,12 @@ def evaluate_folder(
 
     `labels` holds one label file per case, `predictions` one file of the same name (its suffix may differ). Options, as
     an object or their fields as `more`: `cases` names the cases to score; `None` means every label, "predicted" every
-    prediction. `labels_map` gives class names and values (background, value 0, is left out); without it they are read
-    from the `dataset.json` in `labels` or the folder above it, which also says which value to ignore, and where there
-    is none every value that a label map holds is a class (one more reading of all files). `out`: folder for
-    `metrics.json`, `metrics.csv` and, with `lesions`, `lesions.csv`. Metrics are those of `case_metrics`, of lesions
-    those of `case_lesions`; intervals are bootstraps over cases.
+    prediction. `labels_map` gives class names and values (background, value 0, is left out), or several values of a
+    region; without it they are read from the `dataset.json` in `labels` or the folder above it, which also says which
+    value to ignore, and of whose regions, if it has any, each is scored; where there is none every value that a label
+    map holds is a class (one more reading of all files). `out`: folder for `metrics.json`, `metrics.csv` and, with
+    `lesions`, `lesions.csv`. Metrics are those of `case_metrics`, of lesions those of `case_lesions`; intervals are
+    bootstraps over cases.
 
     Raises `InputError` naming the files for a case without prediction or label, for shapes or affines that differ, and
     for values that are no class. Holds one case in memory at a time.
@@ -172,22 +176,25 @@ def _pair_files(
 
 def _class_values(
     labels: Path,
-    labels_map: Mapping[str, int] | None,
+    labels_map: Mapping[str, Any] | None,
     ignore_label: int | None,
     pairs: Mapping[str, tuple[Path, Path]],
-) -> tuple[dict[str, int], int | None]:
-    """Return foreground classes sorted by value and the value to ignore."""
+) -> tuple[dict[str, Values], int | None]:
+    """Return foreground classes sorted by value, or regions, and the value to ignore."""
     given: Mapping[str, Any] | None = labels_map
     if given is None:
         path = next((p for p in (labels / "dataset.json", labels.parent / "dataset.json") if p.is_file()), None)
         if path is None:
             return _found_values(labels, ignore_label, pairs), ignore_label
         description = read_description(path)
-        given = description.labels
+        given = description.targets
         if ignore_label is None:
             ignore_label = description.ignore_label
-    classes: dict[str, int] = {}
+    classes: dict[str, Values] = {}
     for name, value in given.items():
+        if isinstance(value, (list, tuple)) and value and all(type(one) is int for one in value):
+            classes[name] = tuple(value)
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise InputError(f"--labels-map: label '{name}' is {value!r}, expected a whole number")
         if name == "ignore" and ignore_label is None:
@@ -196,12 +203,16 @@ def _class_values(
             classes[name] = int(value)
     if not classes:
         raise InputError("--labels-map: names no class besides background")
-    if len(set(classes.values())) < len(classes):
+    if len({frozenset(each_value(value)) for value in classes.values()}) < len(classes):
         raise InputError(f"--labels-map: two classes have the same value: {classes}")
-    return dict(sorted(classes.items(), key=lambda item: item[1])), ignore_label
+    if any(0 in each_value(value) or ignore_label in each_value(value) for value in classes.values()):
+        raise InputError(f"--labels-map: a region holds the background or the ignore label: {classes}")
+    if any(not isinstance(value, int) for value in classes.values()):
+        return classes, ignore_label
+    return dict(sorted(classes.items(), key=lambda item: each_value(item[1]))), ignore_label
 
 
-def _found_values(labels: Path, ignore_label: int | None, pairs: Mapping[str, tuple[Path, Path]]) -> dict[str, int]:
+def _found_values(labels: Path, ignore_label: int | None, pairs: Mapping[str, tuple[Path, Path]]) -> dict[str, Values]:
     """Every value of the label maps as a class of that name."""
     found: set[int] = set()
     for path in (path for pair in pairs.values() for path in pair):
@@ -216,9 +227,11 @@ def _found_values(labels: Path, ignore_label: int | None, pairs: Mapping[str, tu
 
 
 def _check_values(
-    case: str, data: np.ndarray[Any, Any], path: Path, classes: dict[str, int], ignore: int | None, what: str
+    case: str, data: np.ndarray[Any, Any], path: Path, classes: Mapping[str, Values], ignore: int | None, what: str
 ) -> None:
-    known = {0, *classes.values()} | ({ignore} if ignore is not None else set())
+    known = {0, *(one for value in classes.values() for one in each_value(value))} | (
+        {ignore} if ignore is not None else set()
+    )
     if unknown := [int(v) for v in np.unique(data) if int(v) not in known]:
         named = ", ".join(f"{name}={value}" for name, value in classes.items())
         raise InputError(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy import ndimage
 
 from lightm.files import write_text
+from lightm.labels import Values, mask_of
 
 
 class LesionRow(BaseModel):
@@ -74,7 +75,7 @@ def case_lesions(
     pred: NDArray[Any],
     label: NDArray[Any],
     spacing_mm: Sequence[float],
-    labels: Mapping[str, int],
+    labels: Mapping[str, Values],
     *,
     ignore_label: int | None = None,
     min_iou: float = 0.1,
@@ -86,7 +87,7 @@ def case_lesions(
     two predicted pieces of one lesion are one found and one false. That is the naive one-to-one matching of panoptic
     quality (Kirillov et al., arXiv 1801.00868), which asks for more than 0.5.
 
-    pred, label: integer arrays (Z, Y, X) or (Y, X) of one shape. labels: foreground names and values. Voxels whose
+    pred, label: integer arrays (Z, Y, X) or (Y, X) of one shape. labels: foreground names and values, or regions. Voxels whose
     label is `ignore_label` belong to nothing. Cost: two labellings of each class.
 
     >>> truth, found = np.zeros((2, 8), int), np.zeros((2, 8), int)
@@ -99,7 +100,8 @@ def case_lesions(
     valid = None if ignore_label is None else label != ignore_label
     rows = []
     for name, value in labels.items():
-        masks = [array == value if valid is None else (array == value) & valid for array in (label, pred)]
+        masks = [mask_of(array, value) for array in (label, pred)]
+        masks = masks if valid is None else [mask & valid for mask in masks]
         (true, n_true), (guess, n_guess) = (ndimage.label(mask, structure) for mask in masks)
         size_true = np.bincount(true.ravel(), minlength=n_true + 1)[1:]
         size_guess = np.bincount(guess.ravel(), minlength=n_guess + 1)[1:]

@@ -16,7 +16,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from lightm.errors import InputError, did_you_mean
-from lightm.labels import bounding_box, overlap_counts
+from lightm.labels import Values, bounding_box, each_value, mask_of, overlap_counts
 
 Status = Literal["present", "absent", "missed", "spurious"]
 STATUSES: tuple[Status, ...] = ("present", "missed", "spurious", "absent")
@@ -48,7 +48,7 @@ def case_metrics(
     pred: NDArray[Any],
     label: NDArray[Any],
     spacing_mm: Sequence[float],
-    labels: Mapping[str, int],
+    labels: Mapping[str, Values],
     *,
     ignore_label: int | None = None,
     nsd_tolerance_mm: float | Mapping[str, float] = 1.0,
@@ -68,10 +68,10 @@ def case_metrics(
     and HD95 `None`, as no distance to an empty surface exists.
 
     `pred` and `label` are integer arrays (Z, Y, X) or (Y, X) of label values; `spacing_mm` follows their axes; `labels`
-    names the foreground values; `nsd_tolerance_mm` is t, one for all classes or one each. Voxels whose label is
-    `ignore_label` count in neither array. Raises `InputError` for shapes, spacings or tolerances that do not fit.
-    Cost: per class one erosion of its bounding box and two nearest-neighbour queries over its surface, O(S log S) for
-    S surface voxels.
+    names the foreground values, of a region several, which may overlap; `nsd_tolerance_mm` is t, one for all classes or
+    one each. Voxels whose label is `ignore_label` count in neither array. Raises `InputError` for shapes, spacings or
+    tolerances that do not fit. Cost: per class one erosion of its bounding box and two nearest-neighbour queries over
+    its surface, O(S log S) for S surface voxels.
     """
     if pred.shape != label.shape or label.ndim not in (2, 3):
         raise InputError(
@@ -91,17 +91,17 @@ def case_metrics(
     pred, label, spacing = pred.reshape(shape), label.reshape(shape), tuple(spacing[axis] for axis in kept)
     # Most of a scan is background. Beyond the box there is no foreground, so its edge means "outside" just as the
     # image's edge does.
-    values = [v for v in labels.values() if v != ignore_label]
+    values = [one for value in labels.values() for one in each_value(value) if one != ignore_label]
     box = bounding_box(np.isin(pred, values) | np.isin(label, values))
     pred, label = pred[box], label[box]
     valid = None if ignore_label is None else label != ignore_label
     return {
-        name: _class_metrics(pred == value, label == value, valid, spacing, tolerances[name], voxel_ml)
+        name: _class_metrics(mask_of(pred, value), mask_of(label, value), valid, spacing, tolerances[name], voxel_ml)
         for name, value in labels.items()
     }
 
 
-def resolve_tolerances(tolerance: float | Mapping[str, float], labels: Mapping[str, int]) -> dict[str, float]:
+def resolve_tolerances(tolerance: float | Mapping[str, float], labels: Mapping[str, Values]) -> dict[str, float]:
     """Return the NSD tolerance of every class in mm; raises `InputError` for unknown or missing classes."""
     if isinstance(tolerance, Mapping):
         for name in tolerance:

@@ -20,7 +20,7 @@ from skimage.measure import block_reduce, find_contours, marching_cubes
 
 from lightm.evaluation import figures
 from lightm.evaluation.figures import INK, MUTED, class_colour, class_patches, legend_below, new_figure
-from lightm.labels import bounding_box
+from lightm.labels import Values, bounding_box, each_value, mask_of
 
 # Radiological convention for a (Z, Y, X) array whose axes run to superior, anterior and right: the patient's
 # right is on the reader's left, superior (axial: anterior) is up. name, sliced axis, letters left/right/top/bottom.
@@ -30,7 +30,7 @@ MISSED, SPURIOUS, WRONG_CLASS = figures.VERMILION, figures.SKY, figures.PURPLE
 _ERRORS = ((MISSED, "missed (label only)"), (SPURIOUS, "spurious (prediction only)"), (WRONG_CLASS, "wrong class"))
 
 
-def best_slice(label: NDArray[Any], pred: NDArray[Any], values: Sequence[int], axis: int) -> int:
+def best_slice(label: NDArray[Any], pred: NDArray[Any], values: Sequence[Values], axis: int) -> int:
     """Return the slice across `axis` with the largest area of label and prediction, the middle one without foreground.
 
     Areas are summed over classes as fractions of each class's largest slice, so that a tumour counts as much as the
@@ -40,10 +40,15 @@ def best_slice(label: NDArray[Any], pred: NDArray[Any], values: Sequence[int], a
     arrays = (label,) if pred is label else (label, pred)
     score = np.zeros(label.shape[axis])
     for value in values:
-        area = sum(np.count_nonzero(array == value, axis=others) for array in arrays) * 1.0
+        area = sum(np.count_nonzero(mask_of(array, value), axis=others) for array in arrays) * 1.0
         if area.max() > 0:
             score += area / area.max()
     return int(score.argmax()) if score.max() > 0 else label.shape[axis] // 2
+
+
+def any_of(array: NDArray[Any], values: Sequence[Values]) -> NDArray[np.bool_]:
+    """Where an array holds a value of any class or region."""
+    return np.isin(array, [one for value in values for one in each_value(value)])
 
 
 def overlay(
@@ -51,12 +56,13 @@ def overlay(
     label: NDArray[Any],
     pred: NDArray[Any],
     spacing_mm: Sequence[float],
-    classes: dict[str, int],
+    classes: Mapping[str, Values],
     *,
     window: tuple[float, float] | None = None,
 ) -> Figure:
     """Draw a case: one column per plane in 3D (axial, coronal, sagittal), one row in 2D.
 
+    classes: name to label value, or values of a region.
     All arrays have one shape: (Z, Y, X) in closest-RAS orientation, or (Y, X) as stored. Slices are those of
     `best_slice`, cut to the structures with a margin, at the aspect of `spacing_mm`. `window` is the shown range of
     intensities (default: percentiles 1 and 99 of what is shown).
@@ -97,7 +103,7 @@ def overlay(
 
 
 def overlay_prediction(
-    slices: Sequence[tuple[str, NDArray[Any], NDArray[Any], tuple[float, float]]], classes: dict[str, int]
+    slices: Sequence[tuple[str, NDArray[Any], NDArray[Any], tuple[float, float]]], classes: Mapping[str, Values]
 ) -> Figure:
     """Draw a prediction that has no label to compare it with: each slice whole above, cut to its structures below.
 
@@ -113,7 +119,7 @@ def overlay_prediction(
         if letters is not None:
             image, pred = image[::-1, ::-1], pred[::-1, ::-1]
         whole = _View(image, pred, pred, spacing)
-        found = "close-up" if np.isin(pred, values).any() else "nothing found here"
+        found = "close-up" if any_of(pred, values).any() else "nothing found here"
         for axes, view, heading in zip(grid[:, column], (whole, _cropped(whole, values)), (title, found), strict=True):
             _show(axes, view, None, heading)
             _contours(axes, view, values, (("prediction", "-"),))
@@ -137,8 +143,8 @@ class _View(NamedTuple):
         return (0.0, columns * self.spacing[1], rows * self.spacing[0], 0.0)
 
 
-def _cropped(view: _View, values: Sequence[int]) -> _View:
-    box = _crop_box(np.isin(view.label, values) | np.isin(view.pred, values), view.spacing)
+def _cropped(view: _View, values: Sequence[Values]) -> _View:
+    box = _crop_box(any_of(view.label, values) | any_of(view.pred, values), view.spacing)
     return _View(view.image[box], view.label[box], view.pred[box], view.spacing)
 
 
@@ -171,13 +177,13 @@ def _show(axes: Axes, view: _View, window: tuple[float, float] | None, title: st
 _BOTH: tuple[tuple[str, Any], ...] = (("label", "-"), ("prediction", (0, (2, 1.2))))
 
 
-def _contours(axes: Axes, view: _View, values: Sequence[int], kinds: Sequence[tuple[str, Any]] = _BOTH) -> None:
+def _contours(axes: Axes, view: _View, values: Sequence[Values], kinds: Sequence[tuple[str, Any]] = _BOTH) -> None:
     width = 1.7
     for i, value in enumerate(values):
         for kind, style in kinds:
             array = view.label if kind == "label" else view.pred
             # A frame of background closes the contours of what touches the edge of the slice.
-            paths = find_contours(np.pad(array == value, 1).astype(np.float64), 0.5)
+            paths = find_contours(np.pad(mask_of(array, value), 1).astype(np.float64), 0.5)
             lines = [((path - 0.5) * view.spacing)[:, ::-1] for path in paths]
             if lines:
                 # Beside a label the prediction is lighter, alone it has the full colour.
@@ -189,8 +195,8 @@ def _contours(axes: Axes, view: _View, values: Sequence[int], kinds: Sequence[tu
                 axes.add_collection(LineCollection(lines, label=f"{kind} {value}", **look), autolim=False)
 
 
-def _differences(axes: Axes, view: _View, values: Sequence[int]) -> None:
-    in_label, in_pred = np.isin(view.label, values), np.isin(view.pred, values)
+def _differences(axes: Axes, view: _View, values: Sequence[Values]) -> None:
+    in_label, in_pred = any_of(view.label, values), any_of(view.pred, values)
     picture = np.zeros((*view.label.shape, 4))
     picture[in_label & in_pred] = (1.0, 1.0, 1.0, 0.28)
     picture[in_label & ~in_pred] = to_rgba(MISSED)
@@ -219,7 +225,7 @@ _LIGHT = np.array([-0.35, -0.75, 0.56])  # from the reader's upper left; unit le
 def surfaces_figure(
     masks: Mapping[str, NDArray[Any]],
     spacing_mm: Sequence[float],
-    classes: dict[str, int],
+    classes: Mapping[str, Values],
     *,
     columns: int = 2,
     max_voxels: int = _MAX_VOXELS,
@@ -231,7 +237,7 @@ def surfaces_figure(
     structures survive; the picture shows shape, not detail. A class that others lie inside is drawn translucent.
     """
     values = list(classes.values())
-    box = bounding_box(np.logical_or.reduce([np.isin(array, values) for array in masks.values()]))
+    box = bounding_box(np.logical_or.reduce([any_of(array, values) for array in masks.values()]))
     masks = {title: array[box] for title, array in masks.items()}
     label = next(iter(masks.values()))
     extent = np.multiply(label.shape, spacing_mm)
@@ -244,7 +250,7 @@ def surfaces_figure(
         axes: Any = figure.add_subplot(rows, columns, position + 1, projection="3d")
         triangles, colours = [], []
         for index, value in enumerate(values):
-            mesh = mesh_mm(array == value, spacing_mm, factors)
+            mesh = mesh_mm(mask_of(array, value), spacing_mm, factors)
             if mesh is not None:
                 triangles.append(mesh)
                 colours.append(_shade(mesh, class_colour(index), alphas[index]))
@@ -302,9 +308,9 @@ def _shade(triangles: NDArray[np.float64], colour: str, alpha: float) -> NDArray
     return rgba
 
 
-def _alphas(label: NDArray[Any], values: Sequence[int]) -> list[float]:
+def _alphas(label: NDArray[Any], values: Sequence[Values]) -> list[float]:
     """Return an opacity per class: 0.3 where another class lies within its bounding box."""
-    boxes = [bounding_box(label == value) if (label == value).any() else None for value in values]
+    boxes = [bounding_box(mask_of(label, value)) if mask_of(label, value).any() else None for value in values]
 
     def holds(outer: tuple[slice, ...], inner: tuple[slice, ...]) -> bool:
         return all(o.start <= i.start and i.stop <= o.stop for o, i in zip(outer, inner, strict=True))

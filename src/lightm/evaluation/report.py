@@ -180,7 +180,7 @@ def _facts(run: RunFolder) -> dict[str, list[tuple[str, str]]]:
             ("Data set", plan.get("dataset") or config.get("dataset")),
             ("Data hash (SHA-256)", record.get("data_hash") or (fingerprint or {}).get("data_hash")),
             ("Channels", _join(plan.get("channels"))),
-            ("Classes", _join(plan.get("labels"))),
+            ("Regions" if plan.get("regions") else "Classes", _join(plan.get("regions") or plan.get("labels"))),
             ("Resampled to, mm (array order)", _join(plan.get("spacing_mm"), " x ")),
             ("Normalisation", _join(normalisation)),
             ("Split", f"{train} to train, {val} to choose, {test} to test" if run.split else None),

@@ -158,7 +158,7 @@ def estimate_memory(
     grid = tuple(shape) if spacing_mm is None else resampled_shape(shape, spacing_mm, plan.spacing_mm)
     channels, label_itemsize = len(plan.channels), 1 if max(plan.values) <= 255 else 2
     sizes = (tuple(shape), grid, tuple(plan.patch_size))
-    case = CaseSize(*sizes, len(plan.classes), channels, itemsize * channels, label_itemsize, rules, probabilities)
+    case = CaseSize(*sizes, len(plan.outputs), channels, itemsize * channels, label_itemsize, rules, probabilities)
     if window_bytes is None:
         window_bytes = max(_MIN_BYTES, _BYTES_PER_VOXEL * prod(case.patch))
     return case_bytes(case, window_bytes, MemoryPlan())

@@ -33,6 +33,7 @@ from lightm.inference.record import (
 )
 from lightm.inference.sliding import WindowProgress
 from lightm.inference.statistics import ClassStatistics, class_statistics
+from lightm.labels import Values
 
 _log = logging.getLogger("lightm.inference")
 
@@ -164,7 +165,7 @@ class Job:
             # Opened once more where it is not held, so that its voxels are read by the slice.
             folder = Path(tempfile.gettempdir())
             image = LazyVolume.of(images.volumes[0]) if images.volumes else open_volume(case.images[0], folder)
-            classes = {name: value for name, value in self.predictor.plan.labels.items() if value != 0}
+            classes = self.predictor.plan.targets
             if self.options.statistics:
                 statistics = class_statistics(labels, image, classes)
             if self.options.preview:
@@ -195,13 +196,13 @@ class Job:
         )
 
 
-def preview_png(image: Volume | LazyVolume, labels: Volume, classes: dict[str, int]) -> bytes:
+def preview_png(image: Volume | LazyVolume, labels: Volume, classes: Mapping[str, Values]) -> bytes:
     """Return a PNG of axial, coronal and sagittal slices (2D: the image itself) with the contours of `labels`.
 
     image: first channel, labels: its label map, both as stored; they are shown in radiological convention, with
     letters for the patient's right, left, anterior, posterior, superior, inferior; a 2D image as stored, without. The
-    slice of a plane is that of `best_slice`. classes: foreground name to value. Cost: about a second; memory: one byte
-    per voxel, and the three slices.
+    slice of a plane is that of `best_slice`. classes: foreground name to value, or values of a region. Cost: about a
+    second; memory: one byte per voxel, and the three slices.
     """
     from lightm.evaluation.figures import to_png
     from lightm.evaluation.pictures import PLANES, best_slice, overlay_prediction

@@ -132,8 +132,9 @@ class Predictor:
 
         images: one volume per channel of the plan, in its order. They are brought to canonical orientation and the
         plan's spacing and normalised; windows give logits, the largest one in every voxel of the original grid the
-        label, which is brought back to the original orientation. progress(done, total) counts windows. probabilities: a
-        .nii.gz or .nii file for those of all classes, see `lightm.inference.native_space.ProbabilityFile`.
+        label (of regions: `lightm.inference.native_space.label_map`), which is brought back to the original
+        orientation. progress(done, total) counts windows. probabilities: a .nii.gz or .nii file for those of all
+        classes, see `lightm.inference.native_space.ProbabilityFile`.
 
         Raises InputError for images that do not fit the plan or each other or the limit of memory, LightMError for a
         network whose output does not, or a disk that refuses. Memory: the images as they are, in float32 at the plan's
@@ -193,7 +194,7 @@ class Predictor:
             shape=canonical.shape,
             grid=shape,
             patch=tuple(self.plan.patch_size) if self.window == "patch" else whole,
-            classes=len(values),
+            classes=len(self.plan.outputs),
             channels=len(geometries),
             itemsize=itemsize,
             label_itemsize=dtype.itemsize,
@@ -207,7 +208,9 @@ class Predictor:
         grid = NetworkGrid(images, self.plan, None if held.grid else folder)
         del images
         data = np.zeros(native.shape, dtype)
-        soft = None if probabilities is None else ProbabilityFile(Path(probabilities), native, len(values))
+        soft = None
+        if probabilities is not None:
+            soft = ProbabilityFile(Path(probabilities), native, len(self.plan.outputs), regions=bool(self.plan.regions))
         try:
             slabs = logit_slabs(
                 self.network,
@@ -224,6 +227,7 @@ class Predictor:
                 shape,
                 canonical.shape,
                 values=values,
+                regions_class_order=self.plan.regions_class_order,
                 out=native.with_data(data).to_canonical().data,  # a view: no second map is needed to turn it
                 sink=None if soft is None else soft.add,
             )
@@ -286,9 +290,10 @@ class Predictor:
 
     def _checked(self, slabs: Iterator[Tensor]) -> Iterator[Tensor]:
         for slab in slabs:
-            if slab.shape[0] != len(self.plan.classes):
+            if slab.shape[0] != len(self.plan.outputs):
+                what = "regions" if self.plan.regions else "classes"
                 raise LightMError(
-                    f"the network returned {slab.shape[0]} classes; its plan has {len(self.plan.classes)} "
-                    f"({', '.join(self.plan.classes)})"
+                    f"the network returned {slab.shape[0]} {what}; its plan has {len(self.plan.outputs)} "
+                    f"({', '.join(self.plan.outputs)})"
                 )
             yield slab

@@ -15,24 +15,25 @@ from lightm.errors import InputError
 from lightm.files import write_text
 from lightm.images.lazy import LazyVolume
 from lightm.images.volume import Volume
+from lightm.labels import Values, mask_of
 
 _SCHEMA_VERSION = 1
 
 
 class ClassStatistics(BaseModel):
-    """One class in one case; everything but voxels and volume is None where no voxel has the class.
+    """One class in one case, or one region; everything but voxels and volume is None where no voxel has it.
 
-    voxels: their number (in 2D pixels). volume_ml: None in 2D. mean, sd, median, min, max: of the intensities of the
-    first channel under the class, as stored in the file; sd divides by the number of voxels. centroid_mm: (x, y, z) in
-    the file's own frame, right-anterior-superior as in NIfTI; (x, y) in 2D, in pixels where the file has no spacing.
-    touches_border: a voxel lies in the first or last layer of an axis (of more than one voxel), so that the structure
-    may go on outside of the image.
+    value: of a region a list. voxels: their number (in 2D pixels). volume_ml: None in 2D. mean, sd, median, min, max:
+    of the intensities of the first channel under the class, as stored in the file; sd divides by the number of voxels.
+    centroid_mm: (x, y, z) in the file's own frame, right-anterior-superior as in NIfTI; (x, y) in 2D, in pixels where
+    the file has no spacing. touches_border: a voxel lies in the first or last layer of an axis (of more than one
+    voxel), so that the structure may go on outside of the image.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     class_name: str
-    value: int
+    value: int | list[int]
     voxels: int
     volume_ml: float | None = None
     mean: float | None = None
@@ -44,8 +45,10 @@ class ClassStatistics(BaseModel):
     touches_border: bool | None = None
 
 
-def class_statistics(labels: Volume, image: Volume | LazyVolume, classes: Mapping[str, int]) -> list[ClassStatistics]:
-    """Return the statistics of every class in `classes` (name to label value), in that order.
+def class_statistics(
+    labels: Volume, image: Volume | LazyVolume, classes: Mapping[str, Values]
+) -> list[ClassStatistics]:
+    """Return the statistics of every class in `classes` (name to label value, or values of a region), in that order.
 
     labels, image: (Z, Y, X) or (Y, X), of one shape. Goes slice by slice, in float64; memory: the intensities of one
     class in the image's own type, twice. Raises InputError for different shapes.
@@ -56,7 +59,8 @@ def class_statistics(labels: Volume, image: Volume | LazyVolume, classes: Mappin
     return [_one(labels, source, name, value) for name, value in classes.items()]
 
 
-def _one(labels: Volume, image: LazyVolume, name: str, value: int) -> ClassStatistics:
+def _one(labels: Volume, image: LazyVolume, name: str, values: Values) -> ClassStatistics:
+    value = values if isinstance(values, int) else list(values)
     flat = labels.data.ndim == 2
     data = labels.data[None] if flat else labels.data
     rest = tuple(slice(0, size) for size in labels.shape[-2:])
@@ -64,7 +68,7 @@ def _one(labels: Volume, image: LazyVolume, name: str, value: int) -> ClassStati
     # Voxels of the class along each axis: they hold the centroid and the border.
     counts = [np.zeros(size, dtype=np.int64) for size in data.shape]
     for z, plane in enumerate(data):
-        mask = plane == value
+        mask = mask_of(plane, values)
         rows = np.count_nonzero(mask, axis=1)
         counts[0][z] = rows.sum()
         if counts[0][z]:
@@ -125,4 +129,6 @@ def _cell(value: object) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -25,6 +25,7 @@ from lightm.inference.folder import CaseWriter
 from lightm.inference.predictor import Predictor
 from lightm.inference.record import describe_model
 from lightm.interchange.segment_codes import segment_code
+from lightm.labels import Values, each_value, mask_of
 
 ENDING = ".seg.dcm"
 
@@ -40,7 +41,7 @@ def write_dicom_seg(
     path: Path | str,
     labels: Volume,
     source: Path | str | Series,
-    classes: Mapping[str, int],
+    classes: Mapping[str, Values],
     *,
     model: str = "segmentation network",
     colours: Sequence[str] = CLASS_COLOURS,
@@ -50,6 +51,7 @@ def write_dicom_seg(
     labels: (Z, Y, X) whole numbers in the geometry that `read_series` gives `source`. source: a folder,
     `folder::SeriesInstanceUID`, an enhanced file or a `Series`. classes: name to label value; value 0 is the background
     and is left out, each other class is a segment, numbered from 1 in the order of values, also where no voxel has it.
+    Regions, with several values each, are segments that overlap, numbered in the order in which they are given.
     model: the algorithm is named "LightM MODEL", of LightM's version, family Artificial Intelligence (DICOM CID 7162).
     colours: "#rrggbb" in the order of segments, repeated. Codes: `lightm.interchange.segment_codes`.
 
@@ -63,7 +65,7 @@ def write_dicom_seg(
     return _Writer(source, classes, model, colours).write(Path(path), labels)
 
 
-def seg_writer(classes: Mapping[str, int], *, model: str) -> CaseWriter:
+def seg_writer(classes: Mapping[str, Values], *, model: str) -> CaseWriter:
     """Return what `predict_folder(extra_writer=...)` takes to write a DICOM-SEG beside each label map, CASE.seg.dcm.
 
     classes, model: as in `write_dicom_seg`. The source is the case's first image; a case that is no DICOM series, or
@@ -86,18 +88,20 @@ def seg_writer_of_model(predictor: Predictor) -> CaseWriter:
     if predictor.source is not None:
         found = describe_model(predictor.source)
         name = " ".join(part for part in (found.name, found.dataset) if part)
-    return seg_writer(predictor.plan.labels, model=name)
+    return seg_writer(predictor.plan.targets, model=name)
 
 
 class _Writer:
     """One source series, checked, ready to be referenced by label maps."""
 
-    def __init__(self, source: Path | str | Series, classes: Mapping[str, int], model: str, colours: Sequence[str]):
+    def __init__(self, source: Path | str | Series, classes: Mapping[str, Values], model: str, colours: Sequence[str]):
         self.highdicom = _highdicom()
         series = source if isinstance(source, Series) else find_series(source)
         if series.headers[0].storage in PROJECTIONS:
             raise InputError(f"{series.folder}: a projection, not slices; DICOM-SEG is written for CT, MR and PET")
-        self.classes = {name: value for name, value in sorted(classes.items(), key=lambda item: item[1]) if value != 0}
+        self.regions = any(not isinstance(value, int) for value in classes.values())
+        ordered = classes.items() if self.regions else sorted(classes.items(), key=lambda item: each_value(item[1]))
+        self.classes = {name: value for name, value in ordered if value != 0}
         if not self.classes:
             raise InputError("a DICOM-SEG needs at least one class beside the background")
         self.stack = stack_series(series)
@@ -110,7 +114,13 @@ class _Writer:
         difference = geometry_difference(self.grid, labels)
         if difference is not None:
             raise InputError(f"{self.where}: the label map does not lie on this series: {difference}")
-        numbers = _segment_numbers(labels.data, list(self.classes.values()))[self.order]
+        if self.regions:  # they overlap: a mask for each along the last axis
+            _check_values(labels.data, [one for value in self.classes.values() for one in each_value(value)])
+            masks = [mask_of(labels.data, value) for value in self.classes.values()]
+            numbers = np.stack(masks, axis=-1)[self.order].astype(np.uint8)
+        else:
+            values = [value for value in self.classes.values() if isinstance(value, int)]
+            numbers = _segment_numbers(labels.data, values)[self.order]
         hd, frame, thickness = self.highdicom, self.stack.frames[0], self.grid.spacing_mm[0]
         name, number = f"LightM {self.model}"[:64], text(self.datasets[0], "SeriesNumber")
         try:
@@ -201,12 +211,16 @@ def _highdicom() -> Any:
     return highdicom
 
 
-def _segment_numbers(data: np.ndarray, values: list[int]) -> np.ndarray:
-    """Return label values as segment numbers, 1 for the first class; 0 stays the background."""
+def _check_values(data: np.ndarray, values: list[int]) -> None:
     found = {int(value) for value in np.unique(data)}
     unknown = sorted(found - {0, *values})
     if unknown:
         raise InputError(f"the label map holds values {unknown[:5]} that no class has; the classes have {values}")
+
+
+def _segment_numbers(data: np.ndarray, values: list[int]) -> np.ndarray:
+    """Return label values as segment numbers, 1 for the first class; 0 stays the background."""
+    _check_values(data, values)
     numbers = np.zeros(data.shape, dtype=np.uint8 if len(values) < 256 else np.uint16)
     for number, value in enumerate(values, start=1):
         numbers[data == value] = number

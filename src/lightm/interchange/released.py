@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightm.config_io import read_json, validated
-from lightm.datasets.description import _channels, _labels
+from lightm.datasets.description import Labels, _channels, read_labels
 from lightm.errors import InputError
 from lightm.files import file_hash
 from lightm.images.limits import naming
@@ -60,7 +60,7 @@ def import_released(
     nnU-Net's plan that LightM cannot express, is a remark in the result and in the folder's model.json.
 
     Raises InputError, naming the file: an unreadable, damaged or executable checkpoint, another network, labels or
-    channels that do not fit the network, region labels (of several values), and an `out` that exists, unless
+    channels that do not fit the network, and an `out` that exists, unless
     `overwrite` and it is a model folder. Cost: seconds; memory: the weights three times.
     """
     out = Path(out)
@@ -71,7 +71,7 @@ def import_released(
     remarks: list[str] = []
     if plans is not None and Path(plans).suffix in (".yaml", ".yml"):
         plan = load_plan(plans)
-        given = (plan.spatial_dims, len(plan.channels), len(plan.labels))
+        given = (plan.spatial_dims, len(plan.channels), len(plan.outputs))
         needed = tuple(settings[key] for key in ("spatial_dims", "in_channels", "out_channels"))
         if given != needed:
             raise InputError(
@@ -148,29 +148,38 @@ def _describe(
     """What a plan says of the data, and the number of cases, from the options or dataset.json."""
     content, where = (found.dataset_json, str(found.path)) if given is None else (_read_json(given), str(given))
     image, classes = settings["in_channels"], settings["out_channels"]
-    channels, ignore = [f"channel_{index}" for index in range(image)], None
-    values: dict[str, int] | None = None
+    channels = [f"channel_{index}" for index in range(image)]
+    read: Labels | None = None
     content = content or {}
     if labels is not None:
-        values = dict(sorted(labels.items(), key=lambda item: item[1]))
+        read = Labels(dict(sorted(labels.items(), key=lambda item: item[1])))
     with naming(where):
         if content:
             channels = list(_channels(content.get("channel_names", content.get("modality"))))
-            if values is None:
-                values, ignore = _labels(content.get("labels"))
-    if values is None:
-        values = {"background": 0, **{f"class_{index}": index for index in range(1, classes)}}
-        remarks.append(f"the checkpoint names no labels: {', '.join(list(values)[1:])} are made up")
-    if len(values) != classes or len(channels) != image:
+            if read is None:
+                read = read_labels(content)
+    if read is None:
+        read = Labels({"background": 0, **{f"class_{index}": index for index in range(1, classes)}})
+        remarks.append(f"the checkpoint names no labels: {', '.join(list(read.values)[1:])} are made up")
+    outputs = read.regions or read.values
+    if len(outputs) != classes or len(channels) != image:
         where = where if labels is None else "labels"
+        what, how = ("regions", "outputs") if read.regions else ("labels", "classes, background included,")
         raise InputError(
-            f"{where}: {len(values)} labels ({', '.join(values)}) and {len(channels)} channels; the network has "
-            f"{classes} classes, background included, and {image} channels"
+            f"{where}: {len(outputs)} {what} ({', '.join(outputs)}) and {len(channels)} channels; the network has "
+            f"{classes} {how} and {image} channels"
         )
     ending, cases = content.get("file_ending"), content.get("numTraining")
     if not isinstance(ending, str):
         ending = ".nii.gz" if settings["spatial_dims"] == 3 else ".png"
-    known = {"channels": channels, "labels": values, "ignore_label": ignore, "file_ending": ending}
+    known = {
+        "channels": channels,
+        "labels": read.values,
+        "regions": {name: list(values) for name, values in read.regions.items()},
+        "regions_class_order": list(read.order),
+        "ignore_label": read.ignore,
+        "file_ending": ending,
+    }
     return known, cases if isinstance(cases, int) and cases > 0 else 0
 
 

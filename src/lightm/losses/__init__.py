@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightm.errors import InputError, did_you_mean
@@ -92,7 +92,14 @@ def register_loss(name: str, builder: LossBuilder, *, overwrite: bool = False) -
     LOSSES.register(name, builder, overwrite=overwrite)
 
 
-def loss(name: str, *, spatial_dims: int = 3, num_classes: int = 2, **options: Any) -> SegmentationLoss:
+def loss(
+    name: str,
+    *,
+    spatial_dims: int = 3,
+    num_classes: int = 2,
+    label_regions: Sequence[Sequence[int]] | None = None,
+    **options: Any,
+) -> SegmentationLoss:
     """Return the loss called `name` ("ce", "dice", "arsl", ..., or a registered one), or a sum such as "ce+dice".
 
     A sum joins any of them with "+"; `weights=(1.0, 0.5)` weighs its parts in the order of the name (default 1 each).
@@ -103,6 +110,10 @@ def loss(name: str, *, spatial_dims: int = 3, num_classes: int = 2, **options: A
     The result is called as loss(logits (B, K, *spatial), target (B, *spatial) class indices, 255 = ignore) and returns
     a float32 scalar. Raises InputError for an unknown name or option.
 
+    label_regions: the class indices of each of K overlapping regions, [[1, 2], [2]], for networks with one sigmoid for
+    each. Binary cross-entropy takes the place of cross-entropy then (`bce` of `ce`), as in nnU-Net; the others count
+    overlap region by region. InputError for a registered loss that does not take them.
+
     >>> import torch
     >>> criterion = lightm.loss("ce+dice", spatial_dims=2, num_classes=2)
     >>> logits, target = torch.zeros(1, 2, 8, 8), torch.zeros(1, 8, 8, dtype=torch.long)
@@ -110,12 +121,16 @@ def loss(name: str, *, spatial_dims: int = 3, num_classes: int = 2, **options: A
     1.693
     """
     parts = [part.strip() for part in name.lower().split("+")]
+    if label_regions is not None:
+        parts = ["bce" if part == "ce" else part for part in parts]
     if len(parts) == 1 and parts[0] not in LOSSES:
         hint = did_you_mean(parts[0], NAMES)  # sums too
         if hint:
             raise InputError(f"unknown loss {name!r}{hint} Known: {', '.join(sorted(LOSSES.names()))}, and sums.")
     builders = {part: LOSSES[part] for part in parts}
     if len(builders) < len(parts):
+        if label_regions is not None and {"ce", "bce"} <= set(name.lower().split("+")):
+            raise InputError(f"loss {name!r}: of regions ce is bce; name one of the two")
         raise InputError(f"loss {name!r} names a part twice; weigh the parts with weights=(...) instead")
     known = {part: _options(builder) for part, builder in builders.items()}
     weights = options.pop("weights", None)
@@ -129,18 +144,20 @@ def loss(name: str, *, spatial_dims: int = 3, num_classes: int = 2, **options: A
                 f"loss {name!r} has no option {option!r}: expected one of {', '.join(valid)}"
                 f"{did_you_mean(option, valid)}"
             )
-    sizes = {"spatial_dims": spatial_dims, "num_classes": num_classes}
+    sizes: dict[str, Any] = {"spatial_dims": spatial_dims, "num_classes": num_classes}
+    if label_regions is not None:
+        sizes["label_regions"] = tuple(map(tuple, label_regions))
     losses = [_build(part, builder, known[part], sizes, options) for part, builder in builders.items()]
     return losses[0] if len(losses) == 1 else WeightedSum(losses, weights)
 
 
 create_loss = loss  # inside of this package, where a variable is called loss
 
-_SIZES = {"spatial_dims", "num_classes"}
+_SIZES = {"spatial_dims", "num_classes", "label_regions"}
 
 
 def _build(
-    name: str, builder: LossBuilder, taken: set[str] | None, sizes: dict[str, int], options: dict[str, Any]
+    name: str, builder: LossBuilder, taken: set[str] | None, sizes: dict[str, Any], options: dict[str, Any]
 ) -> SegmentationLoss:
     given = {key: value for key, value in {**options, **sizes}.items() if taken is None or key in taken}
     try:
@@ -150,10 +167,20 @@ def _build(
             raise
         raise InputError(f"loss '{name}': {error}") from error
     if isinstance(made, SegmentationLoss):
-        return made
+        return knowing_regions(made, sizes.get("label_regions"), f"loss '{name}'")
     if not callable(made):
         raise InputError(f"loss '{name}': its builder returned {type(made).__name__}, expected a callable")
     return CustomLoss(made, **sizes)
+
+
+def knowing_regions(made: SegmentationLoss, regions: Sequence[Sequence[int]] | None, what: str) -> SegmentationLoss:
+    """Return the loss if it was made for these label regions, or for none; InputError else."""
+    if regions is not None and made.label_regions is None:
+        raise InputError(
+            f"{what} takes the softmax of classes that exclude each other, but the labels are regions; use another "
+            "loss, such as ce+dice, or give label_regions to a loss of your own"
+        )
+    return made
 
 
 def _options(builder: LossBuilder) -> set[str] | None:

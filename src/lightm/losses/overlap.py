@@ -22,7 +22,8 @@ class Tversky(SegmentationLoss):
     distributed training (which must then call the loss equally often); `batch=False` takes the ratio per sample.
     A class absent from both label and prediction gives 0. One that is absent from the label only tends to 1 with a
     small gradient (at most 1/4 summed over its logits), so that it neither diverges nor outweighs the classes that
-    are there; `skip_absent=True` leaves those (sample, class) pairs out of the mean.
+    are there; `skip_absent=True` leaves those (sample, class) pairs out of the mean. With `label_regions` the same
+    of each region, p = sigmoid(logit).
     """
 
     alpha: float = 0.5
@@ -40,7 +41,7 @@ class Tversky(SegmentationLoss):
 
     def compute(self, batch: Prepared) -> Tensor:
         grid = Grid.whole(batch.target.shape[1:])
-        counts = soft_counts(batch.probabilities, batch.target, grid, first=0 if self.include_background else 1)
+        counts = soft_counts(batch.probabilities, batch.target, grid, first=self.first, regions=batch.regions)
         tp, fp, fn = (count.flatten(1) for count in counts)
         if self.batch:
             tp, fp, fn = sum_over_ranks(*(count.sum(0, keepdim=True) for count in (tp, fp, fn)))

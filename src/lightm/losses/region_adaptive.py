@@ -42,6 +42,9 @@ class AdaptiveRegion(SegmentationLoss):
     - `batch`: TP, FP, FN summed over the samples before the ratios, over those of all ranks in distributed training
       (which must then call the loss equally often); `include_background`: class 0 as well.
 
+    With `label_regions` (of classes, not of space) the same equations hold for each of them, p = sigmoid(logit): they
+    ask for TP, FP and FN alone, and not that the classes exclude each other.
+
     After a call `last_coefficients` holds its alpha and beta per class, as `coefficients` gives them. Regions that lie
     wholly under the ignore mask never count. Cost: as Dice, plus the region table.
     """
@@ -106,8 +109,7 @@ class AdaptiveRegion(SegmentationLoss):
     def _counts(self, batch: Prepared) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return TP, FP, FN (B or 1, classes, *grid) and which of these regions count (None: all)."""
         grid = self.grid(batch.target.shape[1:])
-        first = 0 if self.include_background else 1
-        tp, fp, fn = soft_counts(batch.probabilities, batch.target, grid, first=first)
+        tp, fp, fn = soft_counts(batch.probabilities, batch.target, grid, first=self.first, regions=batch.regions)
         voxels = None if batch.valid is None else grid.sum(batch.valid.to(tp.dtype)).unsqueeze(1)
         if self.batch:
             if voxels is None:  # another rank may have ignored voxels, and all must send the same

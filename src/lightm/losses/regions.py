@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from lightm.errors import InputError
+from lightm.losses.base import target_mask
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,17 @@ class _SoftCounts(torch.autograd.Function):
     """TP, FP, FN per class and region; keeps no one-hot target, neither forward nor for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, probabilities: Tensor, target: Tensor, grid: Grid, first: int) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, probabilities: Tensor, target: Tensor, grid: Grid, first: int, regions: bool
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(target)
-        ctx.grid, ctx.first, ctx.shape = grid, first, probabilities.shape
+        ctx.grid, ctx.first, ctx.regions, ctx.shape = grid, first, regions, probabilities.shape
         counts: tuple[list[Tensor], ...] = ([], [], [])
         # The same memory for every class: fresh pages cost as much as the arithmetic.
         g, hit, rest = (probabilities.new_empty(target.shape) for _ in range(3))
         for index in range(first, probabilities.shape[1]):
             p = probabilities[:, index]
-            g.copy_(target == index)
+            g.copy_(target_mask(target, index, regions))
             torch.mul(p, g, out=hit)
             counts[0].append(grid.sum(hit))
             # Differences voxel by voxel, which are exact; those of two large sums could turn negative.
@@ -130,22 +133,25 @@ class _SoftCounts(torch.autograd.Function):
         for index in range(ctx.first, ctx.shape[1]):
             at = index - ctx.first
             inside, outside = grad_tp[:, at] - grad_fn[:, at], grad_fp[:, at]
-            ctx.grid.select(target == index, inside, outside, out=grad[:, index])
-        return grad, None, None, None
+            ctx.grid.select(target_mask(target, index, ctx.regions), inside, outside, out=grad[:, index])
+        return grad, None, None, None, None
 
 
-def soft_counts(probabilities: Tensor, target: Tensor, grid: Grid, *, first: int) -> tuple[Tensor, Tensor, Tensor]:
+def soft_counts(
+    probabilities: Tensor, target: Tensor, grid: Grid, *, first: int, regions: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return soft TP, FP, FN per sample, class and region, summed (not averaged) over the region's voxels.
 
         TP = sum p*g      FP = sum p*(1-g)      FN = sum (1-p)*g
 
     `probabilities` (B, K, *spatial) floating, zero on ignored voxels; `target` (B, *spatial) int64; classes from
-    `first` on. Each result is (B, K - first, *grid.shape), differentiable once with respect to `probabilities`.
+    `first` on. regions: the target holds the bits of label regions (`Prepared`), and g is 1 inside of each. Each result
+    is (B, K - first, *grid.shape), differentiable once with respect to `probabilities`.
     Cost: one pass per class and a few temporaries of one class's size.
     """
     # A byte per voxel is kept for the backward pass, not eight.
-    compact = target.to(torch.uint8) if probabilities.shape[1] < 256 else target
-    tp, fp, fn = _SoftCounts.apply(probabilities, compact, grid, first)
+    compact = target.to(torch.uint8) if probabilities.shape[1] < (9 if regions else 256) else target
+    tp, fp, fn = _SoftCounts.apply(probabilities, compact, grid, first, regions)
     return tp, fp, fn
 
 

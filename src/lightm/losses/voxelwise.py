@@ -58,6 +58,8 @@ class CrossEntropy(SegmentationLoss):
 class TopK(SegmentationLoss):
     """Cross-entropy averaged over the `k` per cent of the batch's voxels where it is highest (nnU-Net: k = 10).
 
+    With `label_regions` the binary cross-entropies of all voxels and regions take the place of the voxels'.
+
     Wu et al., "Bridging category-level and instance-level semantic image segmentation", 2016. Ignored voxels do not
     count; the number of voxels is rounded up, and voxels that tie for the last places share them. k = 100 is
     cross-entropy. In distributed training every rank takes its own highest. Cost: linear in the voxels.
@@ -72,10 +74,16 @@ class TopK(SegmentationLoss):
             raise InputError(f"loss: k={given!r}; expected per cent of the voxels, above 0 and at most 100")
 
     def compute(self, batch: Prepared) -> Tensor:
-        losses = functional.cross_entropy(batch.logits, batch.target, ignore_index=self.ignore_index, reduction="none")
-        kept = losses.flatten() if batch.valid is None else losses[batch.valid]
+        if batch.regions:
+            inside = torch.stack([batch.mask(k) for k in range(self.num_classes)], dim=1).to(batch.logits.dtype)
+            losses = functional.binary_cross_entropy_with_logits(batch.logits, inside, reduction="none").movedim(1, -1)
+        else:
+            losses = functional.cross_entropy(
+                batch.logits, batch.target, ignore_index=self.ignore_index, reduction="none"
+            )
+        kept = losses.flatten() if batch.valid is None else losses[batch.valid].flatten()
         if not kept.numel():
-            return losses.sum()  # zeros, with a gradient of zero
+            return kept.sum()  # zero, with a gradient of zero
         # Rounded first: 10 per cent of 30 is 3, not the 4 that 3.0000000000000004 would be rounded up to.
         count = max(1, math.ceil(round(kept.numel() * self.k / 100, 6)))
         with torch.no_grad():
@@ -104,7 +112,8 @@ class BinaryCrossEntropy(SegmentationLoss):
 
         loss = mean over k, voxels of  softplus(x_k) - x_k * [target = k]
 
-    The background is a class as well: a prediction is the class of the highest logit, which must be trained.
+    The background is a class as well: a prediction is the class of the highest logit, which must be trained. With
+    `label_regions` [target in region k] stands for [target = k], and there is no background.
     Ignored voxels do not count (0 when none is left). `class_weights` (K numbers) weigh the classes' means.
     """
 
@@ -122,7 +131,7 @@ class BinaryCrossEntropy(SegmentationLoss):
         total = batch.logits.new_zeros(())
         for index, share in enumerate(self._weights):
             if share:
-                found = (batch.target == index).to(batch.logits.dtype)
+                found = batch.mask(index).to(batch.logits.dtype)
                 total = total + share * functional.binary_cross_entropy_with_logits(
                     batch.logits[:, index], found, weight, reduction="sum"
                 )

@@ -316,14 +316,17 @@ def _tensors_sha256(weights: Path) -> str:
 
 def _card(info: dict[str, Any]) -> str:
     network, plan, training = info["network"], info["plan"], info["training"]
+    regions = plan.get("regions")
     lines = [
         f"# {network['name']} for {plan.get('dataset', 'an unnamed data set')}",
         "",
         "For research. Not for clinical decisions.",
         "",
         f"- network: {network['name']}, {network['spatial_dims']}D, {network['in_channels']} image channel(s), "
-        f"{network['out_channels']} classes, background included",
-        f"- labels: {', '.join(f'{name} = {value}' for name, value in plan.get('labels', {}).items())}",
+        f"{network['out_channels']} {'regions' if regions else 'classes, background included'}",
+        f"- {'regions' if regions else 'labels'}: "
+        f"{', '.join(f'{name} = {value}' for name, value in (regions or plan.get('labels', {})).items())}",
+        *([f"- regions_class_order: {plan.get('regions_class_order')}"] if regions else []),
         f"- voxel spacing in mm: {plan.get('spacing_mm')}; patch: {plan.get('patch_size')}",
         f"- LightM {info['lightm_version']}, weights SHA-256 {info['weights_sha256']}",
         "",

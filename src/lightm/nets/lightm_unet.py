@@ -255,8 +255,8 @@ def check_channels(spatial_dims: int, in_channels: int, out_channels: int) -> No
         raise ValueError(f"spatial_dims {spatial_dims}: a network is 2D or 3D; use 2 or 3")
     if in_channels < 1:
         raise ValueError(f"in_channels {in_channels}: an image has at least one channel")
-    if out_channels < 2:
-        raise ValueError(f"out_channels {out_channels}: background and at least one class are needed, so 2 or more")
+    if out_channels < 1:
+        raise ValueError(f"out_channels {out_channels}: a region, or background and at least one class, are needed")
 
 
 def check_shape(image: Tensor, spatial_dims: int, in_channels: int) -> None:

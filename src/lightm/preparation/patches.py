@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ class PatchDataset(TorchDataset[dict[str, Any]]):
     """Random patches of preprocessed cases, balanced between their classes.
 
     patch_size: voxels along each axis. foreground_fraction: the share of patches that are placed to hold a voxel of
-    a class drawn evenly among those present in the case; the others lie anywhere. Every len(self) consecutive
+    a class drawn evenly among those present in the case; the others lie anywhere. With label_regions, the class indices
+    of each region, a region is drawn evenly, and in it a class as often as it has voxels. Every len(self) consecutive
     indices, counted from 0, visit each case once, in an order drawn anew each time. A case smaller than the patch
     lies anywhere inside it; the rest is 0 in the image and 255 (ignored) in the label.
 
@@ -40,6 +41,7 @@ class PatchDataset(TorchDataset[dict[str, Any]]):
         seed: int,
         augment: AugmentConfig | None = None,
         foreground_fraction: float = 0.5,
+        label_regions: Sequence[Sequence[int]] = (),
     ) -> None:
         if not cases:
             raise InputError("no cases to draw patches from; the split must leave at least one")
@@ -60,6 +62,7 @@ class PatchDataset(TorchDataset[dict[str, Any]]):
         self.patch_size = tuple(int(size) for size in patch_size)
         self.seed = int(seed)
         self.foreground_fraction = float(foreground_fraction)
+        self.label_regions = tuple(tuple(region) for region in label_regions)
         self._augment: Augment | None = None
         if augment is not None and augment.enabled:
             self._augment = Augment(augment, len(self.patch_size), cases[0].meta.get("spacing_mm"))
@@ -82,7 +85,7 @@ class PatchDataset(TorchDataset[dict[str, Any]]):
         if chosen not in self._opened:
             self._opened[chosen] = (case.image(), case.label(), case.foreground())
         image, label, foreground = self._opened[chosen]
-        start = self._place(foreground, label.shape, rng)
+        start = self._place(foreground, label.shape, rng, case.meta.get("class_voxels", {}))
         sample = {
             "image": torch.from_numpy(cut(image, start, self.patch_size, 0)),
             "label": torch.from_numpy(cut(label, start, self.patch_size, IGNORE_INDEX).astype(np.int64)),
@@ -100,13 +103,24 @@ class PatchDataset(TorchDataset[dict[str, Any]]):
         return int(np.random.default_rng((self.seed, turn, _ORDER)).permutation(len(self.cases))[place])
 
     def _place(
-        self, places: dict[int, np.ndarray], shape: tuple[int, ...], rng: np.random.Generator
+        self,
+        places: dict[int, np.ndarray],
+        shape: tuple[int, ...],
+        rng: np.random.Generator,
+        class_voxels: Mapping[str, int],
     ) -> tuple[int, ...]:
         # Drawn always, so that the draws after it do not depend on what the case holds.
         wanted = rng.random() < self.foreground_fraction
         voxel: np.ndarray | None = None
         if wanted and places:
-            voxels = places[sorted(places)[int(rng.integers(len(places)))]]
+            if self.label_regions:
+                present = [[k for k in region if k in places] for region in self.label_regions]
+                present = [region for region in present if region]
+                region = present[int(rng.integers(len(present)))]
+                counts = np.array([class_voxels.get(str(k), len(places[k])) for k in region], np.float64)
+                voxels = places[region[int(rng.choice(len(region), p=counts / counts.sum()))]]
+            else:
+                voxels = places[sorted(places)[int(rng.integers(len(places)))]]
             voxel = voxels[int(rng.integers(len(voxels)))]
         start = []
         for axis, (size, length) in enumerate(zip(shape, self.patch_size, strict=True)):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from lightm.config_io import load_yaml, save_yaml, validated
 from lightm.datasets.cases import Dataset
 from lightm.errors import InputError
+from lightm.labels import Values, check_regions, targets_of
 from lightm.memory import total_bytes
 from lightm.preparation.fingerprint import ChannelIntensities, Fingerprint, rounded, take_fingerprint
 from lightm.progress import Progress
@@ -71,6 +72,8 @@ class Plan(BaseModel):
     spatial_dims: Literal[2, 3]
     channels: list[str] = Field(min_length=1)
     labels: dict[str, int]
+    regions: dict[str, list[int]] = {}
+    regions_class_order: list[int] = []
     ignore_label: int | None = None
     file_ending: str
     spacing_mm: list[float]
@@ -100,7 +103,20 @@ class Plan(BaseModel):
         values = list(self.labels.values())
         if values != sorted(set(values)) or len(values) < 2 or values[0] != 0:
             raise ValueError(f"labels need the background, 0, first and then rising values, got {self.labels}")
+        if self.regions or self.regions_class_order:
+            check_regions(self.regions, self.regions_class_order)
+            if (held := {value for region in self.regions.values() for value in region}) != set(values[1:]):
+                raise ValueError(f"regions hold the values {sorted(held)}, labels {values[1:]}; both must be the same")
         return self
+
+    @model_serializer(mode="wrap")
+    def _short(self, full: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave regions out where there are none, so that such plans are as they always were."""
+        content: dict[str, Any] = full(self)
+        if not self.regions:
+            content.pop("regions", None)
+            content.pop("regions_class_order", None)
+        return content
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -111,6 +127,22 @@ class Plan(BaseModel):
     def values(self) -> tuple[int, ...]:
         """The label value of each class index."""
         return tuple(self.labels.values())
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what each output channel of the network stands for: regions, or classes, background first."""
+        return tuple(self.regions) or self.classes
+
+    @property
+    def targets(self) -> dict[str, Values]:
+        """What is trained, found and scored, name to value: regions, or classes without the background."""
+        return targets_of(self.labels, self.regions)
+
+    @property
+    def label_regions(self) -> tuple[tuple[int, ...], ...]:
+        """The class indices of each region; empty without regions."""
+        index = {value: k for k, value in enumerate(self.values)}
+        return tuple(tuple(index[value] for value in values) for values in self.regions.values())
 
     def save(self, path: Path | str) -> None:
         """Write the plan as YAML with a heading that explains it; atomic."""
@@ -163,6 +195,8 @@ def make_plan(
         "spatial_dims": dims,
         "channels": list(dataset.channels),
         "labels": dict(dataset.labels),
+        "regions": {name: list(values) for name, values in dataset.regions.items()},
+        "regions_class_order": list(dataset.regions_class_order),
         "ignore_label": dataset.ignore_label,
         "file_ending": dataset.file_ending,
         "spacing_mm": spacing,

@@ -44,7 +44,11 @@ class PatchLoaders:
 
     def __init__(self, run: Run, train: Sequence[PreprocessedCase], val: Sequence[PreprocessedCase]) -> None:
         config, plan, ranks = run.config, run.plan, run.fabric.world_size
-        common: dict[str, Any] = {"patch_size": plan.patch_size, "foreground_fraction": config.foreground_fraction}
+        common: dict[str, Any] = {
+            "patch_size": plan.patch_size,
+            "foreground_fraction": config.foreground_fraction,
+            "label_regions": plan.label_regions,
+        }
         augment = config.augment if config.augment.enabled else None
         drawn = PatchDataset(train, seed=config.seed, augment=augment, **common)
         self.watched = WatchedPatches(drawn, config.workers)

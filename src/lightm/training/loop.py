@@ -12,6 +12,7 @@ import math
 import shutil
 import signal
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightm.errors import InputError, LightMError
-from lightm.labels import IGNORE_INDEX, overlap_counts
+from lightm.labels import IGNORE_INDEX, mask_of, overlap_counts
 from lightm.losses import AdaptiveRegion
 from lightm.nets import parameter_groups
 from lightm.progress import Progress
@@ -60,16 +61,17 @@ class State:
 class Training:
     """One run: `network` is trained on the patches and its checkpoints, history.csv and TensorBoard files are written.
 
-    The pseudo Dice of a class is 2 TP / (2 TP + FP + FN) with the counts summed over all validation patches of the
-    epoch (as in nnU-Net: no per-case mean, hence "pseudo"). A class that neither occurs nor is predicted there has
-    none (NaN) and takes no part in the mean. The EMA of the mean chooses `best.ckpt`.
+    The pseudo Dice of a class or region is 2 TP / (2 TP + FP + FN) with the counts summed over all validation patches
+    of the epoch (as in nnU-Net: no per-case mean, hence "pseudo"). A class that neither occurs nor is predicted there
+    has none (NaN) and takes no part in the mean. The EMA of the mean chooses `best.ckpt`.
     """
 
     checkpoint_every_s = 600.0
 
     def __init__(self, run: Run, network: nn.Module, criterion: nn.Module, patches: PatchLoaders) -> None:
         self.fabric, self.run_dir, self.patches, self.config = run.fabric, run.run_dir, patches, run.config
-        self.class_names, config = list(run.plan.labels)[1:], run.config
+        self.class_names, self.label_regions = list(run.plan.targets), run.plan.label_regions
+        config = run.config
         self.criterion = self.fabric.to_device(criterion)
         self.network, self.optimizer = self.fabric.setup(network, create_optimizer(network, config))
         by_time_alone = config.max_time_s is not None and not config.epochs_given
@@ -220,9 +222,9 @@ class Training:
             batch = self.fabric.to_device(batch)
             logits, target = self.network(batch["image"]), batch["label"]
             losses.append(self.criterion(logits, target))
-            predicted, valid = logits.argmax(1), target != IGNORE_INDEX
-            for k in range(len(self.class_names)):
-                tp, in_pred, in_label = overlap_counts(predicted == k + 1, target == k + 1, valid)
+            valid = target != IGNORE_INDEX
+            for k, (found, there) in enumerate(found_and_there(logits, target, self.label_regions)):
+                tp, in_pred, in_label = overlap_counts(found, there, valid)
                 counts[k] += torch.stack([tp, in_pred - tp, in_label - tp])
         for part in training:
             part.training = True
@@ -303,6 +305,23 @@ class Training:
             where = f"in epoch {epoch}, after step {state.step}"
             remedy = f"resume it with `lightm train --resume {self.run_dir}`"
             raise Interrupted(f"training was interrupted {where}; {remedy}", signum)
+
+
+def found_and_there(
+    logits: Tensor, target: Tensor, regions: Sequence[Sequence[int]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield for each foreground class, or each region, where it is found and where it is: two masks (B, *S).
+
+    logits (B, K, *S): the largest is the class; of regions those above 0 are found, a probability above one half.
+    target (B, *S): class indices; regions: the class indices of each, empty for classes.
+    """
+    if regions:
+        for k, region in enumerate(regions):
+            yield logits[:, k] > 0, mask_of(target, region)
+        return
+    predicted = logits.argmax(1)
+    for k in range(1, logits.shape[1]):
+        yield predicted == k, target == k
 
 
 def create_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -22,7 +22,7 @@ from lightm.datasets.split import ALL, NNUNET, Split, check_split, load_split, m
 from lightm.device import resolve_device
 from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, disk_refusals, is_temporary, locked_folder, remove_temporaries
-from lightm.losses import SegmentationLoss, create_loss
+from lightm.losses import SegmentationLoss, create_loss, knowing_regions
 from lightm.losses.base import CustomLoss
 from lightm.nets import create, save_model
 from lightm.nets.folder import OWN
@@ -248,7 +248,7 @@ def _description(run: Run) -> dict[str, Any]:
         "name": run.config.network,
         "spatial_dims": run.plan.spatial_dims,
         "in_channels": len(run.plan.channels),
-        "out_channels": len(run.plan.labels),
+        "out_channels": len(run.plan.outputs),
         "image_size": run.plan.patch_size,
     }
 
@@ -261,10 +261,20 @@ def build(run: Run) -> tuple[nn.Module, nn.Module]:
     network, loss = run.network, run.loss
     if network is None:
         network = create(**_description(run), **run.config.network_options)
-    sizes = {"spatial_dims": run.plan.spatial_dims, "num_classes": len(run.plan.labels)}
+    sizes = loss_sizes(run.plan)
     if loss is None:
+        if run.plan.regions and "ce" in run.config.loss.lower().split("+"):
+            _log.info("loss %s: of regions, ce is the binary cross-entropy of a sigmoid for each", run.config.loss)
         return network, create_loss(run.config.loss, **sizes, **run.config.loss_options)
-    return network, loss if isinstance(loss, SegmentationLoss) else CustomLoss(loss, **sizes)
+    if not isinstance(loss, SegmentationLoss):
+        return network, CustomLoss(loss, **sizes)
+    return network, knowing_regions(loss, sizes["label_regions"], f"loss {type(loss).__name__}")
+
+
+def loss_sizes(plan: Plan) -> dict[str, Any]:
+    """The arguments of `lightm.loss` that follow from a plan."""
+    regions = plan.label_regions or None
+    return {"spatial_dims": plan.spatial_dims, "num_classes": len(plan.outputs), "label_regions": regions}
 
 
 def build_fabric(
@@ -311,10 +321,15 @@ def choose_plan(data: Dataset, given: Plan | Path | str | None, progress: Progre
         return make_plan(data, progress=progress)
     plan = given if isinstance(given, Plan) else load_plan(own if given is None else given)
     where = "the plan" if isinstance(given, Plan) else own if given is None else given
-    if plan.labels != data.labels or list(plan.channels) != list(data.channels):
+    regions = {name: list(values) for name, values in data.regions.items()}
+    same = plan.labels == data.labels and (plan.regions, plan.regions_class_order) == (
+        regions,
+        list(data.regions_class_order),
+    )
+    if not same or list(plan.channels) != list(data.channels):
         raise InputError(
-            f"{where}: made for labels {plan.labels} and channels {list(plan.channels)}, but the data set has "
-            f"{data.labels} and {list(data.channels)}; make it anew with `lightm plan {data.root}`"
+            f"{where}: made for labels {plan.regions or plan.labels} and channels {list(plan.channels)}, but the data "
+            f"set has {regions or data.labels} and {list(data.channels)}; make it anew with `lightm plan {data.root}`"
         )
     every = Split(kind="", seed=0, train=[case.id for case in data.cases], val=[], test=[])
     if plan.fingerprint.data_hash != hash_of(data, every):

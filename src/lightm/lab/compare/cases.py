@@ -19,6 +19,7 @@ from lightm.evaluation.figures import INK, class_colour, new_figure, plain
 from lightm.lab.compare.figures import case_table, short
 from lightm.lab.compare.results import Summary
 from lightm.lab.compare.statistics import finite_mean
+from lightm.labels import Values
 
 _SURFACES = 5  # methods drawn as surfaces beside the label: each takes about half a second
 
@@ -74,7 +75,7 @@ def case_slices(
     predictions: Mapping[str, NDArray[Any]],
     dsc: Mapping[str, float],
     spacing_mm: Sequence[float],
-    classes: dict[str, int],
+    classes: Mapping[str, Values],
     *,
     window: tuple[float, float] | None = None,
 ) -> Figure:
@@ -88,14 +89,14 @@ def case_slices(
     if label.ndim == 3:
         axis = int(np.argmax(np.round(spacing_mm, 3)))
         name, _, letters = next(plane for plane in pictures.PLANES if plane[1] == axis)
-        guide = label if np.isin(label, values).any() else next(iter(predictions.values()), label)
+        guide = label if pictures.any_of(label, values).any() else next(iter(predictions.values()), label)
         index = pictures.best_slice(guide, guide, values, axis)
         note = f"{name} slice {index + 1} of {label.shape[axis]}"
         image, label = (np.take(array, index, axis=axis)[::-1, ::-1] for array in (image, label))
         predictions = {method: np.take(pred, index, axis=axis)[::-1, ::-1] for method, pred in predictions.items()}
         spacing_mm = [s for i, s in enumerate(spacing_mm) if i != axis]
     spacing = (float(spacing_mm[0]), float(spacing_mm[1]))
-    shown = np.logical_or.reduce([np.isin(array, values) for array in (label, *predictions.values())])
+    shown = np.logical_or.reduce([pictures.any_of(array, values) for array in (label, *predictions.values())])
     box = pictures._crop_box(shown, spacing)
     titles = [("label", label), *predictions.items()]
     columns = min(len(titles), 4 if len(titles) < 5 else 5 if len(titles) < 11 else 7)
@@ -133,7 +134,10 @@ def case_slices(
 
 
 def case_surfaces(
-    label: NDArray[Any], predictions: Mapping[str, NDArray[Any]], spacing_mm: Sequence[float], classes: dict[str, int]
+    label: NDArray[Any],
+    predictions: Mapping[str, NDArray[Any]],
+    spacing_mm: Sequence[float],
+    classes: Mapping[str, Values],
 ) -> tuple[Figure, int]:
     """Draw the label and the first five methods as surfaces; also returns how many methods were left out."""
     chosen = dict(list(predictions.items())[:_SURFACES])

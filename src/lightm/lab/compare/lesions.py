@@ -23,7 +23,7 @@ from lightm.errors import InputError, LightMError
 from lightm.evaluation.evaluation import bootstrap_weights
 from lightm.lab.compare.results import Comparison, Summary, TestImages
 from lightm.lab.complexity.report import csv_text
-from lightm.labels import bounding_box
+from lightm.labels import bounding_box, mask_of
 from lightm.progress import Progress
 
 Mask = NDArray[np.bool_]
@@ -338,10 +338,10 @@ def measure_detail(
             continue
         methods = [method_of[trial] for trial in found.predictions]
         for name, value in summary.labels.items():
-            label = found.label == value
+            label = mask_of(found.label, value)
             if not label.any():
                 continue
-            predictions = [pred == value for pred in found.predictions.values()]
+            predictions = [mask_of(pred, value) for pred in found.predictions.values()]
             scores = part_scores(label, predictions, found.spacing_mm, pixels=summary.distance_unit == "px")
             parts[name] += _part_entries(case, scores, methods)
             if name in tubular:
@@ -373,8 +373,8 @@ def _tubular_classes(summary: Summary, images: TestImages) -> list[str]:
         except LightMError:
             continue  # told when the case is measured
         for name, value in summary.labels.items():
-            if len(judged[name]) < _JUDGED and (read.label == value).any():
-                judged[name].append(is_tubular(read.label == value, read.spacing_mm))
+            if len(judged[name]) < _JUDGED and mask_of(read.label, value).any():
+                judged[name].append(is_tubular(mask_of(read.label, value), read.spacing_mm))
     return [name for name, found in judged.items() if 2 * sum(found) > len(found)]
 
 

@@ -73,7 +73,7 @@ def _intro(comparison: Comparison) -> dict[str, str]:
         "recipes": ", ".join(experiment.recipes),
         "seeds": f"{len(experiment.seeds)} seed{'s' if len(experiment.seeds) > 1 else ''}",
         "data": plan.dataset,
-        "classes": ", ".join(name for name, value in plan.labels.items() if value),
+        "classes": ", ".join(plan.targets),
         "dims": f"{plan.spatial_dims}D",
         "channels": ", ".join(plan.channels),
         "split": f"{len(split.train)} cases to train, {len(split.val)} to validate, {len(split.test)} to test",

@@ -352,7 +352,7 @@ class Summary(Strict):
     baseline: str
     spatial_dims: Literal[2, 3]
     distance_unit: Literal["mm", "px"]
-    labels: dict[str, int]
+    labels: dict[str, int | list[int]]
     nsd_tolerance_mm: dict[str, float]
     seeds: list[int]
     test_cases: list[str]

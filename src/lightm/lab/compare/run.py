@@ -32,7 +32,7 @@ from lightm.preparation.plan import Plan, load_plan
 from lightm.preparation.preprocess import preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.config import parse_duration, resolve_config
-from lightm.training.run import choose_plan, choose_split, with_sizes
+from lightm.training.run import choose_plan, choose_split, loss_sizes, with_sizes
 
 _log = logging.getLogger(__name__)
 
@@ -169,9 +169,9 @@ def _plan_and_split(out: Path, given: Experiment, data: Dataset, progress: Progr
             plan = plan.model_copy(update={"spacing_mm": given.spacing_mm})
         plan = with_sizes(plan, config, given.patch_size, given.batch_size)
     for network in given.networks.values():
-        build_network(network.network, len(plan.channels), len(plan.labels), plan.patch_size, network.options)
+        build_network(network.network, len(plan.channels), len(plan.outputs), plan.patch_size, network.options)
     for loss in given.losses.values():
-        create_loss(loss.loss, spatial_dims=dims, num_classes=len(plan.labels), **loss.options)
+        create_loss(loss.loss, **loss_sizes(plan), **loss.options)
     for trial in given.trials():  # as `train_model` will resolve it, so that a wrong setting is found at once
         options = given.settings_of(trial)
         settings = {**options["settings"], "loss": options["loss"]}
@@ -306,7 +306,7 @@ def measure_networks(comparison: Comparison, out: Path, *, threads: int) -> None
         network: dict[str, Any] = {
             "name": choice.network,
             "in_channels": channels,
-            "out_channels": len(plan.labels),
+            "out_channels": len(plan.outputs),
             "spatial": patch,
             "options": choice.options,
         }
