@@ -18,11 +18,8 @@ from lightm.errors import InputError
 from lightm.evaluation.evaluation import Evaluation
 from lightm.evaluation.folder import EvaluateOptions, evaluate_folder
 from lightm.evaluation.report import write_report
-from lightm.images.io import read_volume
 from lightm.inference.folder import PredictOptions, Predictor, load_predictor, predict_folder
-from lightm.inference.postprocess import Postprocess, describe
-from lightm.inference.postprocess_choice import CaseLabels, choose_rules
-from lightm.nets.folder import set_postprocess
+from lightm.inference.validation import choose_on_whole_cases, scorer
 from lightm.preparation.plan import Plan
 from lightm.progress import Progress
 from lightm.training import TrainResult
@@ -64,7 +61,7 @@ def train(
     progress: Progress | None = None,
     **options: Any,
 ) -> RunResult:
-    """Train a network, choose its post-processing, predict and score the test cases, and write the report.
+    """Train a network, choose weights and post-processing, predict and score the test cases, and write the report.
 
     Arguments:
         dataset: folder in the nnU-Net raw or MSD layout, or a folder of images with `labels=` beside it.
@@ -101,9 +98,9 @@ def resume(
     """Resume an interrupted or ended run from its last checkpoint, and do all that `lightm.train` does after it.
 
     network, loss: the objects that the run was started with, if they were no names. options: epochs, max_time (both of
-    the whole run), patience, workers, postprocess and test may change; everything else is as it was started. A run
-    that was resumed has the same weights as one that was never interrupted, as long as epochs and not time end it. A
-    damaged last checkpoint is left for the one before it, which is logged.
+    the whole run), patience, workers, val_cases, postprocess and test may change; everything else is as it was started.
+    A run that was resumed has the same weights as one that was never interrupted, as long as epochs and not time end
+    it. A damaged last checkpoint is left for the one before it, which is logged.
     Raises InputError for a folder without a run or in use, and for a data set that has changed; else as `lightm.train`.
 
     >>> data = lightm.phantoms("xray", folder / "data", cases=4, size=32)
@@ -116,61 +113,26 @@ def resume(
 
 
 def _finished(run: Run, progress: Progress | None) -> RunResult:
-    training = run_training(run, progress)
+    training = run_training(run, progress, scorer(run.data, run.plan, run.config.device))
     _log.info("trained %d epochs in %.0f s (%s)", training.epochs, training.train_seconds, training.reason)
     return finish_run(training, progress=progress)
 
 
 def finish_run(training: TrainResult, *, progress: Progress | None = None) -> RunResult:
-    """Choose the model's post-processing on the validation cases, predict and score the test cases, write the report.
+    """Choose weights and post-processing on whole validation cases, score the test cases, and write the report.
 
-    What the training's configuration switches off (`postprocess`, `test`) is left out.
+    What the training's configuration switches off (`val_cases=0`, `postprocess`, `test`) is left out.
     """
     config, run_dir, test = training.config, training.run_dir, training.split.test
     evaluation = None
-    if config.postprocess or config.test:
-        predictor = load_predictor(run_dir / "model", PredictOptions(device=config.device), training.network)
-        if config.postprocess and training.split.kind != ALL:  # whose validation cases were trained on
-            choose_postprocess(training, predictor=predictor, progress=progress)
-        if config.test and test:
-            evaluation = score_cases(training.data, run_dir, test, predictor, progress=progress)
+    predictor = None
+    if config.val_cases and training.split.kind != ALL:  # whose validation cases were trained on
+        predictor = choose_on_whole_cases(training, progress=progress)
+    if config.test and test:
+        if predictor is None:
+            predictor = load_predictor(run_dir / "model", PredictOptions(device=config.device), training.network)
+        evaluation = score_cases(training.data, run_dir, test, predictor, progress=progress)
     return RunResult(training, evaluation, write_report(run_dir) if config.test else None)
-
-
-MOST_VALIDATION_CASES = 20  # enough to choose post-processing
-
-
-def choose_postprocess(
-    training: TrainResult, *, predictor: Predictor | None = None, progress: Progress | None = None
-) -> Postprocess:
-    """Keep with the model the post-processing that helps on the validation cases, at most 20 of them; it is logged.
-
-    predictor: the training's model, where it is at hand; it has the steps then. Memory: that of one prediction; of the
-    others their deflated label maps are kept.
-    """
-    model, plan = training.run_dir / "model", training.plan
-    if predictor is None:
-        predictor = load_predictor(model, PredictOptions(device=training.config.device), training.network)
-    predictor.rules = ()
-    cases = []
-    ids = training.split.val[:MOST_VALIDATION_CASES]
-    for done, case in enumerate(map(training.data.case, ids)):
-        if case.label is not None:
-            predicted = predictor.predict_volumes([read_volume(path) for path in case.images])
-            truth = read_volume(case.label, kind="label")
-            cases.append(CaseLabels(predicted.data, truth.data, predicted.spacing_mm))
-        if progress is not None:
-            progress("post-processing", done + 1, len(ids))
-    chosen = choose_rules(cases, plan.values[1:], ignore_label=plan.ignore_label)
-    predictor.rules = chosen.steps
-    set_postprocess(model, chosen.model_dump(mode="json"))
-    names = {value: name for name, value in plan.labels.items()}
-    for step in chosen.steps:
-        gains = ", ".join(f"{names[value]} {gain:+.4f}" for value, gain in step.gain.items() if gain)
-        _log.info(f"post-processing: {describe(step, names)} (DSC on {chosen.cases} validation cases: {gains})")
-    if not chosen.steps:
-        _log.info(f"post-processing: none helps on {chosen.cases} validation cases")
-    return chosen
 
 
 def score_run(

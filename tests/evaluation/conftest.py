@@ -14,7 +14,7 @@ from lightm.evaluation.folder import evaluate_folder
 from lightm.images.io import write_volume
 from lightm.images.volume import Volume
 
-HISTORY = """epoch,step,train_loss,val_loss,pseudo_dice,pseudo_dice_ema,lr,epoch_seconds,\
+HISTORY = """epoch,step,train_loss,val_loss,pseudo_dice,pseudo_dice_smoothed,lr,epoch_seconds,\
 pseudo_dice/organ,pseudo_dice/lesion
 0,10,1.5,1.6,0.2,0.2,0.001,3.0,0.3,0.1
 1,20,1.0,1.2,0.4,0.22,0.0006,3.1,0.5,0.3

@@ -22,7 +22,7 @@ HISTORY = {
     "train_loss": [3.0, 2.0, 1.0],
     "val_loss": [3.5, np.nan, 1.5],
     "pseudo_dice": [0.1, 0.5, 0.6],
-    "pseudo_dice_ema": [0.1, 0.14, 0.186],
+    "pseudo_dice_smoothed": [0.1, 0.14, 0.186],
     "lr": [1e-3, 6e-4, 2e-4],
     "epoch_seconds": [5.0, 4.0, 4.5],
     "pseudo_dice/organ": [0.2, 0.6, 0.7],
@@ -36,8 +36,8 @@ def test_curves_show_every_column() -> None:
     assert set(lines) == {"training", "validation", "organ", "lesion", "mean", "moving average"}
     np.testing.assert_array_equal(lines["training"].get_xydata(), [[0, 3], [1, 2], [2, 1]])
     np.testing.assert_array_equal(lines["validation"].get_xydata(), [[0, 3.5], [2, 1.5]])  # joined over the gap
-    np.testing.assert_array_equal(lines["moving average"].get_ydata(), HISTORY["pseudo_dice_ema"])
-    assert lines["moving average"].get_linewidth() > lines["mean"].get_linewidth()
+    np.testing.assert_array_equal(lines["smoothed mean"].get_ydata(), HISTORY["pseudo_dice_smoothed"])
+    assert lines["smoothed mean"].get_linewidth() > lines["mean"].get_linewidth()
     np.testing.assert_array_equal(rate.lines[0].get_ydata(), HISTORY["lr"])
     np.testing.assert_array_equal(seconds.lines[0].get_ydata(), HISTORY["epoch_seconds"])
     assert dice.get_ylim() == (0, 1)

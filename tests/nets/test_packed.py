@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from lightm.errors import InputError
 from lightm.nets import create, load_model, pack_model, save_model
-from lightm.nets.folder import set_postprocess
 from tests.nets.test_folder import NETWORK
 
 PLAN = {"dataset": "Dots", "labels": {"background": 0, "dot": 1}, "spacing_mm": [1, 1], "patch_size": [16, 16]}
@@ -71,8 +70,6 @@ def test_what_is_there_is_not_replaced_and_wrong_calls_are_refused(model: Path, 
         with pytest.raises(InputError, match=words):
             pack_model(*arguments)
     pack_model(model, packed, overwrite=True)
-    with pytest.raises(InputError, match="not changed"):
-        set_postprocess(packed, {})
     (model / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(InputError, match="checksum"):
         pack_model(model, tmp_path / "torn.safetensors")

@@ -68,11 +68,13 @@ def read_history(path: Path) -> History:
                 values.append(float(cell) if cell else math.nan)
             except ValueError as error:
                 raise InputError(f"{path}, line {number}: '{cell}' in column {name} is no number") from error
+    if "pseudo_dice_ema" in columns:  # of earlier versions, which averaged otherwise
+        columns["pseudo_dice_smoothed"] = columns.pop("pseudo_dice_ema")
     return columns
 
 
 def curves(history: History) -> Figure:
-    """Draw loss, pseudo Dice with its moving average, learning rate and seconds per epoch."""
+    """Draw loss, smoothed pseudo Dice beside the Dice of whole cases, learning rate and seconds per epoch."""
     figure = new_figure(9.6, 5.8)
     axes = figure.subplots(2, 2)
     epoch = history["epoch"]
@@ -85,8 +87,9 @@ def curves(history: History) -> Figure:
     shown = classes if 1 < len(classes) <= 6 else []
     lines = [(name.split("/", 1)[1], history[name], class_colour(i), ":") for i, name in enumerate(shown)]
     _lines(dice, epoch, [*lines, ("mean", history.get("pseudo_dice"), MUTED, "-")], width=1.0)
-    _lines(dice, epoch, [("moving average", history.get("pseudo_dice_ema"), INK, "-")], width=2.2)
-    _finish(dice, "Pseudo Dice on validation patches", "Dice", legend=True)
+    _lines(dice, epoch, [("smoothed mean", history.get("pseudo_dice_smoothed"), INK, "-")], width=2.2)
+    _lines(dice, epoch, [("whole cases", history.get("whole_case_dice"), VERMILION, "o-")])
+    _finish(dice, "Dice of validation patches (pseudo Dice) and cases", "Dice", legend=True)
     dice.set_ylim(0, 1)
 
     _lines(rate, epoch, [("learning rate", history.get("lr"), GREEN, "-")])

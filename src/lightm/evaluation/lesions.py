@@ -87,8 +87,8 @@ def case_lesions(
     two predicted pieces of one lesion are one found and one false. That is the naive one-to-one matching of panoptic
     quality (Kirillov et al., arXiv 1801.00868), which asks for more than 0.5.
 
-    pred, label: integer arrays (Z, Y, X) or (Y, X) of one shape. labels: foreground names and values, or regions. Voxels whose
-    label is `ignore_label` belong to nothing. Cost: two labellings of each class.
+    pred, label: integer arrays (Z, Y, X) or (Y, X) of one shape. labels: foreground names and values, or regions.
+    Voxels whose label is `ignore_label` belong to nothing. Cost: two labellings of each class.
 
     >>> truth, found = np.zeros((2, 8), int), np.zeros((2, 8), int)
     >>> truth[0, :2] = truth[0, 4:6] = found[0, 0] = found[1, 7] = 1

@@ -25,6 +25,7 @@ from lightm.inference.record import (
     PREVIEWS,
     PROBABILITIES,
     RECORD,
+    CaseRecord,
     PredictOptions,
     Record,
     RecordedOptions,
@@ -177,7 +178,7 @@ def _run(job: Job, record: Record, found: list[Case], out: Path, progress: Progr
             record.cases.append(entry)
             record.cases.sort(key=lambda one: one.case)
             size = "x".join(str(length) for length in reversed(entry.shape))
-            _log.info(f"[{done}/{len(found)}] {case.id} {size} {entry.seconds:.1f} s")
+            _log.info(f"[{done}/{len(found)}] {case.id} {size} {entry.seconds:.1f} s{_cleaned(entry)}")
         record.peak_resident_bytes = peak_resident_bytes()
         record.write(out / RECORD)
         if progress is not None:
@@ -186,6 +187,14 @@ def _run(job: Job, record: Record, found: list[Case], out: Path, progress: Progr
         write_statistics(out, [(entry.case, entry.statistics or []) for entry in record.cases])
     record.finished, record.peak_resident_bytes = records.now(), peak_resident_bytes()
     record.write(out / RECORD)
+
+
+def _cleaned(entry: CaseRecord) -> str:
+    """What post-processing changed of a case, for its line of the log."""
+    if entry.postprocess is None:
+        return ""
+    said = "; ".join(f"{name}: {change}" for name, change in entry.postprocess.items())
+    return f"; post-processing: {said or 'nothing changed'}"
 
 
 def _remove_empty(folder: Path) -> None:

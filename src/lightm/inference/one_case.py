@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from lightm.files import atomic_file
 from lightm.images.io import read_volume, write_volume
 from lightm.images.lazy import LazyVolume, open_volume
 from lightm.images.volume import Volume
+from lightm.inference.postprocess import Change
 from lightm.inference.predictor import Predictor
 from lightm.inference.record import (
     PREVIEWS,
@@ -152,12 +153,12 @@ class Job:
         probabilities = out / PROBABILITIES / f"{case.id}.nii.gz" if self.options.save_probabilities else None
         images = reading.take()
         started = time.perf_counter()
+        changes: dict[int, Change] = {}
+        more: dict[str, Any] = {"progress": self.on_window, "probabilities": probabilities, "changes": changes}
         if images.volumes is None:
-            labels = self.predictor.predict_files(case.images, progress=self.on_window, probabilities=probabilities)
+            labels = self.predictor.predict_files(case.images, **more)
         else:
-            labels = self.predictor.predict_volumes(
-                images.volumes, progress=self.on_window, probabilities=probabilities
-            )
+            labels = self.predictor.predict_volumes(images.volumes, **more)
         predicted = time.perf_counter()
         written = [] if probabilities is None else [probabilities]
         statistics: list[ClassStatistics] | None = None
@@ -193,7 +194,13 @@ class Job:
             images=images.files,
             outputs=[file_record(out / name, name) for name in names],
             statistics=statistics,
+            postprocess=self._changes(changes),
         )
+
+    def _changes(self, changes: dict[int, Change]) -> dict[str, Change] | None:
+        names = {value: name for name, value in self.predictor.plan.labels.items()}
+        named = {names.get(value, str(value)): change for value, change in sorted(changes.items())}
+        return named if self.predictor.rules else None
 
 
 def preview_png(image: Volume | LazyVolume, labels: Volume, classes: Mapping[str, Values]) -> bytes:

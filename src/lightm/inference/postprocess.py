@@ -1,7 +1,8 @@
 """Post-processing of label maps: stray components, components that are too small, holes.
 
-The rules are plain data, kept with the model (`postprocess` in model.json) as one ordered list; they are chosen on
-validation cases by `lightm.inference.postprocess_choice`. Components are joined over faces (edges in 2D).
+The rules are plain data, kept with the model (`postprocess` in model.json) as one ordered list. Most models have none:
+`lightm.inference.postprocess_choice` takes a step where it is safe and helps beyond chance. Components are joined over
+faces (edges in 2D).
 """
 
 from __future__ import annotations
@@ -61,10 +62,29 @@ class FillHoles(_Step):
 Step = KeepLargest | DropSmall | FillHoles
 
 
+class Trial(BaseModel):
+    """A step that was tried on the validation cases, upon those taken before, and what came of it.
+
+    gain: rise of the mean DSC for each label value. better, worse: cases in which the mean DSC over the step's classes
+    rises and falls; p: of the one-sided sign test on these. why: what speaks against the step, or for it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: Annotated[Step, Field(discriminator="rule")]
+    taken: bool
+    why: str
+    gain: dict[int, _Number] = {}
+    better: int = 0
+    worse: int = 0
+    p: _Number = 1.0
+
+
 class Postprocess(BaseModel):
     """The post-processing of a model: its steps in order, and what they were chosen by.
 
     dsc_before, dsc_after: the mean DSC over the validation `cases` for each label value, 1 where it is absent in both.
+    tried: every step that was tried. why: the reason, where none could be.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,6 +93,36 @@ class Postprocess(BaseModel):
     cases: Annotated[int, Field(ge=0)] = 0
     dsc_before: dict[int, _Number] = {}
     dsc_after: dict[int, _Number] = {}
+    tried: Annotated[tuple[Trial, ...], Field(max_length=4000)] = ()
+    why: str = ""
+
+
+class Change(BaseModel):
+    """What post-processing changed of one class in one label map.
+
+    removed_components: that became background; one that holds several classes counts for each of them. filled_holes:
+    that became this class.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    removed_voxels: Annotated[int, Field(ge=0)] = 0
+    removed_components: Annotated[int, Field(ge=0)] = 0
+    filled_voxels: Annotated[int, Field(ge=0)] = 0
+    filled_holes: Annotated[int, Field(ge=0)] = 0
+
+    def __str__(self) -> str:
+        parts = []
+        if self.removed_components:
+            parts.append(f"{counted(self.removed_components, 'component')} ({self.removed_voxels} voxels) removed")
+        if self.filled_holes:
+            parts.append(f"{counted(self.filled_holes, 'hole')} ({self.filled_voxels} voxels) filled")
+        return " and ".join(parts) or "nothing changed"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun, in the plural where it is not 1."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def read_postprocess(info: Mapping[str, Any], where: str) -> Postprocess:
@@ -106,11 +156,13 @@ def apply_rules(
     spacing_mm: Sequence[float] | None = None,
     *,
     in_place: bool = False,
+    changes: dict[int, Change] | None = None,
 ) -> np.ndarray:
     """Apply one step after the other and return the label map; `labels` itself where nothing changes.
 
     labels: integers, (Z, Y, X) or (Y, X), background 0. rules: steps; label values alone stand for `KeepLargest`.
     spacing_mm: one spacing per axis, which `DropSmall` needs. in_place: write to `labels` instead of to a copy.
+    changes: is given, for each label value that a step changes, how much of it.
 
     Raises InputError for a DropSmall without spacing or in another unit than the number of axes asks for.
     Time: linear in the voxels of the classes' bounding boxes, and one pass over the image to find these. Memory: 5
@@ -124,7 +176,7 @@ def apply_rules(
             _check_unit(step, labels.ndim, spacing_mm)
     highest = max(max(step.values) if isinstance(step, KeepLargest) else step.value for step in steps)
     voxel = 1.0 if spacing_mm is None else voxel_size(spacing_mm)
-    work = _Work(labels, highest, in_place)
+    work = _Work(labels, highest, in_place, {} if changes is None else changes)
     for step in steps:
         if isinstance(step, FillHoles):
             _fill_holes(work, step.value)
@@ -163,8 +215,8 @@ def _check_unit(step: DropSmall, dims: int, spacing_mm: Sequence[float] | None) 
 class _Work:
     """A label map at work: copied before the first change unless it may be written to."""
 
-    def __init__(self, labels: np.ndarray, highest: int, in_place: bool) -> None:
-        self.labels = labels
+    def __init__(self, labels: np.ndarray, highest: int, in_place: bool, changes: dict[int, Change]) -> None:
+        self.labels, self._changes = labels, changes
         self._own = in_place
         self._boxes: list[Box | None] = ndimage.find_objects(labels, highest)  # no step makes any of them larger
 
@@ -175,16 +227,44 @@ class _Work:
             return None
         return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*boxes, strict=True))
 
-    def change(self, box: Box, components: np.ndarray, chosen: np.ndarray, value: int) -> None:
-        """Set the chosen of the numbered components to 0, or what is background in them to another value."""
+    def remove(self, box: Box, components: np.ndarray, chosen: np.ndarray, values: Sequence[int]) -> None:
+        """Set the chosen of the numbered components, which hold `values`, to 0."""
+        touched = {value: np.zeros(chosen.size if chosen.any() else 0, bool) for value in values}
+        for part, where in self._chosen(components, chosen):
+            labels = self.labels[box][part]
+            for value, found in touched.items():
+                own = where & (labels == value) if len(values) > 1 else where
+                self._count(value, removed_voxels=int(np.count_nonzero(own)))
+                found[components[part][own]] = True
+            self._write(box, part, where, 0)
+        for value, found in touched.items():
+            self._count(value, removed_components=int(np.count_nonzero(found)))
+
+    def fill(self, box: Box, components: np.ndarray, chosen: np.ndarray, value: int) -> None:
+        """Set what is background in the chosen of the numbered components to `value`."""
+        touched = np.zeros(chosen.size if chosen.any() else 0, bool)
+        for part, where in self._chosen(components, chosen):
+            where &= self.labels[box][part] == 0
+            self._count(value, filled_voxels=int(np.count_nonzero(where)))
+            touched[components[part][where]] = True
+            self._write(box, part, where, value)
+        self._count(value, filled_holes=int(np.count_nonzero(touched)))
+
+    def _chosen(self, components: np.ndarray, chosen: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         for part in _parts(components) if chosen.any() else ():
-            where = chosen[components[part]]
-            if value:
-                where &= self.labels[box][part] == 0
-            if where.any():
-                if not self._own:
-                    self.labels, self._own = self.labels.copy(), True
-                self.labels[box][part][where] = value
+            yield part, chosen[components[part]]
+
+    def _write(self, box: Box, part: slice, where: np.ndarray, value: int) -> None:
+        if where.any():
+            if not self._own:
+                self.labels, self._own = self.labels.copy(), True
+            self.labels[box][part][where] = value
+
+    def _count(self, value: int, **more: int) -> None:
+        if any(more.values()):
+            change = self._changes.setdefault(value, Change())
+            for name, count in more.items():
+                setattr(change, name, getattr(change, name) + count)
 
 
 def _remove(work: _Work, values: Sequence[int], below: float | None) -> None:
@@ -201,7 +281,7 @@ def _remove(work: _Work, values: Sequence[int], below: float | None) -> None:
     sizes[0] = 0
     gone = np.arange(count + 1) != sizes.argmax() if below is None else sizes < below
     gone[0] = False
-    work.change(box, components, gone, 0)
+    work.remove(box, components, gone, values)
 
 
 def _fill_holes(work: _Work, value: int) -> None:
@@ -215,7 +295,7 @@ def _fill_holes(work: _Work, value: int) -> None:
     for axis in range(components.ndim):
         for end in (0, -1):
             enclosed[np.take(components, end, axis)] = False
-    work.change(box, components, enclosed, value)
+    work.fill(box, components, enclosed, value)
 
 
 def _components(mask: np.ndarray) -> tuple[np.ndarray, int]:

@@ -19,7 +19,7 @@ from lightm.images.lazy import LazyVolume, open_volume, read_header
 from lightm.images.volume import Volume
 from lightm.inference import budget
 from lightm.inference.native_space import ProbabilityFile, check_path, class_indices
-from lightm.inference.postprocess import Step, apply_rules, read_postprocess
+from lightm.inference.postprocess import Change, Step, apply_rules, read_postprocess
 from lightm.inference.sliding import WindowProgress, logit_slabs, window_logits
 from lightm.nets import folder as model_folder
 from lightm.preparation.plan import MULTIPLE, Plan
@@ -126,7 +126,12 @@ class Predictor:
         return self.predict_files([Path(image) for image in images if not isinstance(image, Volume)])
 
     def predict_volumes(
-        self, images: Sequence[Volume], *, progress: WindowProgress | None = None, probabilities: Path | None = None
+        self,
+        images: Sequence[Volume],
+        *,
+        progress: WindowProgress | None = None,
+        probabilities: Path | None = None,
+        changes: dict[int, Change] | None = None,
     ) -> Volume:
         """Return the label map of one case, in the geometry of its first image; uint8, or int16 for values above 255.
 
@@ -134,7 +139,8 @@ class Predictor:
         plan's spacing and normalised; windows give logits, the largest one in every voxel of the original grid the
         label (of regions: `lightm.inference.native_space.label_map`), which is brought back to the original
         orientation. progress(done, total) counts windows. probabilities: a .nii.gz or .nii file for those of all
-        classes, see `lightm.inference.native_space.ProbabilityFile`.
+        classes, see `lightm.inference.native_space.ProbabilityFile`. changes: is given, for each label value, what
+        post-processing changed.
 
         Raises InputError for images that do not fit the plan or each other or the limit of memory, LightMError for a
         network whose output does not, or a disk that refuses. Memory: the images as they are, in float32 at the plan's
@@ -145,10 +151,15 @@ class Predictor:
         def opened(folder: Path | None) -> list[LazyVolume]:
             return [LazyVolume.of(image) for image in images]
 
-        return self._predict(images, opened, 0, progress, probabilities)
+        return self._predict(images, opened, 0, progress, probabilities, changes)
 
     def predict_files(
-        self, paths: Sequence[Path], *, progress: WindowProgress | None = None, probabilities: Path | None = None
+        self,
+        paths: Sequence[Path],
+        *,
+        progress: WindowProgress | None = None,
+        probabilities: Path | None = None,
+        changes: dict[int, Change] | None = None,
     ) -> Volume:
         """Return the label map of one case from its files, one per channel; as `predict_volumes`, with less memory.
 
@@ -165,7 +176,9 @@ class Predictor:
                 for path, header in zip(paths, headers, strict=True)
             ]
 
-        return self._predict([header.geometry for header in headers], opened, itemsize, progress, probabilities)
+        return self._predict(
+            [header.geometry for header in headers], opened, itemsize, progress, probabilities, changes
+        )
 
     def window_bytes(self) -> int | None:
         """Return what one call of the network on a patch needs, in bytes, measured once; None where unknown."""
@@ -178,6 +191,7 @@ class Predictor:
         itemsize: int,
         progress: WindowProgress | None,
         probabilities: Path | None,
+        changes: dict[int, Change] | None,
     ) -> Volume:
         check_fit(geometries, None, self.plan)
         if probabilities is not None:
@@ -234,7 +248,8 @@ class Predictor:
             grid.close()
             if soft is not None:
                 soft.finish()
-            return native.with_data(apply_rules(data, self.rules, native.spacing_mm, in_place=True))
+            cleaned = apply_rules(data, self.rules, native.spacing_mm, in_place=True, changes=changes)
+            return native.with_data(cleaned)
         finally:
             grid.close()
             if soft is not None:

@@ -23,6 +23,7 @@ from lightm.images import dicom
 from lightm.images.dicom_files import dicom_files
 from lightm.images.io import split_path
 from lightm.inference.budget import parse_memory
+from lightm.inference.postprocess import Change
 from lightm.inference.statistics import ClassStatistics
 from lightm.nets.folder import read_description
 from lightm.options import Names, Options, PathText
@@ -105,7 +106,10 @@ class Seconds(_Part):
 
 
 class CaseRecord(_Part):
-    """A case that is done. file: its label map; more: what else was written; seconds: all phases together."""
+    """A case that is done. file: its label map; more: what else was written; seconds: all phases together.
+
+    postprocess: what the model's post-processing changed, by the name of the class; None where it has none.
+    """
 
     case: str
     file: str
@@ -117,6 +121,7 @@ class CaseRecord(_Part):
     images: list[FileRecord]
     outputs: list[FileRecord]
     statistics: list[ClassStatistics] | None = None
+    postprocess: dict[str, Change] | None = None
 
 
 class FailedCase(_Part):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lightm import __version__
 from lightm.config_io import MAX_JSON_BYTES, parse_json, read_json, validated
 from lightm.errors import InputError, LightMError
-from lightm.files import disk_refusals, file_hash, replacing, sync_folder, write_text
+from lightm.files import disk_refusals, file_hash, replacing, sync_folder
 from lightm.nets.presets import NETWORKS, create, current_options
 
 OWN = "own:"
@@ -63,11 +63,13 @@ def save_model(
     state_dict: dict[str, Tensor],
     plan: dict[str, Any],
     training: dict[str, Any],
+    postprocess: dict[str, Any] | None = None,
 ) -> Path:
     """Write a model folder and return its path; it appears complete or not at all, and replaces an older one.
 
     Arguments: `network`: name, spatial_dims, in_channels, out_channels and options, as `lightm.network` takes them;
-    `state_dict`: the weights; `plan`: the plan as plain values; `training`: a summary (data set, recipe, scores).
+    `state_dict`: the weights; `plan`: the plan as plain values; `training`: a summary (data set, recipe, scores);
+    `postprocess`: `lightm.inference.postprocess.Postprocess` as plain values.
     Raises LightMError when the disk refuses.
     """
     folder = Path(folder)
@@ -85,6 +87,7 @@ def save_model(
                 "plan": plan,
                 "training": training,
                 "weights_sha256": file_hash(weights).partition(":")[2],
+                **({} if postprocess is None else {"postprocess": postprocess}),
             }
             (temporary / "model.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
             (temporary / "card.md").write_text(_card(description), encoding="utf-8")
@@ -144,18 +147,6 @@ def pack_model(model: Path | str, out: Path | str, *, overwrite: bool = False) -
     except SafetensorError as error:
         raise LightMError(f"{out}: cannot be written ({error}); check the free space") from error
     return out
-
-
-def set_postprocess(folder: Path, record: Mapping[str, Any]) -> None:
-    """Keep a model's post-processing with it: `lightm.inference.postprocess.Postprocess` as plain values.
-
-    Raises InputError for a folder without a model and for a single-file model, LightMError when the disk refuses.
-    """
-    if Path(folder).is_file():
-        raise InputError(f"{folder}: a single-file model is not changed; set post-processing in its folder and pack it")
-    info = read_description(folder)
-    info["postprocess"] = dict(record)
-    write_text(Path(folder) / "model.json", json.dumps(info, indent=1) + "\n")
 
 
 def load_model(model: Path | str, network: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 from collections import OrderedDict
@@ -54,7 +55,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if metadata.get(_SUM, "") not in ("", _checksum(metadata[_STATE], tensors)):
         raise InputError(f"{path}: the checkpoint is damaged, its content does not fit its checksum")
     checkpoint: dict[str, Any] = _decode(json.loads(metadata[_STATE]), tensors)
-    return _without_trainer(checkpoint) if "loops" in checkpoint else checkpoint
+    checkpoint = _without_trainer(checkpoint) if "loops" in checkpoint else checkpoint
+    if "ema_dice" in checkpoint.get("lightm", {}):
+        checkpoint["lightm"] = _without_ema(checkpoint["lightm"])
+    return checkpoint
+
+
+def _without_ema(old: dict[str, Any]) -> dict[str, Any]:
+    """Convert the state of a release that chose by an exponential moving average and kept no earlier values.
+
+    The average of the kept epoch stands for all epochs before, so that a later one must be better than it.
+    """
+    state = {key: value for key, value in old.items() if key not in ("ema_dice", "best_dice", "waited")}
+    best = old["best_dice"]
+    known = best is not None
+    state["dice"] = [best if known else math.nan] * old["epoch"]
+    return {**state, "best_epoch": max(0, old["epoch"] - 1 - old["waited"]) if known else None}
 
 
 def _without_trainer(old: dict[str, Any]) -> dict[str, Any]:

@@ -152,14 +152,17 @@ class TrainConfig(Recipe):
     )
     seed: int = Field(0, ge=0, description="Seed of weights and patches.")
     max_time: Duration | None = Field(None, description="Time budget of the training: 90s, 15m, 2h.")
-    patience: int | None = Field(None, ge=1, description="Epochs without a better EMA pseudo Dice before stopping.")
+    patience: int | None = Field(None, ge=1, description="Epochs without a better smoothed Dice before stopping.")
     val_patches: int = Field(16, ge=1, description="Patches per validation.")
     workers: int = Field(0, ge=0, description="Processes that prepare patches.")
     device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda, cuda:1, mps or gpu.")
     precision: str = Field("32-true", description="Floating-point precision of the training.")
     on_nan: Literal["stop", "skip"] = Field("stop", description="At a loss or gradient that is NaN: stop or skip.")
     nan_limit: int = Field(10, ge=1, description="Steps that --on-nan skip may skip.")
-    postprocess: bool = Field(True, description="Choose post-processing on the validation cases.")
+    val_cases: int = Field(
+        20, ge=0, description="Whole validation cases, at most, that choose weights and post-processing; 0: none."
+    )
+    postprocess: bool = Field(True, description="Choose post-processing on the whole validation cases.")
     test: bool = Field(True, description="Predict and score the test cases and write the report.")
 
     @model_validator(mode="before")
@@ -226,9 +229,10 @@ class ResumeOptions(Options):
     labels: PathText | None = Field(None, description="Where its folder of labels is now, if it was moved.")
     epochs: int | None = Field(None, ge=1, description="Epochs of the whole run.")
     max_time: Duration | None = Field(None, description="Time budget of the whole run: 90s, 15m, 2h.")
-    patience: int | None = Field(None, ge=1, description="Epochs without a better EMA pseudo Dice before stopping.")
+    patience: int | None = Field(None, ge=1, description="Epochs without a better smoothed Dice before stopping.")
     workers: int | None = Field(None, ge=0, description="Processes that prepare patches.")
-    postprocess: bool | None = Field(None, description="Choose post-processing on the validation cases.")
+    val_cases: int | None = Field(None, ge=0, description="Whole validation cases that choose weights; 0: none.")
+    postprocess: bool | None = Field(None, description="Choose post-processing on the whole validation cases.")
     test: bool | None = Field(None, description="Predict and score the test cases and write the report.")
 
 

@@ -36,9 +36,10 @@ from lightm.training.checkpoint_io import (
 from lightm.training.config import Recipe
 from lightm.training.guard import Interrupted, NanGuard, Signals, gradients_are_finite
 from lightm.training.loaders import Batch, PatchLoaders
-from lightm.training.record import History, Run
+from lightm.training.record import WHOLE_SHARE, History, Run, WholeCases
+from lightm.training.selection import best_epoch, smoothed
 
-EMA = 0.9  # weight of the past in the exponential moving average (EMA) of the pseudo Dice, as in nnU-Net
+RESERVED = 0.1  # the most of a time budget that is kept for whole validation cases after the last epoch
 
 
 @dataclass
@@ -49,13 +50,23 @@ class State:
     batch: int = 0  # its steps that are done
     step: int = 0  # all steps that are done
     elapsed_s: float = 0.0
-    ema_dice: float | None = None
-    best_dice: float | None = None  # the best EMA so far
-    waited: int = 0  # epochs since then
+    dice: list[float] = field(default_factory=list)  # the pseudo Dice of every epoch, NaN where it has none
+    best_epoch: int | None = None  # the epoch of best.ckpt, see `lightm.training.selection`
     skipped: int = 0
+    watched: int = 0  # windows of whole cases that were predicted between epochs
     losses: list[Tensor] = field(default_factory=list)
     coefficients: list[Tensor] = field(default_factory=list)  # of the adaptive region-specific loss
     random: dict[str, Any] | None = None
+
+    @property
+    def best_dice(self) -> float | None:
+        """The smoothed pseudo Dice of the epoch that is kept."""
+        return None if self.best_epoch is None else smoothed(self.dice, self.best_epoch)
+
+    @property
+    def waited(self) -> int:
+        """The epochs since the one that is kept."""
+        return len(self.dice) - (0 if self.best_epoch is None else self.best_epoch + 1)
 
 
 class Training:
@@ -63,12 +74,19 @@ class Training:
 
     The pseudo Dice of a class or region is 2 TP / (2 TP + FP + FN) with the counts summed over all validation patches
     of the epoch (as in nnU-Net: no per-case mean, hence "pseudo"). A class that neither occurs nor is predicted there
-    has none (NaN) and takes no part in the mean. The EMA of the mean chooses `best.ckpt`.
+    has none (NaN) and takes no part in the mean. `lightm.training.selection` chooses `best.ckpt` by the mean.
     """
 
     checkpoint_every_s = 600.0
 
-    def __init__(self, run: Run, network: nn.Module, criterion: nn.Module, patches: PatchLoaders) -> None:
+    def __init__(
+        self,
+        run: Run,
+        network: nn.Module,
+        criterion: nn.Module,
+        patches: PatchLoaders,
+        whole: WholeCases | None = None,
+    ) -> None:
         self.fabric, self.run_dir, self.patches, self.config = run.fabric, run.run_dir, patches, run.config
         self.class_names, self.label_regions = list(run.plan.targets), run.plan.label_regions
         config = run.config
@@ -79,6 +97,8 @@ class Training:
         self.guard = NanGuard(config.on_nan, config.nan_limit)
         self.signals, self.state = Signals(), State()
         self.folder = run.run_dir / "checkpoints"
+        self.whole, self._bare, self._validation_s = whole, network, math.nan
+        self._batch = run.plan.batch_size * self.fabric.world_size
         self._adaptive = next((part for part in criterion.modules() if isinstance(part, AdaptiveRegion)), None)
 
     def run(self, progress: Progress | None = None) -> str:
@@ -97,7 +117,8 @@ class Training:
                     self.train_epoch(progress)
                     row = {"epoch": state.epoch, "step": state.step, **self.train_metrics(), **self.validate()}
                     is_best = self.update_best(row["pseudo_dice"])
-                    row["pseudo_dice_ema"] = math.nan if state.ema_dice is None else state.ema_dice
+                    row["whole_case_dice"] = self.score_whole_cases()
+                    row["pseudo_dice_smoothed"] = smoothed(state.dice, state.epoch)
                     row["epoch_seconds"] = round(time.monotonic() - epoch_started, 2)
                     if history is not None:
                         history.add(row)
@@ -119,18 +140,32 @@ class Training:
 
     def finished(self) -> str:
         """Why the run is at its end; empty while it is not."""
-        state, config = self.state, self.config
-        if config.max_time_s is not None and state.elapsed_s >= config.max_time_s:
-            return f"the time budget of {config.max_time_s:.0f} s is used"
+        state, config, time_s = self.state, self.config, self.time_s()
+        if config.max_time_s is not None and time_s is not None and state.elapsed_s >= time_s:
+            kept = config.max_time_s - time_s
+            rest = f" but for {kept:.0f} s for whole validation cases" if kept else ""
+            return f"the time budget of {config.max_time_s:.0f} s is used{rest}"
         if config.patience is not None and state.waited >= config.patience:
-            return f"no better EMA pseudo Dice for {config.patience} epochs"
+            return f"no better smoothed pseudo Dice for {config.patience} epochs"
         return f"all {self.epochs} epochs are done" if self.epochs is not None and state.epoch >= self.epochs else ""
+
+    def time_s(self) -> float | None:
+        """The seconds for epochs: the time budget without what predicting the whole validation cases is to take.
+
+        That is a tenth until it is known better: for each window what a validation patch took, twice for the best and
+        the last weights, and as much again for reading and resampling.
+        """
+        budget = self.config.max_time_s
+        if budget is None or self.whole is None:
+            return budget
+        needed = self._validation_s * (1 + 4 * sum(self.whole.windows) / self.config.val_patches)
+        return budget - (RESERVED * budget if math.isnan(needed) else min(RESERVED * budget, needed))
 
     # ---- steps --------------------------------------------------------------------------------------------
 
     def train_epoch(self, progress: Progress | None) -> None:
         """The steps of the epoch that are not done yet, up to the end of the time budget."""
-        state, steps, max_time_s = self.state, self.config.steps_per_epoch, self.config.max_time_s
+        state, steps, time_s = self.state, self.config.steps_per_epoch, self.time_s()
         what = f"epoch {state.epoch}" + ("" if self.epochs is None else f"/{self.epochs - 1}")
         for batch in self.patches.training(state.epoch, state.batch):
             self.step(self.fabric.to_device(batch))
@@ -138,7 +173,7 @@ class Training:
             if progress is not None:
                 progress(what, state.batch, steps)
             due = self.agree()
-            if max_time_s is not None and state.elapsed_s >= max_time_s:
+            if time_s is not None and state.elapsed_s >= time_s:
                 break
             if state.batch < steps and (due or self.signals.received is not None):  # else the epoch's end saves
                 self.save()
@@ -175,8 +210,8 @@ class Training:
         config, state, parts = self.config, self.state, [0.0]
         if self.epochs is not None:
             parts.append(state.step / (self.epochs * config.steps_per_epoch))
-        if config.max_time_s is not None:
-            parts.append(state.elapsed_s / config.max_time_s)
+        if (time_s := self.time_s()) is not None:
+            parts.append(state.elapsed_s / time_s)
         left = 1.0 - min(1.0, max(parts))
         cosine = 0.5 * (1 + math.cos(math.pi * (1 - left)))
         factor = {"poly": left**0.9, "cosine": cosine, "constant": 1.0}[config.schedule]
@@ -214,6 +249,7 @@ class Training:
     @torch.inference_mode()
     def validate(self) -> dict[str, float]:
         """Loss and pseudo Dice on the validation patches; the networks' modes are as before afterwards."""
+        started = time.monotonic()
         training = [part for part in (*self.network.modules(), *self.criterion.modules()) if part.training]
         self.network.eval(), self.criterion.eval()
         counts = torch.zeros(len(self.class_names), 3, dtype=torch.int64, device=self.fabric.device)
@@ -231,21 +267,39 @@ class Training:
         tp, fp, fn = self.fabric.all_reduce(counts, reduce_op="sum").cpu().double().unbind(1)
         dice = (2 * tp / (2 * tp + fp + fn)).tolist()  # 0/0 is NaN: absent and not predicted
         known = [value for value in dice if not math.isnan(value)]
+        self._validation_s = time.monotonic() - started
         return {
             "val_loss": float(self.fabric.all_reduce(torch.stack(losses).mean(), reduce_op="mean")),
             "pseudo_dice": sum(known) / len(known) if known else math.nan,
             **{f"pseudo_dice/{name}": value for name, value in zip(self.class_names, dice, strict=True)},
         }
 
+    def score_whole_cases(self) -> float:
+        """The mean DSC of a few whole validation cases, NaN where that is not due.
+
+        It is due when all that was predicted so costs no more than a small share of the training so far, counted in
+        patches and not in seconds, so that a resumed run scores after the same epochs.
+        """
+        state, whole, fabric = self.state, self.whole, self.fabric
+        if whole is None or whole.score is None or not whole.ids or not fabric.is_global_zero:
+            return math.nan
+        if (
+            state.watched + whole.cost > WHOLE_SHARE * 3 * state.step * self._batch
+        ):  # a step: forward, and backward twice
+            return math.nan
+        state.watched += whole.cost
+        training = [part for part in self.network.modules() if part.training]
+        score = whole.score(self._bare, whole.watched)
+        for part in training:
+            part.training = True
+        return score
+
     def update_best(self, dice: float) -> bool:
-        """Take an epoch's pseudo Dice into its EMA; returns whether that is the best so far."""
+        """Note an epoch's pseudo Dice; returns whether its weights are the ones to keep so far."""
         state = self.state
-        if not math.isnan(dice):
-            state.ema_dice = dice if state.ema_dice is None else EMA * state.ema_dice + (1 - EMA) * dice
-        is_best = state.ema_dice is not None and (state.best_dice is None or state.ema_dice > state.best_dice)
-        state.best_dice = state.ema_dice if is_best else state.best_dice
-        state.waited = 0 if is_best else state.waited + 1
-        return is_best
+        state.dice.append(dice)
+        state.best_epoch = best_epoch(state.dice, state.best_epoch)
+        return state.best_epoch == state.epoch
 
     # ---- checkpoints --------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import math
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +34,33 @@ _log = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, K, *S), target (B, *S) class indices, 255 for voxels that must not count) -> scalar."""
+
+
+WHOLE_SHARE = 0.02  # of the patches' forward and backward passes, what scoring whole cases between epochs may cost
+WATCHED_CASES = 3  # that are scored between epochs
+
+
+@dataclass(frozen=True)
+class WholeCases:
+    """The validation cases that are scored whole, at the end of a training and now and then in it.
+
+    windows: of the sliding window that predicts each case. score(network, ids): mean DSC over these cases and classes;
+    None: nothing is scored between epochs.
+    """
+
+    ids: Sequence[str]
+    windows: Sequence[int]
+    score: Callable[[nn.Module, Sequence[str]], float] | None = None
+
+    @property
+    def watched(self) -> Sequence[str]:
+        """The few cases that are scored between epochs, always the same."""
+        return self.ids[:WATCHED_CASES]
+
+    @property
+    def cost(self) -> int:
+        """What scoring the watched ones costs, in patches that the network is run on; reading a case counts as one."""
+        return sum(self.windows[:WATCHED_CASES]) + len(self.watched)
 
 
 @dataclass(frozen=True)
@@ -66,7 +94,10 @@ class TrainResult(Run):
     skipped_steps: int = 0
 
 
-COLUMNS = ["epoch", "step", "train_loss", "val_loss", "pseudo_dice", "pseudo_dice_ema", "lr", "epoch_seconds"]
+COLUMNS = [
+    *("epoch", "step", "train_loss", "val_loss", "pseudo_dice", "pseudo_dice_smoothed", "whole_case_dice"),
+    *("lr", "epoch_seconds"),
+]
 
 
 class History:
@@ -77,7 +108,10 @@ class History:
         self.rows: list[dict[str, Any]] = []
         if self.path.is_file():
             with self.path.open(newline="", encoding="utf-8") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+                rows: list[dict[str, Any]] = [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+            for row in rows:  # one of an earlier version has other columns
+                row.setdefault("pseudo_dice_smoothed", row.get("pseudo_dice_ema"))
+                self.rows.append({name: row.get(name, "nan") for name in self.columns})
         self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
     def __enter__(self) -> History:
@@ -94,13 +128,15 @@ class History:
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.path, text.getvalue())
-        for name in row.keys() - {"step", "epoch_seconds"}:
+        whole = "" if math.isnan(row["whole_case_dice"]) else f"  whole cases {row['whole_case_dice']:.3f}"
+        for name in row.keys() - {"step", "epoch_seconds", *(() if whole else ("whole_case_dice",))}:
             self._board.add_scalar(name, row[name], row["step"] - 1)
         classes = [name for name in self.columns if "dice/" in name]
         dice = ", ".join(f"{name.removeprefix('pseudo_dice/')} {row[name]:.3f}" for name in classes)
         _log.info(
             f"Epoch {row['epoch']}: train_loss {row['train_loss']:.4f}  val_loss {row['val_loss']:.4f}  "
-            f"pseudo Dice [{dice}]  EMA {row['pseudo_dice_ema']:.3f}  lr {row['lr']:.2e}  {row['epoch_seconds']:.1f} s"
+            f"pseudo Dice [{dice}]  smoothed {row['pseudo_dice_smoothed']:.3f}{whole}  lr {row['lr']:.2e}  "
+            f"{row['epoch_seconds']:.1f} s"
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from lightm.training.checkpoint_io import BEST, load_checkpoint, newest_checkpoi
 from lightm.training.config import ResumeOptions, TrainConfig, load_config
 from lightm.training.loaders import PatchLoaders
 from lightm.training.loop import Training
-from lightm.training.record import Loss, Run, TrainResult, run_record, write_json
+from lightm.training.record import Loss, Run, TrainResult, WholeCases, run_record, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -145,9 +146,14 @@ def resume_training(run_dir: Path | str, *, progress: Progress | None = None, **
     return run_training(earlier_run(run_dir, ResumeOptions.of(None, options, "resume")), progress)
 
 
-def run_training(run: Run, progress: Progress | None = None) -> TrainResult:
+def run_training(
+    run: Run,
+    progress: Progress | None = None,
+    score: Callable[[nn.Module, Sequence[str]], float] | None = None,
+) -> TrainResult:
     """Train (or resume) a run and keep its best weights as a model folder.
 
+    score(network, ids): mean DSC of whole cases, which is recorded now and then for a few of the validation cases.
     Its folder holds config.yaml, plan.yaml, split.json, history.csv, run.json, checkpoints/, tensorboard/ and model/.
     Raises InputError where another process trains there; LightMError when the training cannot go on (a loss that is
     not finite, a full disk, a dead worker process) and Interrupted at Ctrl-C and SIGTERM: the last checkpoint is kept
@@ -177,7 +183,7 @@ def run_training(run: Run, progress: Progress | None = None) -> TrainResult:
         record = run_record(run, net, started)
         write_json(run_dir / "run.json", record)
         try:
-            result = fit(run, net, criterion, PatchLoaders(run, train, val), progress)
+            result = fit(run, net, criterion, PatchLoaders(run, train, val), progress, _whole_cases(run, val, score))
         except BaseException:
             with contextlib.suppress(LightMError):  # a full disk; what ended the training is what to report
                 write_json(run_dir / "run.json", {**record, "status": "interrupted"})
@@ -194,8 +200,29 @@ def run_training(run: Run, progress: Progress | None = None) -> TrainResult:
         return result
 
 
+def _whole_cases(
+    run: Run, val: Sequence[PreprocessedCase], score: Callable[[nn.Module, Sequence[str]], float] | None
+) -> WholeCases | None:
+    """The validation cases to score whole; None where the run asks for none."""
+    chosen, patch = val[: run.config.val_cases], run.plan.patch_size
+    if not chosen:
+        return None
+    shapes = [case.meta["shape"] for case in chosen]
+    # as the sliding window with its default overlap, half a patch
+    windows = [
+        math.prod(1 + max(0, -(-2 * (size - part) // part)) for size, part in zip(shape, patch, strict=True))
+        for shape in shapes
+    ]
+    return WholeCases([case.id for case in chosen], windows, score)
+
+
 def fit(
-    run: Run, network: nn.Module, criterion: nn.Module, patches: PatchLoaders, progress: Progress | None = None
+    run: Run,
+    network: nn.Module,
+    criterion: nn.Module,
+    patches: PatchLoaders,
+    progress: Progress | None = None,
+    whole: WholeCases | None = None,
 ) -> TrainResult:
     """Fit the network in a prepared run folder and keep its best weights; a resumed run takes its newest checkpoint.
 
@@ -203,7 +230,7 @@ def fit(
     """
     config, plan, run_dir = run.config, run.plan, run.run_dir
     with disk_refusals(run_dir):  # of TensorBoard's files; all others name themselves
-        training = Training(run, network, criterion, patches)
+        training = Training(run, network, criterion, patches, whole)
         if run.resume and (start := newest_checkpoint(training.folder)) is not None:
             training.load(start)
         elif run.resume:

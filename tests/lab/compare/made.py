@@ -233,7 +233,7 @@ def _write_history(path: Path, level: float, seed: int, epochs: int, classes: li
                 "train_loss": 1.5 - dice,
                 "val_loss": 1.6 - dice,
                 "pseudo_dice": dice,
-                "pseudo_dice_ema": moving,
+                "pseudo_dice_smoothed": moving,
                 "lr": 1e-4 * (1 - epoch / epochs),
                 "epoch_seconds": 5.0,
                 **{f"pseudo_dice/{name}": dice for name in classes},

@@ -323,7 +323,7 @@ def read_histories(comparison: Comparison) -> tuple[Histories, list[str]]:
 
 
 def training_curves(comparison: Comparison, histories: Histories) -> Figure:
-    """Loss (a row per loss, as their heights cannot be compared), pseudo Dice and its average.
+    """Loss (a row per loss, as their heights cannot be compared), pseudo Dice, and that smoothed.
 
     The left column is over epochs, the right one over seconds of training. A method is the mean over its seeds, as far
     as all of them went, at the mean of their times; each seed is a thin line.
@@ -345,7 +345,7 @@ def training_curves(comparison: Comparison, histories: Histories) -> Figure:
             titled(axes, f"Loss {short(loss, 40)}" if not column else "")
         for row, key, title in (
             (rows - 2, "pseudo_dice", "Pseudo Dice on validation patches"),
-            (rows - 1, "pseudo_dice_ema", "Its moving average"),
+            (rows - 1, "pseudo_dice_smoothed", "The same, smoothed"),
         ):
             axes = grid[row, column]
             for name, found in histories.items():

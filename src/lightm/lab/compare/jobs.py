@@ -144,8 +144,9 @@ def train_trial(request: dict[str, Any]) -> None:
 
     from lightm import __version__
     from lightm.files import write_text
+    from lightm.inference.validation import choose_on_whole_cases
     from lightm.lab.compare.results import TRIAL, TrialRecord
-    from lightm.pipeline import choose_postprocess, score_run
+    from lightm.pipeline import score_run
     from lightm.training import resume_training, train_model
 
     started, clock = datetime.now(timezone.utc), time.perf_counter()
@@ -156,7 +157,8 @@ def train_trial(request: dict[str, Any]) -> None:
         if path.exists():  # of a start that was ended before it could be resumed
             shutil.rmtree(path)
         trained = train_model(request["dataset"], path, **request["options"])
-    choose_postprocess(trained)
+    if trained.config.val_cases:
+        choose_on_whole_cases(trained)
     score_run(path, nsd_tolerance_mm=request["nsd_tolerance_mm"])
     state = json.loads((path / "model" / "model.json").read_text(encoding="utf-8"))["training"]
     record = TrialRecord(

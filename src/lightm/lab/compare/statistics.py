@@ -336,9 +336,8 @@ def level_of(baseline: Sequence[History]) -> float | None:
 def convergence_of(histories: Sequence[History], level: float | None) -> results.Convergence:
     """When each history first reached the level, and the medians in which "not reached" is later than all.
 
-    The pseudo Dice is measured on patches of the validation cases, once per epoch; its moving average, which starts at
-    0, says little in trainings of few epochs. Seconds are those of the epochs in history.csv, validation included; of
-    an epoch that a training was resumed in only the rest was timed.
+    The pseudo Dice is measured on patches of the validation cases, once per epoch. Seconds are those of the
+    epochs in history.csv, validation included; of an epoch that a training was resumed in only the rest was timed.
     """
     reached = [_reached(history, level) for history in histories]
     epochs, seconds = [epoch for epoch, _ in reached], [second for _, second in reached]
