@@ -144,7 +144,7 @@ def plan(
     return made
 
 
-_LOADING = ("device", "overlap", "tta", "window", "postprocess", "max_memory")
+_LOADING = ("device", "overlap", "tta", "window", "postprocess", "max_memory", "correct_gantry_tilt")
 
 
 def load(model: Path | str, *, network: nn.Module | None = None, **options: Any) -> Predictor:
@@ -152,8 +152,9 @@ def load(model: Path | str, *, network: nn.Module | None = None, **options: Any)
 
     model: a model folder or single-file model, or the run folder that holds one. network: the module, for a model that
     was trained with a network of one's own; the weights are loaded into it. options: device, overlap, tta, window,
-    postprocess, max_memory ("2GB"), as `PredictOptions`. One file or Volume per channel is given to the predictor; the
-    result has the geometry of the first. Raises InputError, naming the file, for a missing or damaged model.
+    postprocess, max_memory ("2GB"), correct_gantry_tilt, as `PredictOptions`. One file or Volume per channel is given
+    to the predictor; the result has the geometry of the first. Raises InputError, naming the file, for a missing or
+    damaged model.
 
     >>> data = lightm.phantoms("xray", folder / "data", cases=4, size=32)
     >>> options = {"epochs": 1, "steps_per_epoch": 1, "val_patches": 1, "patch_size": [32, 32], "test": False}

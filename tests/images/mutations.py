@@ -11,6 +11,8 @@ import io
 import json
 import struct
 import tempfile
+import warnings
+import zipfile
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -178,8 +180,6 @@ def dicom(rng: Rng) -> bytes:
         "PixelData": [b"", b"ab", bytes(10**5)], "SOPClassUID": ["", "1.2.3", "1.2.840.10008.5.1.4.1.1.2.1"],
         "SeriesInstanceUID": ["", "x" * 64], "Modality": ["", "MR"], "SeriesNumber": [0, -1],
     }  # fmt: skip
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom remarks on values that are wrong on purpose
         for _ in range(rng.integers(0, 4)):
@@ -209,6 +209,57 @@ def dicom(rng: Rng) -> bytes:
         at = int(rng.integers(140, len(content) - 140))
         content[at : at + 2] = [b"SQ", b"UN", b"OB", b"DS", b"US", b"XX"][rng.integers(6)]
     return _damaged(rng, bytes(content)) if rng.random() < 0.5 else bytes(content)
+
+
+def bare_dicom(rng: Rng) -> bytes:
+    """The same without preamble, and mostly without meta information."""
+    content = dicom(rng)[132:]
+    length = 12 + int.from_bytes(content[8:12], "little")
+    return content if rng.random() < 0.2 else content[length:]
+
+
+def zipped_dicom(rng: Rng) -> bytes:
+    """A zip archive of some of the same, with hostile names, false sizes, bombs, odd methods, or bytes changed."""
+    out, sound = io.BytesIO(), dicom(rng) if rng.random() < 0.5 else _sound_dicom(rng)
+    names = ["a.dcm", "s/b", "../../x", "/etc/x", "C:\\x", "\u202e\n.dcm", "x" * 5000, ".hidden", "s/"]
+    warnings.simplefilter("ignore")  # of names that are there twice
+    method = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA][
+        min(int(rng.integers(9)), 3)
+    ]
+    with zipfile.ZipFile(out, "w", method if rng.random() < 0.3 else zipfile.ZIP_DEFLATED) as archive:
+        for _ in range(rng.integers(1, 3)):
+            archive.writestr(names[rng.integers(len(names))] if rng.random() < 0.5 else f"s/{rng.integers(99)}", sound)
+        if rng.random() < 0.1:
+            archive.writestr("bomb.dcm", sound + bytes(1 << 24))
+        if rng.random() < 0.1:
+            archive.writestr("inner.zip", out.getvalue())
+    content = bytearray(out.getvalue())
+    table = content.rindex(b"PK\x01\x02")
+    for at, width in (
+        (8, 2),
+        (10, 2),
+        (16, 4),
+        (20, 4),
+        (24, 4),
+        (28, 2),
+        (42, 4),
+    ):  # flags, method, checksum, sizes, place
+        if rng.random() < 0.1:
+            content[table + at : table + at + width] = rng.bytes(width)
+    if rng.random() < 0.1:  # the length and place of the table of contents
+        content[-10:-2] = rng.bytes(8)
+    return _damaged(rng, bytes(content)) if rng.random() < 0.3 else bytes(content)
+
+
+def _sound_dicom(rng: Rng) -> bytes:
+    from .dicom_made import CT, ORIENTATION, ORIGIN, SERIES, base
+
+    data = base(CT, "CT", SERIES, f"{SERIES}.1", rng.integers(0, 4096, (6, 7)).astype(np.uint16))
+    data.ImagePositionPatient, data.ImageOrientationPatient = [float(v) for v in ORIGIN], ORIENTATION
+    data.PixelSpacing, data.SliceThickness = [0.8, 0.7], 2.5
+    out = io.BytesIO()
+    data.save_as(out, enforce_file_format=True)
+    return out.getvalue()
 
 
 def description(rng: Rng) -> bytes:
@@ -359,6 +410,8 @@ MAKERS: dict[str, tuple[str, Maker]] = {
     "VTK": (".vtk", _mutated(partial(_itk, ending=".vtk"))),
     "NIfTI, pair": (".hdr", _mutated(partial(_itk, ending=".hdr"))),
     "DICOM": (".dcm", dicom),
+    "DICOM, bare": ("", bare_dicom),
+    "DICOM, zip": (".zip", zipped_dicom),
     "dataset.json": (".json", description),
     "plan.yaml": (".yaml", settings),
 }

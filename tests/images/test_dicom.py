@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import logging
+import zipfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from lightm.errors import InputError
-from lightm.images.dicom import find_series, is_dicom, list_series, read_series, series_folders
+from lightm.images.dicom import TiltError, find_series, is_dicom, list_series, read_series, series_folders
 from lightm.images.io import read_volume, write_volume
 from lightm.images.volume import Volume, geometry_difference
 
@@ -165,7 +167,10 @@ def colour(z: int, data: Any) -> None:
 FAULTS: dict[str, tuple[Any, str]] = {
     "gap": (lambda z, d: move(d, z + 2 * (z > 2)), r"about 2 slice\(s\) are missing between .*_2 and .*_3"),
     "uneven": (lambda z, d: move(d, z + 0.3 * (z == 2)), "the slices are spaced unevenly"),
-    "tilt": (lambda z, d: move(d, z, by=(0.5 * z, 0, 0)), r"sheared by 11\.3 degrees \(gantry tilt\).*dcm2niix"),
+    "tilt": (
+        lambda z, d: move(d, z, by=(0.5 * z, 0, 0)),
+        r"sheared by 11\.3 degrees \(gantry tilt\).*--correct-gantry-tilt",
+    ),
     "shifted": (shift_last, "_2 is shifted in its plane by"),
     "other pixels": (lambda z, d: move(d, z - (z == 4)), "lie in the same plane with different pixels; they differ in"),
     "sizes": (crop, r"mixes images of 2 sizes \(rows, columns\):\n  4 of \(6, 7\)"),
@@ -211,6 +216,121 @@ def test_faults_of_multi_frame_files(tmp_path: Path) -> None:
     write_mr(tmp_path / "b", pixels, [0, 2, 4, 3])
     with pytest.raises(InputError, match=r"missing between enhanced\.dcm frame 1 and enhanced\.dcm frame 2"):
         read_series(tmp_path / "b")
+
+
+def rewrite(folder: Path, *, syntax: str = "1.2.840.10008.1.2.1", meta: bool = False) -> None:
+    """Save a folder's files in another transfer syntax and without preamble, with or without meta information."""
+    import pydicom
+
+    for file in folder.iterdir():
+        data = pydicom.dcmread(file)
+        data.file_meta.TransferSyntaxUID = syntax
+        little, implicit = not syntax.endswith("2.2"), syntax.endswith("10008.1.2")
+        if not little:
+            data.PixelData = np.frombuffer(data.PixelData, "<u2").astype(">u2").tobytes()
+        data["PixelData"].VR = "OW"
+        whole = BytesIO()
+        pydicom.dcmwrite(whole, data, implicit_vr=implicit, little_endian=little, enforce_file_format=True)
+        content = whole.getvalue()[132:]
+        length = 12 + int.from_bytes(content[8:12], "little")  # of the group of meta information
+        file.write_bytes(content if meta else content[length:])
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"])
+@pytest.mark.parametrize("meta", [True, False])
+def test_files_without_preamble(tmp_path: Path, syntax: str, meta: bool) -> None:
+    pixels = ct(tmp_path / "scan")
+    rewrite(tmp_path / "scan", syntax=syntax, meta=meta)
+    assert np.array_equal(read_volume(tmp_path / "scan").data, pixels.astype(np.int16) - 1024)
+    file = next((tmp_path / "scan").iterdir())
+    assert read_volume(file).shape == (1, 6, 7)
+
+
+def test_what_only_starts_like_a_file_without_preamble_is_left_alone(tmp_path: Path) -> None:
+    for name, content in {
+        "short": b"\x08\0\x05\0",
+        "text": b"\x08\0 notes of a long day, and more",
+        "element": b"\x08\0\xff\xffCS\x0a\0ISO_IR 100",
+        "length": b"\x08\0\x05\0\xff\xff\xff\x7fISO_IR 100",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert not is_dicom(tmp_path / name)
+
+
+def packed(folder: Path, archive: Path, *, inside: str = "study/series/", method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(archive, "a", method) as target:
+        for file in sorted(folder.iterdir()):
+            target.write(file, inside + file.name)
+    return archive
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_archive_is_read_as_a_folder(tmp_path: Path, method: int) -> None:
+    pixels = ct(tmp_path / "scan")
+    archive = packed(tmp_path / "scan", tmp_path / "scan.zip", method=method)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "._im0_1").write_bytes(b"of macOS")
+    (tmp_path / "notes" / "readme.txt").write_bytes(b"no DICOM")
+    packed(tmp_path / "notes", archive)
+    volume = read_volume(archive)
+    assert np.array_equal(volume.data, pixels.astype(np.int16) - 1024)
+    assert geometry_difference(volume, read_volume(tmp_path / "scan")) is None
+    plain = archive.rename(tmp_path / "scan of 2026")  # told by its content too
+    assert read_volume(plain).shape == volume.shape
+    assert read_volume(f"{plain}::{SERIES}").shape == volume.shape
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "scan", "scan of 2026"]
+
+
+def test_faults_in_an_archive_name_it_and_the_file(tmp_path: Path) -> None:
+    ct(tmp_path / "scan", FAULTS["no position"][0])
+    with pytest.raises(InputError, match=r"scan\.zip/study/series/im.*_3: ImagePositionPatient is missing"):
+        read_volume(packed(tmp_path / "scan", tmp_path / "scan.zip"))
+    ct(tmp_path / "two")
+    write_ct(tmp_path / "two", stored_pixels(), series=SERIES + "7", prefix="b")
+    two = packed(tmp_path / "two", tmp_path / "two.zip", inside="../../../outside/")
+    with pytest.raises(InputError, match=r"two\.zip: 2 series in one folder"):
+        read_volume(two)
+    assert [series.source.name for series in list_series(two)] == [f"two.zip::{SERIES}", f"two.zip::{SERIES}7"]
+    assert not (tmp_path / "outside").exists()
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    with pytest.raises(InputError, match=r"empty\.zip: no DICOM file in this archive"):
+        read_volume(tmp_path / "empty.zip")
+    (tmp_path / "torn.zip").write_bytes(two.read_bytes()[:-30])
+    with pytest.raises(InputError, match=r"torn\.zip: not a readable zip file"):
+        read_volume(tmp_path / "torn.zip")
+
+
+def test_a_tilted_gantry_is_corrected_when_asked_for(tmp_path: Path) -> None:
+    """A ball of a known place, cut by slices that drift along rows and columns, lies at that place afterwards."""
+    shape, by = (20, 30, 28), np.array([0.21, -0.35, 0.0]) @ np.array([ORIENTATION[:3], ORIENTATION[3:], normal()])
+    centre = np.array(ORIGIN) + 10 * STEP * normal() + 10 * np.array(ORIENTATION[:3]) + 12 * np.array(ORIENTATION[3:])
+    z, y, x = np.indices(shape)
+    place = (
+        np.array(ORIGIN) + z[..., None] * (STEP * normal() + by)
+        + y[..., None] * SPACING[0] * np.array(ORIENTATION[3:]) + x[..., None] * SPACING[1] * np.array(ORIENTATION[:3])
+    )  # fmt: skip
+    soft = np.clip(6 - np.linalg.norm(place - centre, axis=-1), 0, 2) * 500
+    write_ct(tmp_path / "scan", soft.astype(np.uint16), change=lambda z, d: move(d, z, by=tuple(z * by)))
+    with pytest.raises(TiltError, match=r"scan: the slices are sheared.*--correct-gantry-tilt"):
+        read_volume(tmp_path / "scan")
+    volume = read_volume(tmp_path / "scan", correct_gantry_tilt=True)
+    assert volume.data.dtype == np.int16
+    assert volume.data.min() == -1024
+    steps = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
+    np.testing.assert_allclose(steps.T @ steps, np.eye(3), atol=1e-5)
+    weights = volume.data + 1024.0
+    index = [(weights * part).sum() / weights.sum() for part in np.indices(volume.shape)[::-1]]
+    np.testing.assert_allclose(volume.affine @ [*index, 1], [-centre[0], -centre[1], centre[2], 1], atol=0.05)
+    assert abs(weights.sum() / soft.sum() - 1) < 0.01
+    upright = ct(tmp_path / "upright")
+    assert read_volume(tmp_path / "upright", correct_gantry_tilt=True).shape == upright.shape
+
+
+def test_what_no_gantry_can_tilt_is_refused(tmp_path: Path) -> None:
+    ct(tmp_path, lambda z, d: move(d, z, by=(4.0 * z, 0, 0)))
+    with pytest.raises(TiltError, match="no gantry tilts by more than 45 degrees"):
+        read_series(tmp_path, correct_gantry_tilt=True)
 
 
 def test_files_that_are_no_dicom(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightm.errors import InputError, did_you_mean
 from lightm.images import dicom
 from lightm.images.io import SUFFIXES, file_suffix, split_path
 
+_log = logging.getLogger(__name__)
 _DATASET_FOLDERS = ("imagesTs", "imagesTr", "images")
 # What no file name may hold on some system; a case's name becomes the name of its label map.
 _BAD_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f]|^\.|^\s|[\s.]$')
@@ -23,18 +25,15 @@ def find_cases(
 ) -> list[Case]:
     """Return the cases in `inputs`, sorted by id, each with one file per channel; reads no voxel.
 
-    inputs: one of these, or several:
-    an image file;
-    a folder of CASE_0000.EXT, CASE_0001.EXT, ... (with one channel CASE.EXT will do);
-    a dataset, a folder with imagesTs, imagesTr or images: its imagesTs (or images) is taken, or, with `cases`, the
-    named cases from any of them;
-    DICOM: a file, `folder::SeriesInstanceUID`, a folder of DICOM files, or a folder whose subfolders, at any depth,
-    hold them (NIfTI and PNG files directly in it come first). Every series is a case, named by its folder, and by its
-    UID too where the folder holds several; with several channels the folders are named CASE_0000, CASE_0001, ... and
-    hold one series each;
-    a list in UTF-8 whose lines with one path hold any of the former. Blank lines and those that start with `#` are
-    ignored, relative paths start at the folder of the list. .txt: one case per line, its channels' files separated by
-    tabs, blanks around a path do not count. .csv: a header `case,channel0,channel1,...`, then one case per line.
+    inputs: one of these, or several: an image file; a folder of CASE_0000.EXT, CASE_0001.EXT, ... (with one channel
+    CASE.EXT will do); a dataset, a folder with imagesTs, imagesTr or images: its imagesTs (or images) is taken, or,
+    with `cases`, the named cases from any of them; DICOM: a file, a zip archive, `folder::SeriesInstanceUID`, a folder
+    of DICOM files, or a folder whose subfolders or archives, at any depth, hold them (images directly in it come
+    first). Every series is a case, named by its folder or archive, and by its UID too where that holds several; with
+    several channels the folders are named CASE_0000, CASE_0001, ... and hold one series each; a list in UTF-8 whose
+    lines with one path hold any of the former. Blank lines and those that start with `#` are ignored, relative paths
+    start at the folder of the list. .txt: one case per line, its channels' files separated by tabs, blanks around a
+    path do not count. .csv: a header `case,channel0,channel1,...`, then one case per line.
 
     Raises InputError, naming file (of a list, the line) and case, for a path that does not exist, no image, a missing
     or surplus channel, a case that is there twice, a name without channel number, a case that is not there, or a list
@@ -66,10 +65,13 @@ def _given(inputs: Path, channels: Sequence[str], cases: Set[str] | None) -> Ite
     if file_suffix(inputs) is None and (dicom.SEPARATOR in inputs.name or inputs.is_file()):
         if not dicom.is_dicom(inputs):
             raise InputError(
-                f"{inputs}: not a format that can be read; expected {', '.join(SUFFIXES)}, DICOM, or a list of paths "
-                "(.txt, .csv)"
+                f"{inputs}: not a format that can be read; expected {', '.join(SUFFIXES)}, DICOM (files, a folder or a "
+                "zip archive), or a list of paths (.txt, .csv)"
             )
-        found = _dicom_single(inputs, channels)
+        if dicom.is_archive(inputs):
+            found = _dicom_cases(inputs, [series.source for series in dicom.list_series(inputs)], channels, cases)
+        else:
+            found = _dicom_single(inputs, channels)
     elif split_path(inputs)[0].is_file():
         found = _single(inputs, channels)
     elif inputs.is_dir():
@@ -217,6 +219,8 @@ def _dicom_sources(root: Path) -> list[Path]:
             refusals.append(error)
     if refusals and not found:
         raise refusals[0]
+    for refusal in refusals:
+        _log.warning("%s; it is not used", refusal)
     return found
 
 
@@ -227,6 +231,7 @@ def _dicom_cases(root: Path, sources: list[Path], channels: Sequence[str], wante
         by_folder.setdefault(dicom.split_source(source)[0], []).append(source)
     for folder, members in by_folder.items():
         stem = "_".join(folder.relative_to(root).parts) or folder.resolve().name or "dicom"
+        stem = stem[: -len(".zip")] if folder.is_file() and stem.lower().endswith(".zip") else stem
         if len(members) > 1 and len(channels) > 1:
             raise InputError(
                 f"{folder}: {len(members)} series in one folder, and the model needs {len(channels)} channels "
@@ -250,4 +255,5 @@ def _dicom_single(source: Path, channels: Sequence[str]) -> list[Case]:
         )
     series = dicom.find_series(source)
     name = source.stem if source.is_file() else series.folder.resolve().name or "dicom"
+    name = name[: -len(".zip")] if series.folder.is_file() and name.lower().endswith(".zip") else name
     return [Case(name, (source,))]

@@ -1,8 +1,8 @@
 """DICOM series as volumes: CT, MR and PET, one slice per file or enhanced multi-frame, and CR/DX projections in 2D.
 
-Needs the extra `lightm-unet[dicom]` (pydicom). A series is named by its folder, by `folder::SeriesInstanceUID` where
-the folder holds several, or by one file, which stands for itself alone. Slices are ordered by their place; whatever
-keeps them from being one even, upright stack is an error.
+Needs the extra `lightm-unet[dicom]` (pydicom). A series is named by its folder or zip archive, by
+`folder::SeriesInstanceUID` where that holds several, or by one file, which stands for itself alone. Slices are ordered
+by their place; whatever keeps them from being one even stack is an error, and a tilted one is resampled if asked for.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 from lightm.errors import InputError
+from lightm.images.archives import is_archive
 from lightm.images.dicom_files import (
     PROJECTIONS,
     SEPARATOR,
@@ -47,8 +49,8 @@ from lightm.images.limits import MAX_VOXELS, check_bytes, check_place, naming
 from lightm.images.volume import Volume, affine_spacing_mm
 
 __all__ = [
-    "SEPARATOR", "NoSeriesError", "Series", "find_series", "is_dicom", "list_series", "read_series", "series_folders",
-    "split_source",
+    "SEPARATOR", "NoSeriesError", "Series", "TiltError", "find_series", "is_archive", "is_dicom", "list_series",
+    "read_series", "series_folders", "split_source",
 ]  # fmt: skip
 
 _log = logging.getLogger("lightm.images")
@@ -58,6 +60,7 @@ _SAME_PLACE_MM = 0.01
 _STEP_SHARE = 0.1  # of a step, by which single steps may differ
 _GRID_SHARE = 0.25  # of a step, by which a slice may lie off an even grid
 _DRIFT_PIXELS = 0.5  # in the plane, from the first slice to the last
+_MAX_TILT_DEGREES = 45.0  # gantries tilt by 30 at most
 # What tells apart several images of one place, in the order in which it is looked for.
 _TELLING = (
     "TemporalPositionIdentifier", "TriggerTime", "EchoTime", "EchoNumbers", "DiffusionBValue", "ImageType",
@@ -65,54 +68,97 @@ _TELLING = (
 )  # fmt: skip
 
 
+class TiltError(InputError):
+    """A series whose slices are sheared against each other, as those of a tilted gantry are."""
+
+
 def is_dicom(path: Path | str) -> bool:
-    """Return whether a path names DICOM: `folder::UID`, a DICOM file, or a folder with one directly in it."""
+    """Return whether a path names DICOM: `folder::UID`, a DICOM file, a zip archive, or a folder with one in it."""
     folder, uid = split_source(path)
     if uid is not None:
-        return folder.is_dir()
-    return bool(dicom_files(folder)) if folder.is_dir() else is_dicom_file(folder)
+        return folder.is_dir() or is_archive(folder)
+    return bool(dicom_files(folder)) if folder.is_dir() else is_archive(folder) or is_dicom_file(folder)
 
 
 def series_folders(root: Path | str) -> list[Path]:
-    """Return `root` and the folders below it that hold DICOM files directly, sorted; hidden ones are left out."""
+    """Return the folders from `root` on that hold DICOM files directly, and the zip archives; sorted, none hidden."""
     found = []
-    for folder, below, _ in os.walk(root):
+    for folder, below, files in os.walk(root):
         below[:] = sorted(name for name in below if not name.startswith("."))
         if dicom_files(Path(folder)):
             found.append(Path(folder))
+        archives = (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+        found += [archive for archive in archives if is_archive(archive)]
     return found
 
 
-def read_series(source: Path | str | Series) -> Volume:
+def read_series(source: Path | str | Series, *, correct_gantry_tilt: bool = False) -> Volume:
     """Read one DICOM series as a volume.
 
-    source: a folder, `folder::SeriesInstanceUID`, a file, or a `Series` from `list_series`. Slices are ordered along
-    their normal by ImagePositionPatient, never by name or number:
-    affine = diag(-1, -1, 1, 1) [column direction * spacing, row direction * spacing, slice step, first position]
-    (DICOM PS3.3 C.7.6.2.1.1, from left-posterior to right-anterior); a single slice gets SpacingBetweenSlices or
-    SliceThickness for a step. Voxels are stored * RescaleSlope + RescaleIntercept, int16 or int32 where both are whole
-    numbers, else float32; padding values stay as they are. CR and DX give 2D volumes of PixelSpacing or
-    ImagerPixelSpacing (1 mm without), MONOCHROME1 turned over.
+    source: a folder or zip archive, `folder::SeriesInstanceUID`, a file, or a `Series` from `list_series`. Slices are
+    ordered along their normal by ImagePositionPatient, never by name or number: affine = diag(-1, -1, 1, 1) [column
+    direction * spacing, row direction * spacing, slice step, first position] (DICOM PS3.3 C.7.6.2.1.1, from
+    left-posterior to right-anterior); a single slice gets SpacingBetweenSlices or SliceThickness for a step. Voxels are
+    stored * RescaleSlope + RescaleIntercept, int16 or int32 where both are whole numbers, else float32; padding values
+    stay as they are. CR and DX give 2D volumes of PixelSpacing or ImagerPixelSpacing (1 mm without), MONOCHROME1 turned
+    over.
+
+    correct_gantry_tilt: bring the slices of a tilted gantry onto a straight grid: each is shifted in its own plane,
+    with linear interpolation, to lie straight above the first; the grid is as wide as all of them need, and what no
+    slice covers has the lowest value of the series.
 
     Images at one place with equal pixels are taken once, with a warning. Raises InputError, naming folder or file and
     the remedy, for: several series, no series, missing or faulty attributes, mixed sizes, spacings or directions, gaps,
-    uneven steps, shear (gantry tilt), different images of one place, colour, pixels that cannot be decoded, and where
-    pydicom is missing. Cost: headers once, pixels once; memory: the volume and one file.
+    uneven steps, a tilted gantry unless corrected (`TiltError`), different images of one place, colour, pixels that
+    cannot be decoded, and where pydicom is missing. Cost: headers once, pixels once; memory: the volume and one file.
     """
     series = source if isinstance(source, Series) else find_series(source)
     if series.headers[0].storage in PROJECTIONS:
         return _projection(series)
-    stack = stack_series(series)
+    stack = stack_series(series, tilted=correct_gantry_tilt)
     frames, shape, voxels = stack.frames, stack.shape, prod(stack.shape)
+    where = frames[0].header.file if len(frames) == 1 else series.folder
     if voxels > MAX_VOXELS:
-        raise InputError(
-            f"{frames[0].header.file.parent}: {shape} is more than {MAX_VOXELS} voxels; resample or split the series"
-        )
+        raise InputError(f"{where}: {shape} is more than {MAX_VOXELS} voxels; resample or split the series")
     dtype = volume_dtype(frames)
-    with naming(frames[0].header.file if len(frames) == 1 else frames[0].header.file.parent):
+    with naming(where):
         check_place(stack.spacing_mm, stack.affine)
         check_bytes(voxels * dtype.itemsize, "its voxels")
-    return Volume(fill(np.empty(shape, dtype=dtype), frames), stack.spacing_mm, stack.affine)
+        data = fill(np.empty(shape, dtype=dtype), frames)
+        if stack.shear is not None:
+            return _straightened(data, stack, where)
+    return Volume(data, stack.spacing_mm, stack.affine)
+
+
+def _straightened(data: np.ndarray, stack: Stack, where: Any) -> Volume:
+    """Return sheared slices on a grid whose third axis is their normal."""
+    frame, shear = stack.frames[0], np.asarray(stack.shear)
+    # Pixels by which each slice lies further along rows and columns than the first.
+    steps = np.array([shear @ frame.orientation[1 - axis] / frame.spacing_mm[axis] for axis in (0, 1)])
+    shifts = np.arange(len(data))[:, None] * steps
+    low = np.floor(shifts.min(0)).astype(int)
+    rows, columns = (int(size) for size in np.array(data.shape[1:]) + np.ceil(shifts.max(0)).astype(int) - low)
+    voxels = len(data) * rows * columns
+    if voxels > MAX_VOXELS:
+        raise InputError(f"the straight grid would have {len(data)} x {rows} x {columns} voxels; at most {MAX_VOXELS}")
+    check_bytes(voxels * data.dtype.itemsize, "its voxels on a straight grid")
+    outside = data.min()
+    result = np.empty((len(data), rows, columns), data.dtype)
+    for plane, target, shift in zip(data, result, shifts - low, strict=True):
+        slab = ndimage.affine_transform(
+            plane.astype(np.float64), np.ones(2), -shift, (rows, columns), order=1, cval=float(outside)
+        )
+        target[...] = np.rint(slab) if data.dtype.kind in "iu" else slab
+    affine = np.array(stack.affine)
+    lps = np.diag([-1.0, -1.0, 1.0])
+    affine[:3, 2] -= lps @ shear
+    affine[:3, 3] += affine[:3, 0] * low[1] + affine[:3, 1] * low[0]
+    angle = np.degrees(np.arctan2(np.linalg.norm(shear), np.linalg.norm(affine[:3, 2])))
+    _log.info(
+        "%s: a gantry tilt of %.3g degrees was corrected: the scan and its label map lie on a straight grid of "
+        "%d x %d x %d voxels (x, y, z)", where, angle, columns, rows, len(data),
+    )  # fmt: skip
+    return Volume(result, affine_spacing_mm(affine, 3), affine)
 
 
 def _projection(series: Series) -> Volume:
@@ -162,11 +208,13 @@ class Stack:
     """Frames ordered along their normal on an even grid. affine: voxel (x, y, z, 1) to millimetres (RAS).
 
     dropped: frames left out because another at the same place has the same pixels, each with that other's index.
+    shear: what each slice is shifted in its plane against the one before, (3,) millimetres in LPS; None for none.
     """
 
     frames: list[Frame]
     affine: np.ndarray
     dropped: list[tuple[Frame, int]]
+    shear: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -179,11 +227,12 @@ class Stack:
         return affine_spacing_mm(self.affine, 3)
 
 
-def stack_series(series: Series) -> Stack:
+def stack_series(series: Series, *, tilted: bool = False) -> Stack:
     """Order the frames of a series by their place; reads pixels only where two lie at the same place.
 
-    Raises InputError, naming folder and files, for missing or faulty geometry, mixed sizes, spacings or directions,
-    sheared slices (gantry tilt), gaps, uneven steps, and several different images of one place.
+    tilted: whether slices may be sheared. Raises InputError, naming folder and files, for missing or faulty geometry,
+    mixed sizes, spacings or directions, gaps, uneven steps, and several different images of one place; `TiltError` for
+    sheared slices (gantry tilt) that may not be.
     """
     where = series.folder
     frames = [frame for header in series.headers for frame in file_frames(header)]
@@ -209,10 +258,10 @@ def stack_series(series: Series) -> Stack:
     first, affine = kept[0], np.eye(4)
     affine[:3, 0] = first.orientation[0] * first.spacing_mm[1]
     affine[:3, 1] = first.orientation[1] * first.spacing_mm[0]
-    affine[:3, 2] = _check_even(where, kept)
+    affine[:3, 2], shear = _check_even(where, kept, tilted)
     affine[:3, 3] = first.position
     # DICOM counts millimetres to the left and to the back, NIfTI to the right and to the front.
-    return Stack(kept, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine + 0.0, dropped)
+    return Stack(kept, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine + 0.0, dropped, shear)
 
 
 def file_frames(header: Header) -> list[Frame]:
@@ -344,13 +393,13 @@ def _check_same(where: Path, first: Frame, second: Frame) -> None:
     )
 
 
-def _check_even(where: Path, frames: list[Frame]) -> np.ndarray:
-    """Return the step from slice to slice; raises InputError where the slices are no even, upright stack."""
+def _check_even(where: Path, frames: list[Frame], tilted: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the step from slice to slice, and its shear if any; raises InputError for no even, upright stack."""
     first, normal = frames[0], frames[0].normal
     if len(frames) == 1:
         if first.thickness_mm is None:
             _log.warning("%s: one slice without SliceThickness; 1 mm is assumed", where)
-        return normal * (first.thickness_mm or 1.0)
+        return normal * (first.thickness_mm or 1.0), None
     positions = np.array([frame.position for frame in frames])
     heights = positions @ normal
     steps = np.diff(heights)
@@ -382,10 +431,18 @@ def _check_even(where: Path, frames: list[Frame]) -> np.ndarray:
             "keep the images of one stack in the folder and move the others out"
         )
     shear = step - (step @ normal) * normal
-    if np.linalg.norm(shear) * (len(frames) - 1) > _DRIFT_PIXELS * pixel:
-        angle = np.degrees(np.arctan2(np.linalg.norm(shear), step @ normal))
-        raise InputError(
-            f"{where}: the slices are sheared by {angle:.3g} degrees (gantry tilt), so that the axes of the scan are "
-            "not perpendicular; resample it upright first, for example with dcm2niix, and give the NIfTI file"
+    if np.linalg.norm(shear) * (len(frames) - 1) <= _DRIFT_PIXELS * pixel:
+        return np.asarray(step), None
+    angle = np.degrees(np.arctan2(np.linalg.norm(shear), step @ normal))
+    if not tilted or angle > _MAX_TILT_DEGREES:
+        cure = (
+            "predict with --correct-gantry-tilt (correct_gantry_tilt=True in Python), which resamples them onto a "
+            "straight grid"
+            if angle <= _MAX_TILT_DEGREES
+            else f"no gantry tilts by more than {_MAX_TILT_DEGREES:g} degrees: export it again"
         )
-    return np.asarray(step)
+        raise TiltError(
+            f"{where}: the slices are sheared by {angle:.3g} degrees (gantry tilt), so that the axes of the scan are "
+            f"not perpendicular; {cure}"
+        )
+    return np.asarray(step), shear

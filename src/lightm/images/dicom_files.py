@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lightm.errors import InputError, did_you_mean
+from lightm.images.archives import Member, is_archive, members
 from lightm.images.limits import opened
 
 SEPARATOR = "::"
@@ -40,6 +42,18 @@ PROJECTIONS = {"1.2.840.10008.5.1.4.1.1.1": "CR", "1.2.840.10008.5.1.4.1.1.1.1":
 _CLASSES = {**SLICES, **MULTI_FRAME, **PROJECTIONS}
 _READABLE = "CT, MR, PET (single-frame or enhanced), CR or DX images"
 
+# Without preamble a file starts with its first element, of the group of file meta information or of identification: the
+# tag, then a value representation or, where that is implicit, a length that fits such an element.
+_FIRST_ELEMENTS = {
+    b"\x02\x00": ("little", 0x0102), b"\x08\x00": ("little", 0x0070), b"\x00\x08": ("big", 0x0070)
+}  # fmt: skip
+_FIRST_KINDS = {b"UL", b"OB", b"UI", b"CS", b"SH", b"LO", b"DA", b"TM", b"DT", b"US"}
+_SYNTAXES = {
+    (True, True): "1.2.840.10008.1.2",
+    (False, True): "1.2.840.10008.1.2.1",
+    (False, False): "1.2.840.10008.1.2.2",
+}
+
 # A deflated file can unpack to a thousand times its size before anything in it can be checked.
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 
@@ -50,9 +64,12 @@ class NoSeriesError(InputError):
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """One DICOM file without its pixels. uid, storage: of the instance, from the file's preamble where it has none."""
+    """One DICOM file without its pixels. uid, storage: of the instance, from the file's preamble where it has none.
 
-    file: Path
+    syntax: how it is encoded, from its meta information or, without that, from its first element.
+    """
+
+    file: Path | Member
     data: Any
     storage: str
     uid: str
@@ -88,7 +105,7 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """The image files of one series in one folder, in the order of their names.
+    """The image files of one series in one folder or zip archive, in the order of their names.
 
     uid: SeriesInstanceUID, or "none" where the files were stripped of it. number, modality, description: as stored.
     """
@@ -103,7 +120,7 @@ class Series:
     @property
     def source(self) -> Path:
         """What to give as an input to name this series: `folder::SeriesInstanceUID`, or the file it was read from."""
-        return self.folder if self.folder.is_file() else Path(f"{self.folder}{SEPARATOR}{self.uid}")
+        return self.folder if self.headers[0].file == self.folder else Path(f"{self.folder}{SEPARATOR}{self.uid}")
 
     def __str__(self) -> str:
         what = f"{self.modality}, {len(self.headers)} file(s)"
@@ -144,31 +161,56 @@ def split_source(path: Path | str) -> tuple[Path, str | None]:
     return Path(folder), uid
 
 
-def is_dicom_file(path: Path) -> bool:
-    """Return whether a file starts as DICOM files do (DICM after 128 bytes), or at least is named .dcm."""
+def is_dicom_file(path: Path | Member) -> bool:
+    """Return whether a file starts as DICOM files do, with or without preamble, or at least is named .dcm."""
     if path.name.lower().endswith((".dcm", ".dicom")):
-        return path.is_file()
+        return isinstance(path, Member) or path.is_file()
     try:
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
+        if isinstance(path, Member):
+            start = path.read(132)
+        else:
+            with path.open("rb") as stream:
+                start = stream.read(132)
+    except (OSError, InputError):
         return False
+    return start[128:] == b"DICM" or _is_bare(start)
 
 
-def dicom_files(folder: Path) -> list[Path]:
-    """Return the DICOM files directly in a folder, sorted by name, hidden files left out."""
+def _is_bare(start: bytes) -> bool:
+    """Return whether a file starts with a data set, without the 128 bytes and the DICM before it."""
+    order, last = _FIRST_ELEMENTS.get(start[:2], (None, 0))
+    if order not in ("little", "big") or len(start) < 12:
+        return False
+    element, length = (int.from_bytes(part, order) for part in (start[2:4], start[4:8]))  # type: ignore[arg-type]
+    return element <= last and (start[4:6] in _FIRST_KINDS or length <= 1024)
+
+
+def dicom_files(folder: Path) -> list[Path | Member]:
+    """Return the DICOM files directly in a folder, or anywhere in a zip archive, sorted, without hidden ones.
+
+    Raises InputError for an archive that cannot be read.
+    """
+    if is_archive(folder):
+        return [member for member in members(folder) if is_dicom_file(member)]
     with os.scandir(folder) as entries:
         paths = sorted(Path(e.path) for e in entries if e.is_file() and not e.name.startswith("."))
     return [path for path in paths if is_dicom_file(path)]
 
 
-def read_header(file: Path) -> Header:
+def open_file(file: Path | Member) -> io.BufferedReader:
+    """Open a DICOM file for pydicom, in a folder or in an archive."""
+    return file.open() if isinstance(file, Member) else opened(file)
+
+
+def read_header(file: Path | Member) -> Header:
     """Read one file without its pixels; raises InputError, naming it, for one that cannot be read as DICOM."""
     pydicom = pydicom_module()
     try:
-        with quietly(), opened(file) as stream:
+        with quietly(), open_file(file) as stream:
+            bare = _is_bare(stream.read(132))
+            stream.seek(0)
             # As its read_file_meta_info, which opens the file itself and asks for what any length there says.
-            pydicom.filereader.read_preamble(stream, False)
+            pydicom.filereader.read_preamble(stream, bare)
             meta = pydicom.filereader._read_file_meta_info(stream)
             stream.seek(0)
             syntax = str(meta.get("TransferSyntaxUID", "") or "").strip(" \0")
@@ -177,7 +219,9 @@ def read_header(file: Path) -> Header:
                     f"{file}: a deflated file, whose size cannot be checked before it is unpacked; convert it first, "
                     "for example with `dcmconv +te`"
                 )
-            data = pydicom.dcmread(stream, stop_before_pixels=True)
+            data = pydicom.dcmread(stream, stop_before_pixels=True, force=bare)
+            if bare and not syntax:
+                syntax = _SYNTAXES.get(data.original_encoding, "")
             storage = str(data.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
             uid = str(data.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID") or "")
     except InputError:
@@ -192,17 +236,18 @@ def read_header(file: Path) -> Header:
 
 
 def list_series(path: Path | str) -> list[Series]:
-    """Return the image series directly in a folder (or of one file), sorted by number and UID.
+    """Return the image series directly in a folder, in a zip archive or of one file, sorted by number and UID.
 
     Objects that are no CT, MR, PET, CR or DX images (segmentations, reports, plans, DICOMDIR) are passed over. Reads
     headers, no pixels: about a millisecond a file. Raises InputError, naming folder or file, where there is no such
     series or a file is damaged, and where pydicom is missing.
     """
     folder, uid = split_source(path)
-    if folder.is_file():
-        files = [folder]
-    elif folder.is_dir():
+    files: list[Path | Member]
+    if folder.is_dir() or is_archive(folder):
         files = dicom_files(folder)
+    elif folder.is_file():
+        files = [folder]
     else:
         raise InputError(f"{folder}: no such file or folder; give a folder of DICOM files")
     groups: dict[str, list[Header]] = {}
@@ -248,9 +293,9 @@ def text(data: Any, keyword: str) -> str | None:
     try:
         with quietly():
             value = data.get(keyword)
+            return None if value is None else str(value) or None
     except Exception:
         return None
-    return None if value is None or str(value) == "" else str(value)
 
 
 def _series(folder: Path, uid: str, headers: list[Header]) -> Series:
@@ -272,7 +317,8 @@ def _nothing(folder: Path, others: Counter[str]) -> str:
         return f"{folder}: no image series that can be read, only {what}; expected {_READABLE}"
     below = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     hint = f"; it has subfolders such as {below[0]}, give one that holds DICOM files" if below else ""
-    return f"{folder}: no DICOM file in this folder{hint or '; give a folder of DICOM files'}"
+    what = "folder" if folder.is_dir() else "archive"
+    return f"{folder}: no DICOM file in this {what}{hint or '; give a folder of DICOM files'}"
 
 
 def _lines(series: list[Series]) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from lightm.errors import InputError
-from lightm.images.dicom_files import Frame, Header, pydicom_module, quietly, reason, text
-from lightm.images.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes, naming, opened
+from lightm.images.archives import Member
+from lightm.images.dicom_files import Frame, Header, open_file, pydicom_module, quietly, reason, text
+from lightm.images.limits import MAX_DEFLATE, MAX_VOXELS, check_bytes, naming
 
 _PLAIN = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"}
 _DEEPEST_BYTES = 8  # of a pixel, DoubleFloatPixelData
@@ -45,7 +46,7 @@ def check_pixels(header: Header) -> tuple[int, int, int]:
     # more pixels than the file can hold, or the machine, are refused before they are decoded
     bits = text(data, "BitsAllocated") or "16"
     stored = max(1, int(bits)) if bits.isdigit() and len(bits) < 4 else 16
-    size = file.stat().st_size
+    size = file.stat().st_size if isinstance(file, Path) else file.size
     if voxels * stored // 8 > size * (1 if header.syntax in _PLAIN else MAX_DEFLATE):
         raise InputError(
             f"{file}: its header promises {voxels} pixels of {stored} bits, which {size} bytes cannot hold "
@@ -74,8 +75,10 @@ def raw_frames(header: Header) -> np.ndarray:
     frames, rows, columns = check_pixels(header)
     pydicom = pydicom_module()
     try:
-        with quietly(), opened(header.file) as stream:
-            data = pydicom.dcmread(stream)
+        with quietly(), open_file(header.file) as stream:
+            data = pydicom.dcmread(stream, force=True)  # it was read before; without preamble it must be asked for
+            if not data.file_meta.get("TransferSyntaxUID"):
+                data.file_meta.TransferSyntaxUID = header.syntax
             if not any(key in data for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
                 raise InputError(f"{header.file}: no pixels in the file; export it again, with its pixels")
             pixels = np.asarray(data.pixel_array)
@@ -95,7 +98,7 @@ def raw_frames(header: Header) -> np.ndarray:
 
 def fill(out: np.ndarray, frames: list[Frame]) -> np.ndarray:
     """Read each frame's pixels, times slope plus intercept, into out[i]; return `out`, wider where values need it."""
-    by_file: dict[Path, list[tuple[int, Frame]]] = {}
+    by_file: dict[Path | Member, list[tuple[int, Frame]]] = {}
     for place, frame in enumerate(frames):
         by_file.setdefault(frame.header.file, []).append((place, frame))
     for places in by_file.values():

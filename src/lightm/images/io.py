@@ -81,14 +81,14 @@ def companions(file: Path) -> tuple[str, ...]:
     return tuple(path.name for path in itk.companions(file)) if suffix in itk.SUFFIXES else ()
 
 
-def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
+def read_volume(path: Path | str, *, kind: Kind = "image", correct_gantry_tilt: bool = False) -> Volume:
     """Read an image or a label map of any format in docs/files.md, or a DICOM series, as a volume.
 
     kind="image": real voxels, dtype as stored (float32 where the header scales them). kind="label": whole numbers
     as uint8 or int16; floats within 0.001 of one are rounded. Of a file that holds several channels, such as four MR
     sequences along the fourth axis of a NIfTI file, `FILE::2` is the third; a colour picture without such a number is
-    read as grey. DICOM (a folder, `folder::SeriesInstanceUID` or a file that starts or is named as
-    one) is read as `lightm.images.dicom.read_series` says, as an image only.
+    read as grey. DICOM (a folder or zip archive, `folder::SeriesInstanceUID`, or a file that starts or is named as
+    one) is read as `lightm.images.dicom.read_series` says, as an image only; correct_gantry_tilt: as there.
 
     Raises InputError, naming the file, for one that is missing, empty, damaged, of another format, of more than 2^31
     voxels or more than its length or the memory can hold, of more than three axes, with NaN or infinite voxels, or, for
@@ -107,7 +107,7 @@ def read_volume(path: Path | str, *, kind: Kind = "image") -> Volume:
         if path.is_dir() or dicom.is_dicom(path):
             if kind == "label":
                 raise InputError(f"{path}: DICOM is read as an image, not as a label map; convert the labels to NIfTI")
-            volume = dicom.read_series(path)
+            volume = dicom.read_series(path, correct_gantry_tilt=correct_gantry_tilt)
             with naming(path):
                 check_finite(volume.data)
             return volume

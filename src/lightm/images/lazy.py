@@ -188,18 +188,18 @@ class Header:
     whole: bool = False
 
 
-def read_header(path: Path | str) -> Header:
+def read_header(path: Path | str, *, correct_gantry_tilt: bool = False) -> Header:
     """Return shape, place and size of voxels of an image; raises InputError as `read_volume` does, for the header."""
     given, (path, channel) = path, split_path(path)
     if not _is_streamed(path):
-        volume = read_volume(given)
+        volume = read_volume(given, correct_gantry_tilt=correct_gantry_tilt)
         return Header(volume, volume.data.dtype.itemsize, whole=True)
     with nifti.opened(path) as stream:
         stored = nifti.read_stored(stream, path, channel)
         return Header(stored.geometry, stored.dtype.itemsize)
 
 
-def open_volume(path: Path | str, folder: Path | None = None) -> LazyVolume:
+def open_volume(path: Path | str, folder: Path | None = None, *, correct_gantry_tilt: bool = False) -> LazyVolume:
     """Open an image of any format that `read_volume` reads, with its checks and its messages.
 
     folder=None: the file's voxels are held in memory in the file's dtype. Else boxes are read from an uncompressed file
@@ -208,7 +208,7 @@ def open_volume(path: Path | str, folder: Path | None = None) -> LazyVolume:
     """
     given, (path, channel) = path, split_path(path)
     if not _is_streamed(path):
-        return LazyVolume.of(read_volume(given))
+        return LazyVolume.of(read_volume(given, correct_gantry_tilt=correct_gantry_tilt))
     in_file = folder is not None and not nifti.is_packed(path)
     try:
         with nifti.opened(path) as stream:

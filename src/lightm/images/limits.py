@@ -29,9 +29,7 @@ PARSE_ERRORS = (OSError, EOFError, zlib.error, struct.error, ValueError, TypeErr
 
 
 @contextmanager
-def naming(
-    where: Path | str, kind: str = "", faults: tuple[type[Exception], ...] = (), remedy: str = ""
-) -> Iterator[None]:
+def naming(where: object, kind: str = "", faults: tuple[type[Exception], ...] = (), remedy: str = "") -> Iterator[None]:
     """Let InputErrors of the block begin with `where`; `faults` become such: not a readable file of this kind."""
     try:
         yield
@@ -70,21 +68,26 @@ def check_place(steps_mm: tuple[float, ...], affine: np.ndarray) -> None:
         )
 
 
-class _Capped(io.BufferedReader):
+class CappedReader(io.BufferedReader):
+    """A reader for parsers that ask for as many bytes as some length in a file says: it gets what is there.
+
+    Python reserves the memory for a read before it looks at what is left. length: bytes that `raw` gives at most.
+    """
+
+    def __init__(self, raw: io.RawIOBase, length: int) -> None:
+        super().__init__(raw)
+        self._length = length
+
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _LARGE:
-            here = self.tell()
-            size = max(0, min(size, self.seek(0, os.SEEK_END) - here))
-            self.seek(here)
+            size = max(0, min(size, self._length - self.tell()))
         return super().read(size)
 
 
 def opened(file: Path) -> io.BufferedReader:
-    """Open a file for a parser that asks for as many bytes as some length in it says: it gets what is there.
-
-    Python reserves the memory for a read before it looks at what the file has left.
-    """
-    return _Capped(io.FileIO(file))
+    """Open a file for such a parser."""
+    raw = io.FileIO(file)
+    return CappedReader(raw, os.fstat(raw.fileno()).st_size)
 
 
 class MemoryGate:

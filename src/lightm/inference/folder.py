@@ -135,7 +135,7 @@ def predict_folder(
     return [targets[case.id] for case in found]
 
 
-_LOADING = ("overlap", "tta", "window", "device", "max_memory")
+_LOADING = ("overlap", "tta", "window", "device", "max_memory", "correct_gantry_tilt")
 
 
 def _as_loaded(predictor: Predictor, options: PredictOptions) -> PredictOptions:
@@ -151,7 +151,9 @@ def load_predictor(model: Path | str, options: PredictOptions, network: nn.Modul
 
     network: the module, for a model with a network of one's own. Raises InputError as `load_model`.
     """
-    chosen = options.model_dump(include={"overlap", "tta", "max_memory", "window", "postprocess"})
+    chosen = options.model_dump(
+        include={"overlap", "tta", "max_memory", "window", "postprocess", "correct_gantry_tilt"}
+    )
     return Predictor.from_folder(find_model(model), options.device, network=network, **chosen)
 
 

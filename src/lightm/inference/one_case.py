@@ -124,9 +124,17 @@ class Job:
     def read(self, case: Case) -> Images:
         """Read the images of a case, if they may be held as a whole, and take their checksums."""
         started = time.perf_counter()
-        volumes = None if self.options.max_memory is not None else [read_volume(path) for path in case.images]
+        tilt = self.predictor.correct_gantry_tilt
+        volumes = (
+            None
+            if self.options.max_memory is not None
+            else [read_volume(path, correct_gantry_tilt=tilt) for path in case.images]
+        )
         files = [file_record(path, str(path)) for path in case.images]
         return Images(volumes, files, time.perf_counter() - started)
+
+    def _opened(self, case: Case, folder: Path) -> LazyVolume:
+        return open_volume(case.images[0], folder, correct_gantry_tilt=self.predictor.correct_gantry_tilt)
 
     def predict(self, case: Case, reading: Reading[Images]) -> CaseRecord:
         """Predict a case and write its files; the label map comes last, so that it stands for all of them.
@@ -165,7 +173,7 @@ class Job:
         if self.options.statistics or self.options.preview:
             # Opened once more where it is not held, so that its voxels are read by the slice.
             folder = Path(tempfile.gettempdir())
-            image = LazyVolume.of(images.volumes[0]) if images.volumes else open_volume(case.images[0], folder)
+            image = LazyVolume.of(images.volumes[0]) if images.volumes else self._opened(case, folder)
             classes = self.predictor.plan.targets
             if self.options.statistics:
                 statistics = class_statistics(labels, image, classes)

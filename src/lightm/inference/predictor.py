@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ class Predictor:
     mean and standard deviation over all voxels first, and convolutions and upsampling look ahead, so slabs would not
     give the network's answer. A network trained on patches then sees statistics of a size that it was not trained on.
 
+    correct_gantry_tilt: resample a tilted DICOM series onto a straight grid, on which its label map lies too.
+
     >>> import torch
     >>> plan = lightm.plan(lightm.phantoms("xray", folder / "data", cases=2, size=32), patch_size=[32, 32])
     >>> predictor = lightm.Predictor(torch.nn.Conv2d(1, 2, 3, padding=1), plan)
@@ -69,6 +71,7 @@ class Predictor:
         rules: Sequence[Step | Sequence[int]] = (),
         max_memory: int | None = None,
         window: Window = "patch",
+        correct_gantry_tilt: bool = False,
     ) -> None:
         if not 0 <= overlap < 1:
             raise InputError(f"overlap={overlap}: expected a share of the patch of at least 0 and below 1, such as 0.5")
@@ -79,7 +82,7 @@ class Predictor:
         self.device = resolve_device(device)
         self.network = network.to(self.device).eval()
         self.plan, self.overlap, self.tta, self.rules = plan, overlap, tuple(tta), rules
-        self.max_memory, self.window = max_memory, window
+        self.max_memory, self.window, self.correct_gantry_tilt = max_memory, window, correct_gantry_tilt
         self.source: Path | None = None  # the model folder or file that it was loaded from
         self._measured: dict[tuple[int, ...], int] = {}
 
@@ -94,6 +97,7 @@ class Predictor:
         max_memory: int | None = None,
         window: Window = "patch",
         postprocess: bool = True,
+        correct_gantry_tilt: bool = False,
         network: nn.Module | None = None,
     ) -> Predictor:
         """Load a model folder; raises InputError, naming the file, for one that is missing or damaged.
@@ -114,7 +118,8 @@ class Predictor:
                 f"{model_dir}: tta: this model was not trained with mirroring, and averaging over flips would spoil "
                 "its labels; predict without it, or train with augment: {mirror_axes: [...]}"
             )
-        made = cls(network, plan, device, overlap=overlap, tta=axes, rules=rules, max_memory=max_memory, window=window)
+        more: dict[str, Any] = {"max_memory": max_memory, "window": window, "correct_gantry_tilt": correct_gantry_tilt}
+        made = cls(network, plan, device, overlap=overlap, tta=axes, rules=rules, **more)
         made.source = Path(model_dir)
         return made
 
@@ -166,7 +171,7 @@ class Predictor:
         NIfTI images are never held as a whole in another dtype than the file's and, where a limit asks for it, not held
         at all. Raises InputError as `read_volume` too.
         """
-        headers = [read_header(path) for path in paths]
+        headers = [read_header(path, correct_gantry_tilt=self.correct_gantry_tilt) for path in paths]
         # PNG and DICOM are there already; they are counted by what the process holds.
         itemsize = sum(0 if header.whole else header.itemsize for header in headers)
 

@@ -62,6 +62,7 @@ class _Choices(Options):
     max_memory: Annotated[int | None, BeforeValidator(_bytes)] = Field(
         None, ge=1, description="Limit of the process, such as 2GB.", json_schema_extra={"text": True}
     )
+    correct_gantry_tilt: bool = Field(False, description="Resample a tilted DICOM series onto a straight grid.")
     save_probabilities: bool = Field(False, description="Write probabilities/CASE.nii.gz too.")
     statistics: bool = Field(False, description="Write statistics.csv and .json: volumes, intensities, places.")
     preview: bool = Field(False, description="Write previews/CASE.png: slices with contours.")
@@ -198,15 +199,15 @@ def describe_model(model_dir: Path) -> ModelRecord:
 
 
 def file_record(path: Path, name: str) -> FileRecord:
-    """Return size and SHA-256 of a file, or of all DICOM files of a folder or `folder::UID`; reads them once.
+    """Return size and SHA-256 of a file or archive, or of all DICOM files of a folder or `folder::UID`; read once.
 
     Raises InputError for a file that cannot be read.
     """
     folder, _ = dicom.split_source(path)
     if not folder.is_dir():
-        size, digest = file_hash(split_path(path)[0]).split(":")
+        size, digest = file_hash(folder if folder.is_file() else split_path(path)[0]).split(":")
         return FileRecord(path=name, bytes=int(size), sha256=digest)
-    contents = {file.name: file_hash(file) for file in dicom_files(folder)}
+    contents = {file.name: file_hash(file) for file in dicom_files(folder) if isinstance(file, Path)}
     whole = hashlib.sha256("".join(f"{file}\0{content}\n" for file, content in contents.items()).encode())
     total = sum(int(content.partition(":")[0]) for content in contents.values())
     return FileRecord(path=name, bytes=total, sha256=whole.hexdigest())

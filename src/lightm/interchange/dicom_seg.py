@@ -18,7 +18,7 @@ from lightm.datasets.cases import Case
 from lightm.errors import InputError, LightMError
 from lightm.evaluation.figures import CLASS_COLOURS
 from lightm.files import replacing
-from lightm.images.dicom import Series, Stack, find_series, is_dicom, stack_series
+from lightm.images.dicom import Series, Stack, TiltError, find_series, is_dicom, stack_series
 from lightm.images.dicom_files import MULTI_FRAME, PROJECTIONS, Header, pydicom_module, quietly, reason, text
 from lightm.images.volume import Volume, geometry_difference
 from lightm.inference.folder import CaseWriter
@@ -104,7 +104,13 @@ class _Writer:
         self.classes = {name: value for name, value in ordered if value != 0}
         if not self.classes:
             raise InputError("a DICOM-SEG needs at least one class beside the background")
-        self.stack = stack_series(series)
+        try:
+            self.stack = stack_series(series)
+        except TiltError:
+            raise InputError(
+                f"{series.folder}: the slices are sheared (gantry tilt), and a label map lies on a straight grid, "
+                "so that no DICOM-SEG can refer to them; predict without --dicom-seg"
+            ) from None
         self.datasets, self.order = _referenced(series, self.stack)
         self.where, self.model, self.colours = series.folder, model, colours
         blank = np.broadcast_to(np.uint8(0), self.stack.shape)
