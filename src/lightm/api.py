@@ -147,14 +147,15 @@ def plan(
 _LOADING = ("device", "overlap", "tta", "window", "postprocess", "max_memory", "correct_gantry_tilt")
 
 
-def load(model: Path | str, *, network: nn.Module | None = None, **options: Any) -> Predictor:
+def load(model: Path | str | Sequence[Path | str], *, network: nn.Module | None = None, **options: Any) -> Predictor:
     """Return a model ready to segment: `predictor("scan.nii.gz")` is a label map, `predictor.network` the module.
 
-    model: a model folder or single-file model, or the run folder that holds one. network: the module, for a model that
-    was trained with a network of one's own; the weights are loaded into it. options: device, overlap, tta, window,
-    postprocess, max_memory ("2GB"), correct_gantry_tilt, as `PredictOptions`. One file or Volume per channel is given
-    to the predictor; the result has the geometry of the first. Raises InputError, naming the file, for a missing or
-    damaged model.
+    model: a model folder or single-file model, or the run folder that holds one; or several, such as the folds of one
+    data set, whose probabilities are averaged. network: the module, for a model that was trained with a network of
+    one's own; the weights are loaded into it. options: device, overlap, tta, window, postprocess, max_memory ("2GB"),
+    correct_gantry_tilt, as `PredictOptions`. One file or Volume per channel is given to the predictor; the result has
+    the geometry of the first. Raises InputError, naming the file, for a missing or damaged model, and for models that
+    do not fit together.
 
     >>> data = lightm.phantoms("xray", folder / "data", cases=4, size=32)
     >>> options = {"epochs": 1, "steps_per_epoch": 1, "val_patches": 1, "patch_size": [32, 32], "test": False}
@@ -170,7 +171,7 @@ def load(model: Path | str, *, network: nn.Module | None = None, **options: Any)
 
 
 def predict(
-    model: Path | str | Predictor,
+    model: Path | str | Sequence[Path | str] | Predictor,
     inputs: Path | str | Sequence[Path | str],
     out: Path | str,
     *,
@@ -180,7 +181,8 @@ def predict(
 ) -> list[Path]:
     """Segment every case in `inputs`, each in its own geometry, and return the label maps in `out`, sorted by case.
 
-    model: a model folder or single-file model, the run folder that holds one, or a Predictor of `lightm.load`. inputs:
+    model: a model folder or single-file model, the run folder that holds one, several of these, whose probabilities are
+    averaged, or a Predictor of `lightm.load`. inputs:
     an image, a folder of images, DICOM series, a data set, a list in a .txt or .csv file, or several of these. options:
     a PredictOptions, or its fields as `more`. A case that fails is left out and the others go on; the call ends with
     one LightMError that lists all of them. Raises InputError before anything is written for a wrong model, input or

@@ -167,13 +167,16 @@ def predict(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the label maps.")],
     model: Annotated[
-        Path, typer.Option("--model", "-m", help="Model folder or file, or the run folder that holds it.")
+        list[Path],
+        typer.Option(
+            "--model", "-m", help="Model folder or file, or the run folder that holds it; several are averaged."
+        ),
     ],
     as_json: Json = False,
     *,
     given: dict[str, Any],
 ) -> None:
-    """Segment images with a trained model, back into each file's own geometry.
+    """Segment images with a trained model, or with the mean of several, back into each file's own geometry.
 
     A case that fails is reported and the others go on; the exit code is then 1.
 

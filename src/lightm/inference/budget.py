@@ -77,6 +77,7 @@ class CaseSize:
 
     shape: the image in canonical orientation. grid: the same at the plan's spacing. patch: one window. itemsize: bytes
     per voxel of all channels as they are held, 0 for images that the caller holds. rules: there is post-processing.
+    models: of an ensemble, whose largest grid and patch are given.
     """
 
     shape: tuple[int, ...]
@@ -88,6 +89,7 @@ class CaseSize:
     label_itemsize: int = 1
     rules: bool = False
     probabilities: bool = False
+    models: int = 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,10 @@ def case_bytes(case: CaseSize, window_bytes: int, held: MemoryPlan) -> int:
     hand_on += native_space.probability_bytes(case.classes, case.shape) * case.probabilities
     # The network's activations are gone when classes are found, and the sums of one band are written.
     predict = voxels * case.label_itemsize + grid + raw * (not resampled)
-    predict += max(sums + run, sums * held.sums + hand_on)
+    if case.models == 1:
+        predict += max(sums + run, sums * held.sums + hand_on)
+    else:  # while one network runs, all others hold their sums and what is not handed on yet
+        predict += (case.models - 1) * grid + raw * resampled + case.models * (sums + hand_on) + run
     clean = voxels * (case.label_itemsize + _RULES_BYTES) * case.rules
     return max(raw + grid + prepare, predict, clean)
 

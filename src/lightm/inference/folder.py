@@ -38,8 +38,12 @@ from lightm.progress import Progress
 _log = logging.getLogger(__name__)
 
 
+Models = Path | str | Sequence[Path | str]
+"""A model folder, file or run, or several of them, whose probabilities are averaged."""
+
+
 def predict_folder(
-    model: Path | str | Predictor,
+    model: Models | Predictor,
     inputs: Path | str | Sequence[Path | str],
     out: Path | str,
     *,
@@ -50,10 +54,11 @@ def predict_folder(
 ) -> list[Path]:
     """Segment every case in `inputs` and return the label maps in `out` that are done, sorted by case.
 
-    model: a model folder, a file that `lightm export` wrote, the run folder that holds one, or a Predictor made of one
-    of these, whose own options for loading hold then. inputs: what `find_cases` takes: an image; a folder of
-    CASE_0000.EXT, CASE_0001.EXT, ... (CASE.EXT with one channel); a dataset, whose imagesTs is taken; with `cases`,
-    only these ids, from imagesTr too; DICOM series, which give CASE.nii.gz; a .txt or .csv list; or several of these.
+    model: a model folder, a file that `lightm export` wrote, the run folder that holds one, several of these as an
+    ensemble, or a Predictor made of them, whose own options for loading hold then. inputs: what `find_cases` takes: an
+    image; a folder of CASE_0000.EXT, CASE_0001.EXT, ... (CASE.EXT with one channel); a dataset, whose imagesTs is
+    taken; with `cases`, only these ids, from imagesTr too; DICOM series, which give CASE.nii.gz; a .txt or .csv list;
+    or several of these.
     options: an object, or its fields as `more`. progress("predict", done, total) counts cases, progress("windows",
     done, total) the windows of the present case; a line per case and one at the end are logged.
 
@@ -90,7 +95,8 @@ def predict_folder(
         predictor, chosen = model, _as_loaded(model, chosen)
     else:
         predictor = load_predictor(model, chosen)
-    if predictor.source is None:
+    sources = [one.source for one in predictor.models if one.source is not None]
+    if len(sources) < len(predictor.models):
         raise InputError("a Predictor without a file: save its network as a model and load that, so that it is known")
     found = find_cases(given, predictor.plan.channels, cases=chosen.cases)
     targets = {case.id: out / (case.id + _result_suffix(case)) for case in found}
@@ -99,7 +105,7 @@ def predict_folder(
         **{name: getattr(chosen, name) for name in RecordedOptions.model_fields if name != "second_file"},
         second_file=extra_writer is not None,
     ).model_copy(update={"device": str(predictor.device)})
-    described = records.describe_model(predictor.source)
+    described = records.describe_models(sources)
     record = records.new_record(described, [str(path) for path in given], out, recorded)
     with contextlib.ExitStack() as stack:
         if not out.exists():
@@ -146,15 +152,22 @@ def _as_loaded(predictor: Predictor, options: PredictOptions) -> PredictOptions:
     return options.model_copy(update=loaded | {"tta": bool(predictor.tta)})
 
 
-def load_predictor(model: Path | str, options: PredictOptions, network: nn.Module | None = None) -> Predictor:
-    """Return the model of a model folder, single file or run with the options that concern it.
+def load_predictor(model: Models, options: PredictOptions, network: nn.Module | None = None) -> Predictor:
+    """Return the model of a model folder, single file or run, or an ensemble of several, with the options for loading.
 
-    network: the module, for a model with a network of one's own. Raises InputError as `load_model`.
+    network: the module, for a model with a network of one's own. Raises InputError as `load_model` and
+    `Predictor.ensemble`.
     """
     chosen = options.model_dump(
         include={"overlap", "tta", "max_memory", "window", "postprocess", "correct_gantry_tilt"}
     )
-    return Predictor.from_folder(find_model(model), options.device, network=network, **chosen)
+    given = [model] if isinstance(model, str | Path) else list(model)
+    if not given:
+        raise InputError("no model; give a model folder, a run, or several of them")
+    if network is not None and len(given) > 1:
+        raise InputError("network: one module cannot hold the weights of several models; give one model")
+    loaded = [Predictor.from_folder(find_model(one), options.device, network=network, **chosen) for one in given]
+    return loaded[0] if len(loaded) == 1 else Predictor.ensemble(loaded)
 
 
 def _run(job: Job, record: Record, found: list[Case], out: Path, progress: Progress | None) -> None:

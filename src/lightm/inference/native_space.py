@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import nibabel
 import numpy as np
@@ -70,28 +70,25 @@ def class_indices(
     slabs: Iterable[Tensor],
     grid_shape: Sequence[int],
     shape: Sequence[int],
-    *,
-    values: Sequence[int] | None = None,
-    regions_class_order: Sequence[int] = (),
-    out: np.ndarray | None = None,
-    sink: Callable[[Tensor], None] | None = None,
+    **how: Any,
 ) -> np.ndarray:
-    """Return the label map (*shape) uint8, with logits interpolated linearly from `grid_shape` to `shape`.
+    """Return the label map (*shape) uint8 of slabs of logits: `native_logits`, then `write_labels`, which takes `how`.
+
+    Memory: the result unless `out`, and a few times 8 MB or one slice of all classes.
+    """
+    return write_labels(native_logits(slabs, grid_shape, shape), shape, **how)
+
+
+def native_logits(slabs: Iterable[Tensor], grid_shape: Sequence[int], shape: Sequence[int]) -> Iterator[Tensor]:
+    """Yield logits (K, n, *rest) of the next n slices of `shape`, interpolated linearly from those of `grid_shape`.
 
     slabs: logits (K, depth, *rest), which joined along axis 1 have `grid_shape`; at most 256 classes. Both grids cover
     the same space and voxels are boxes, as in `lightm.preparation.resample`; beyond the outermost centres logits
     stay constant. Equal shapes are not interpolated. Between two classes this puts the border where their
-    logits meet, finer than the voxels of the network's grid.
-
-    values, regions_class_order: as in `label_map`, which decides slab by slab. out: where to write, of `shape`, such as
-    a view of a map in another orientation. sink: given the logits (K, n, *rest) of the next n slices of `shape`, in
-    order. The chunks that are computed together depend on the shapes alone.
-
-    Memory: the result unless `out`, and a few times 8 MB or one slice of all classes.
+    logits meet, finer than the voxels of the network's grid. How many slices come together depends on K and `shape`
+    alone.
     """
     grid_shape, shape = tuple(grid_shape), tuple(shape)
-    result = np.empty(shape, dtype=np.uint8) if out is None else out
-    written = None if values is None else np.asarray(values, result.dtype)
     low, high, share = linear_neighbours(grid_shape[0], shape[0])
     held: Tensor | None = None  # the slices of the network's grid that are still needed, from `first` on
     first = done = 0
@@ -107,13 +104,46 @@ def class_indices(
             if grid_shape[1:] != shape[1:]:
                 mode = "bilinear" if len(shape) == 3 else "linear"
                 logits = functional.interpolate(logits, shape[1:], mode=mode, align_corners=False)
-            result[piece] = label_map(logits, written, regions_class_order=regions_class_order)
-            if sink is not None:
-                sink(logits)
+            yield logits
             done = stop
         kept = min(int(low[done]), first + held.shape[1]) if done < len(low) else first + held.shape[1]
         held = held[:, kept - first :]
         first = kept
+
+
+def mean_probabilities(models: Sequence[Iterator[Tensor]], *, regions: bool) -> Iterator[Tensor]:
+    """Yield the mean of several models' probabilities (K, n, *rest), from the logits that each yields of one image."""
+    for logits in zip(*models, strict=True):
+        total = to_probabilities(logits[0], regions=regions)
+        for more in logits[1:]:
+            total += to_probabilities(more, regions=regions)
+        yield total.div_(len(models))
+
+
+def write_labels(
+    scores: Iterable[Tensor],
+    shape: Sequence[int],
+    *,
+    values: Sequence[int] | None = None,
+    regions_class_order: Sequence[int] = (),
+    probabilities: bool = False,
+    out: np.ndarray | None = None,
+    sink: Callable[[Tensor], None] | None = None,
+) -> np.ndarray:
+    """Return the label map (*shape) uint8 of scores (K, n, *rest), which come in the order of the slices.
+
+    values, regions_class_order, probabilities: as in `label_map`. out: where to write, of `shape`, such as a view of a
+    map in another orientation. sink: is given the scores after their labels were written.
+    """
+    result = np.empty(tuple(shape), dtype=np.uint8) if out is None else out
+    written = None if values is None else np.asarray(values, result.dtype)
+    done = 0
+    for part in scores:
+        piece = slice(done, done + part.shape[1])
+        result[piece] = label_map(part, written, regions_class_order=regions_class_order, probabilities=probabilities)
+        if sink is not None:
+            sink(part)
+        done = piece.stop
     return result
 
 
@@ -155,20 +185,24 @@ class ProbabilityFile:
     Raises InputError for a name that is not .nii or .nii.gz, LightMError when the disk refuses. Memory: some 10 MB.
     """
 
-    def __init__(self, path: Path, native: Volume, classes: int, *, regions: bool = False) -> None:
+    def __init__(
+        self, path: Path, native: Volume, classes: int, *, regions: bool = False, probabilities: bool = False
+    ) -> None:
         check_path(path)
         if max(*native.shape, classes) > 32767:
             raise InputError(f"{path}: NIfTI-1 holds at most 32767 voxels along an axis, got shape {native.shape}")
-        self.path, self.native, self.classes, self.regions = path, native, classes, regions
+        self.path, self.native, self.classes = path, native, classes
+        self.regions, self.probabilities = regions, probabilities  # probabilities: whether `add` is given them
         first, *rest = native.to_canonical().shape
         with disk_refusals(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         self._stored = DiskArray((first, classes, *rest), np.uint8, path.parent)
         self._done = 0
 
-    def add(self, logits: Tensor) -> None:
-        """Take the logits (K, n, *rest) of the next n slices of the canonical image."""
-        found = to_probabilities(logits, regions=self.regions).mul_(255).round_().to(torch.uint8)
+    def add(self, scores: Tensor) -> None:
+        """Take the logits or probabilities (K, n, *rest) of the next n slices of the canonical image."""
+        known = scores if self.probabilities else to_probabilities(scores, regions=self.regions)
+        found = known.mul(255).round_().to(torch.uint8)
         parts = found.transpose(0, 1).contiguous().numpy()
         box = (slice(self._done, self._done + len(parts)), *(slice(0, size) for size in self._stored.shape[1:]))
         self._stored.write(box, parts)

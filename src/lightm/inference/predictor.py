@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,13 @@ from lightm.errors import InputError, LightMError
 from lightm.images.lazy import LazyVolume, open_volume, read_header
 from lightm.images.volume import Volume
 from lightm.inference import budget
-from lightm.inference.native_space import ProbabilityFile, check_path, class_indices
+from lightm.inference.native_space import (
+    ProbabilityFile,
+    check_path,
+    mean_probabilities,
+    native_logits,
+    write_labels,
+)
 from lightm.inference.postprocess import Change, Step, apply_rules, read_postprocess
 from lightm.inference.sliding import WindowProgress, logit_slabs, window_logits
 from lightm.nets import folder as model_folder
@@ -84,7 +91,36 @@ class Predictor:
         self.plan, self.overlap, self.tta, self.rules = plan, overlap, tuple(tta), rules
         self.max_memory, self.window, self.correct_gantry_tilt = max_memory, window, correct_gantry_tilt
         self.source: Path | None = None  # the model folder or file that it was loaded from
+        self.others: tuple[Predictor, ...] = ()  # of an ensemble
         self._measured: dict[tuple[int, ...], int] = {}
+
+    @classmethod
+    def ensemble(cls, models: Sequence[Predictor]) -> Predictor:
+        """Return a Predictor whose probabilities are the mean of those of several models, such as the folds of one set.
+
+        models: of the same channels and classes or regions; their spacings, patches and networks may differ. Options
+        that are not a model's own (max_memory, window, ...) are the first one's. Post-processing is applied where all
+        models have the same. Raises InputError for models that do not fit together, naming two. Memory: one network's
+        activations at a time, and the sums of logits of one patch depth for each model.
+        """
+        first = models[0]
+        for other in models[1:]:
+            for what in ("spatial_dims", "channels", "labels", "regions", "regions_class_order"):
+                a, b = getattr(first.plan, what), getattr(other.plan, what)
+                if a != b:
+                    where = f"{first.source or 'the first model'} and {other.source or 'another'}"
+                    raise InputError(f"{where}: cannot be averaged, their {what} differ: {a} and {b}")
+        made = copy.copy(first)
+        made.others, made._measured = tuple(models[1:]), {}
+        if any(other.rules != first.rules for other in made.others):
+            _log.info("the models were saved with different post-processing: none is applied to their mean")
+            made.rules = ()
+        return made
+
+    @property
+    def models(self) -> tuple[Predictor, ...]:
+        """The models whose probabilities are averaged; this one alone where it is no ensemble."""
+        return (self, *self.others)
 
     @classmethod
     def from_folder(
@@ -206,66 +242,83 @@ class Predictor:
         # Geometry alone, so that the image can go before the end.
         native = geometries[0].with_data(np.broadcast_to(np.zeros((), geometries[0].data.dtype), geometries[0].shape))
         canonical = native.to_canonical()
-        shape = resampled_shape(canonical.shape, canonical.spacing_mm, self.plan.spacing_mm)
-        # The smallest window that holds the whole grid and that three poolings halve to whole voxels.
-        whole = tuple(-(-size // MULTIPLE) * MULTIPLE for size in shape)
+        grids = [resampled_shape(canonical.shape, canonical.spacing_mm, one.plan.spacing_mm) for one in self.models]
+        patches = [one._window(grid) for one, grid in zip(self.models, grids, strict=True)]
         case = budget.CaseSize(
             shape=canonical.shape,
-            grid=shape,
-            patch=tuple(self.plan.patch_size) if self.window == "patch" else whole,
+            grid=tuple(map(max, *grids)) if self.others else grids[0],
+            patch=tuple(map(max, *patches)) if self.others else patches[0],
             classes=len(self.plan.outputs),
             channels=len(geometries),
             itemsize=itemsize,
             label_itemsize=dtype.itemsize,
             rules=bool(self.rules),
             probabilities=probabilities is not None,
+            models=len(self.models),
         )
         del geometries
         held = budget.MemoryPlan() if self.max_memory is None else self._within(case, self.max_memory)
         folder = Path(tempfile.gettempdir())
         images = opened(None if held.voxels else folder)
-        grid = NetworkGrid(images, self.plan, None if held.grid else folder)
-        del images
+        prepared: list[NetworkGrid] = []
         data = np.zeros(native.shape, dtype)
+        regions, several = bool(self.plan.regions), bool(self.others)
         soft = None
-        if probabilities is not None:
-            soft = ProbabilityFile(Path(probabilities), native, len(self.plan.outputs), regions=bool(self.plan.regions))
         try:
-            slabs = logit_slabs(
-                self.network,
-                grid,
-                patch_size=case.patch,
-                overlap=self.overlap,
-                mirror_axes=self.tta,
-                device=self.device,
-                progress=progress,
-                folder=None if held.sums else folder,
-            )
-            class_indices(
-                self._checked(slabs),
-                shape,
+            if probabilities is not None:
+                soft = ProbabilityFile(
+                    Path(probabilities), native, len(self.plan.outputs), regions=regions, probabilities=several
+                )
+            counts = _Counts(progress, len(self.models))
+            found = []
+            for index, (one, grid, patch) in enumerate(zip(self.models, grids, patches, strict=True)):
+                prepared.append(NetworkGrid(images, one.plan, None if held.grid else folder))
+                slabs = logit_slabs(
+                    one.network,
+                    prepared[-1],
+                    patch_size=patch,
+                    overlap=self.overlap,
+                    mirror_axes=one.tta,
+                    device=self.device,
+                    progress=counts.of(index),
+                    folder=None if held.sums else folder,
+                )
+                found.append(native_logits(one._checked(slabs), grid, canonical.shape))
+            del images
+            write_labels(
+                mean_probabilities(found, regions=regions) if several else found[0],
                 canonical.shape,
                 values=values,
                 regions_class_order=self.plan.regions_class_order,
+                probabilities=several,
                 out=native.with_data(data).to_canonical().data,  # a view: no second map is needed to turn it
                 sink=None if soft is None else soft.add,
             )
-            grid.close()
+            for made in prepared:
+                made.close()
             if soft is not None:
                 soft.finish()
             cleaned = apply_rules(data, self.rules, native.spacing_mm, in_place=True, changes=changes)
             return native.with_data(cleaned)
         finally:
-            grid.close()
+            for made in prepared:
+                made.close()
             if soft is not None:
                 soft.close()
+
+    def _window(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """The window for a grid: the patch, or the smallest that holds it and that three poolings halve evenly."""
+        if self.window == "patch":
+            return tuple(self.plan.patch_size)
+        return tuple(-(-size // MULTIPLE) * MULTIPLE for size in grid)
 
     def _within(self, case: budget.CaseSize, limit: int) -> budget.MemoryPlan:
         """Return what can be held in memory under the limit; raises InputError where nothing is enough."""
         part = tuple(max(MULTIPLE, -(-size // (2 * MULTIPLE)) * MULTIPLE) for size in self.plan.patch_size)
         try:
-            if part not in self._measured:
-                self._call(part)  # kernels are compiled, which takes memory of its own
+            for one in self.models:
+                if part not in one._measured:
+                    one._call(part)  # kernels are compiled, which takes memory of its own
             least = self._measure(part)
         except InputError:
             raise
@@ -299,6 +352,12 @@ class Predictor:
         return chosen
 
     def _measure(self, patch: tuple[int, ...]) -> int | None:
+        """What one call of the network on a patch needs, of an ensemble the largest; None where it is unknown."""
+        each = [self._measure_own(patch), *(other._measure(patch) for other in self.others)]
+        known = [size for size in each if size is not None]
+        return max(known) if len(known) == len(each) else None
+
+    def _measure_own(self, patch: tuple[int, ...]) -> int | None:
         if patch not in self._measured and (found := budget.call_bytes(lambda: self._call(patch))) is not None:
             self._measured[patch] = found
         return self._measured.get(patch)
@@ -317,3 +376,21 @@ class Predictor:
                     f"({', '.join(self.plan.outputs)})"
                 )
             yield slab
+
+
+class _Counts:
+    """The windows of several models as one count. A model that has not begun counts as many as the first."""
+
+    def __init__(self, progress: WindowProgress | None, models: int) -> None:
+        self._progress, self._done, self._total = progress, [0] * models, [0] * models
+
+    def of(self, model: int) -> WindowProgress | None:
+        progress = self._progress
+        if progress is None:
+            return None
+
+        def count(done: int, total: int) -> None:
+            self._done[model], self._total[model] = done, total
+            progress(sum(self._done), sum(known or self._total[0] for known in self._total))
+
+        return count

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,13 +39,17 @@ class _Part(BaseModel):
 
 
 class ModelRecord(_Part):
-    """Which model. sha256: over network, plan, post-processing and weights, all that makes its label maps."""
+    """Which model. sha256: over network, plan, post-processing and weights, all that makes its label maps.
+
+    models: those of an ensemble, each by itself; its own checksums are over theirs.
+    """
 
     path: str
     name: str
     dataset: str
     sha256: str
     weights_sha256: str
+    models: list[ModelRecord] = Field(default_factory=list)
 
 
 def _bytes(given: Any) -> Any:
@@ -196,6 +201,20 @@ def describe_model(model_dir: Path) -> ModelRecord:
         sha256=hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest(),
         weights_sha256=str(info["weights_sha256"]),
     )
+
+
+def describe_models(models: Sequence[Path]) -> ModelRecord:
+    """Return `describe_model` of a model, or of several as one: an ensemble."""
+    each = [describe_model(model) for model in models]
+    if len(each) == 1:
+        return each[0]
+    sums = {
+        key: hashlib.sha256(" ".join(getattr(one, key) for one in each).encode()).hexdigest()
+        for key in ("sha256", "weights_sha256")
+    }
+    names = ", ".join(dict.fromkeys(one.name for one in each))
+    path = ", ".join(one.path for one in each)
+    return ModelRecord(path=path, name=f"mean of {len(each)}: {names}", dataset=each[0].dataset, models=each, **sums)
 
 
 def file_record(path: Path, name: str) -> FileRecord:

@@ -23,7 +23,7 @@ from lightm.images.dicom_files import MULTI_FRAME, PROJECTIONS, Header, pydicom_
 from lightm.images.volume import Volume, geometry_difference
 from lightm.inference.folder import CaseWriter
 from lightm.inference.predictor import Predictor
-from lightm.inference.record import describe_model
+from lightm.inference.record import describe_models
 from lightm.interchange.segment_codes import segment_code
 from lightm.labels import Values, each_value, mask_of
 
@@ -85,8 +85,8 @@ def seg_writer_of_model(predictor: Predictor) -> CaseWriter:
     """Return `seg_writer` for the labels and the network's name of a model; InputError where highdicom is missing."""
     _highdicom()
     name = ""
-    if predictor.source is not None:
-        found = describe_model(predictor.source)
+    if sources := [one.source for one in predictor.models if one.source is not None]:
+        found = describe_models(sources)
         name = " ".join(part for part in (found.name, found.dataset) if part)
     return seg_writer(predictor.plan.targets, model=name)
 
