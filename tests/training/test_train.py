@@ -19,7 +19,7 @@ from lightm.errors import InputError, LightMError
 from lightm.nets import load_model
 from lightm.preparation.plan import make_plan
 from lightm.training import resume_training, train_model
-from lightm.training.checkpoint_io import load_checkpoint
+from lightm.training.checkpoint_io import load_checkpoint, save_checkpoint
 from lightm.training.config import Recipe, TrainConfig, load_config, parse_duration
 from lightm.training.loop import Training
 from tests.helpers import make_balls
@@ -317,7 +317,17 @@ def test_a_run_of_an_earlier_version_is_resumed(balls: Path, tmp_path: Path) -> 
     old = {**now, "settings": settings, "max_time_s": now.pop("max_time"), "epochs_given": True}
     old.pop("max_time")
     (run / "config.yaml").write_text(yaml.safe_dump(old), encoding="utf-8")
+    last = load_checkpoint(run / "checkpoints" / "last.ckpt")
+    (dice,) = last["lightm"].pop("dice")
+    del last["lightm"]["best_epoch"], last["lightm"]["watched"]
+    last["lightm"].update(ema_dice=dice, best_dice=dice, waited=0)
+    save_checkpoint(last, run / "checkpoints" / "last.ckpt")
+    rows = (run / "history.csv").read_text(encoding="utf-8")
+    (run / "history.csv").write_text(rows.replace("pseudo_dice_smoothed", "pseudo_dice_ema"), encoding="utf-8")
     assert resume_training(run, epochs=2).epochs == 2
+    first, second = history(run)
+    assert float(first["pseudo_dice_smoothed"]) == dice
+    assert second["pseudo_dice_smoothed"] == second["pseudo_dice"]
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("15m", 900), ("1h30m", 5400), (12, 12), ("7", 7)])

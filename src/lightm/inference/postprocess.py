@@ -65,13 +65,14 @@ Step = KeepLargest | DropSmall | FillHoles
 class Trial(BaseModel):
     """A step that was tried on the validation cases, upon those taken before, and what came of it.
 
-    gain: rise of the mean DSC for each label value. better, worse: cases in which the mean DSC over the step's classes
-    rises and falls; p: of the one-sided sign test on these. why: what speaks against the step, or for it.
+    what: the step in words. why: what speaks against it, or for it. gain: rise of the mean DSC for each label value.
+    better, worse: cases in which the mean DSC over the step's classes rises and falls; p: of the one-sided sign test.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: Annotated[Step, Field(discriminator="rule")]
+    what: str
     taken: bool
     why: str
     gain: dict[int, _Number] = {}
