@@ -24,7 +24,9 @@ def test_the_demo_goes_from_phantoms_to_a_report_and_replaces_only_itself(tmp_pa
     assert set(result.evaluation.cases) == set(result.training.split.test)
     assert json.loads((out / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
     described = json.loads((out / "model" / "model.json").read_text(encoding="utf-8"))
-    assert described["postprocess"]["cases"] == len(result.training.split.val)
+    assert described["postprocess"]["steps"] == []
+    assert described["postprocess"]["why"].endswith("fewer than 10")
+    assert "Post-processing" in result.report.read_text(encoding="utf-8")
     with pytest.raises(InputError, match="--overwrite"):
         demo(out, max_time="2s", cases=6, size=32)
     again = demo(out, max_time="2s", cases=6, size=32, overwrite=True)

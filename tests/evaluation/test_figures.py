@@ -25,6 +25,7 @@ HISTORY = {
     "pseudo_dice_smoothed": [0.1, 0.14, 0.186],
     "lr": [1e-3, 6e-4, 2e-4],
     "epoch_seconds": [5.0, 4.0, 4.5],
+    "whole_case_dice": [np.nan, 0.4, np.nan],
     "pseudo_dice/organ": [0.2, 0.6, 0.7],
     "pseudo_dice/lesion": [0.0, 0.4, 0.5],
 }
@@ -33,10 +34,11 @@ HISTORY = {
 def test_curves_show_every_column() -> None:
     loss, dice, rate, seconds = curves(HISTORY).axes
     lines = {line.get_label(): line for line in (*loss.lines, *dice.lines)}
-    assert set(lines) == {"training", "validation", "organ", "lesion", "mean", "moving average"}
+    assert set(lines) == {"training", "validation", "organ", "lesion", "mean", "smoothed mean", "whole cases"}
     np.testing.assert_array_equal(lines["training"].get_xydata(), [[0, 3], [1, 2], [2, 1]])
     np.testing.assert_array_equal(lines["validation"].get_xydata(), [[0, 3.5], [2, 1.5]])  # joined over the gap
     np.testing.assert_array_equal(lines["smoothed mean"].get_ydata(), HISTORY["pseudo_dice_smoothed"])
+    np.testing.assert_array_equal(lines["whole cases"].get_xydata(), [[1, 0.4]])
     assert lines["smoothed mean"].get_linewidth() > lines["mean"].get_linewidth()
     np.testing.assert_array_equal(rate.lines[0].get_ydata(), HISTORY["lr"])
     np.testing.assert_array_equal(seconds.lines[0].get_ydata(), HISTORY["epoch_seconds"])

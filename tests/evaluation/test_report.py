@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -53,6 +54,25 @@ def read(path: Path) -> Page:
     page = Page(path.read_text(encoding="utf-8"))
     assert not page.open
     return page
+
+
+def test_report_says_what_whole_validation_cases_chose(make_run: Callable[..., Path]) -> None:
+    run = make_run(evaluate=False)
+    assert "whole validation cases chose" not in read(write_report(run)).text
+    (run / "model").mkdir()
+    model: dict[str, Any] = {"training": {}, "postprocess": {"steps": [], "why": "3 validation cases, fewer than 10"}}
+    (run / "model" / "model.json").write_text(json.dumps(model), encoding="utf-8")
+    assert "Here: 3 validation cases, fewer than 10." in read(write_report(run)).text
+    dsc = {"best": {"organ": 0.91, "lesion": 0.42}, "last": {"organ": 0.93, "lesion": 0.44}}
+    whole = {"cases": 12, "kept": "last", "epochs": {"best": 7, "last": 9}, "dsc": dsc}
+    trial = {"step": {"rule": "fill_holes", "value": 1}, "what": "fill holes in <organ>", "taken": False, "why": "no"}
+    record = {"cases": 12, "dsc_before": {"1": 0.93, "2": 0.44}, "dsc_after": {"1": 0.93, "2": 0.57}, "tried": [trial]}
+    model = {"training": {"whole_cases": whole}, "postprocess": record}
+    (run / "model" / "model.json").write_text(json.dumps(model), encoding="utf-8")
+    text = read(write_report(run)).text
+    assert "best by pseudo Dice, epoch 7 0.910 0.420 no last, epoch 9 0.930 0.440 yes" in text
+    assert "Class DSC before DSC after organ 0.930 0.930 lesion 0.440 0.570" in text
+    assert "fill holes in <organ> not taken no" in text
 
 
 @pytest.mark.slow

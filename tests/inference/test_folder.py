@@ -13,8 +13,36 @@ from lightm.errors import InputError, LightMError
 from lightm.images.io import read_volume, write_volume
 from lightm.images.volume import Volume
 from lightm.inference import predict_folder
+from tests.messages import on_message
 
 from .factories import MODEL, PlanMaker, add
+
+
+@pytest.mark.parametrize("limit", [None, "2GB"])
+def test_what_post_processing_changed_is_told_and_recorded(
+    model: dict[str, Any], tmp_path: Path, limit: str | None
+) -> None:
+    data = np.full((8, 8, 8), -1, np.float32)
+    data[2:5, 2:6, 2:6] = 1
+    write_volume(tmp_path / "in" / "a_0000.nii.gz", Volume.from_spacing(data, (2.0, 1.0, 1.0)))
+    data[7, 0, :2], data[0, 0, 7] = 1, 1
+    write_volume(tmp_path / "in" / "b_0000.nii.gz", Volume.from_spacing(data, (2.0, 1.0, 1.0)))
+    model["postprocess"] = {"steps": [{"rule": "keep_largest", "values": [1]}]}
+    (MODEL / "model.json").write_text(json.dumps(model), encoding="utf-8")
+    lines: list[str] = []
+    with on_message(lines.append, "inference"):
+        predict_folder(MODEL, tmp_path / "in", tmp_path / "out", max_memory=limit)
+    assert lines[0].endswith("; post-processing: nothing changed")
+    assert lines[1].endswith("; post-processing: bright: 2 components (3 voxels) removed")
+    record = json.loads((tmp_path / "out" / "prediction.json").read_text(encoding="utf-8"))
+    counts = {"removed_voxels": 3, "removed_components": 2, "filled_voxels": 0, "filled_holes": 0}
+    assert [case["postprocess"] for case in record["cases"]] == [{}, {"bright": counts}]
+    lines.clear()
+    with on_message(lines.append, "inference"):
+        predict_folder(MODEL, tmp_path / "in", tmp_path / "raw", postprocess=False)
+    assert not any("post-processing" in line for line in lines)
+    raw = json.loads((tmp_path / "raw" / "prediction.json").read_text(encoding="utf-8"))
+    assert [case["postprocess"] for case in raw["cases"]] == [None, None]
 
 
 def test_folder_of_images(model: dict[str, Any], tmp_path: Path) -> None:

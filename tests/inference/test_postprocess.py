@@ -16,11 +16,13 @@ from scipy import ndimage
 
 from lightm.errors import InputError
 from lightm.inference.postprocess import (
+    Change,
     DropSmall,
     FillHoles,
     KeepLargest,
     Postprocess,
     Step,
+    Trial,
     apply_rules,
     component_sizes,
     describe,
@@ -205,11 +207,53 @@ def test_memory_is_six_bytes_a_voxel_of_the_box() -> None:
     assert labels.sum() != before
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_what_changes_is_counted_for_each_class(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, (12, 11, 10)).astype(np.uint8)
+    labels[rng.random(labels.shape) < 0.6] = 0
+    for step in _steps(3):
+        changes: dict[int, Change] = {}
+        cleaned = apply_rules(labels, [step], (1.0, 1.0, 1.0), changes=changes)
+        for value in (1, 2):
+            change = changes.get(value, Change())
+            assert change.removed_voxels == np.count_nonzero((labels == value) & (cleaned != value))
+            assert change.filled_voxels == np.count_nonzero((labels != value) & (cleaned == value))
+        if isinstance(step, FillHoles):
+            holes = ndimage.label(labels != step.value)[0]
+            filled = np.unique(holes[(labels == 0) & (cleaned == step.value)])
+            assert changes.get(step.value, Change()).filled_holes == len(filled)
+            continue
+        values = step.values if isinstance(step, KeepLargest) else (step.value,)
+        parts = ndimage.label(np.isin(labels, values))[0]
+        for value in values:
+            gone = np.unique(parts[(labels == value) & (cleaned == 0)])
+            assert changes.get(value, Change()).removed_components == len(gone)
+
+
+def test_changes_of_several_steps_add_up_and_are_told() -> None:
+    labels = np.array([[1, 0, 1, 1, 1], [0, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [2, 0, 0, 0, 1]], np.uint8)
+    steps: list[Step] = [KeepLargest(values=(1,)), FillHoles(value=1), DropSmall(value=2, below=2, unit="mm2")]
+    changes: dict[int, Change] = {}
+    apply_rules(labels, steps, (1.0, 1.0), changes=changes)
+    assert {value: str(change) for value, change in changes.items()} == {
+        1: "2 components (2 voxels) removed and 1 hole (1 voxels) filled",
+        2: "1 component (1 voxels) removed",
+    }
+    again = labels[:3, 2:]
+    changes.clear()
+    apply_rules(again, steps[:1], changes=changes)
+    assert changes == {}
+    assert str(Change()) == "nothing changed"
+
+
 # ---- the record in model.json -------------------------------------------------------------------------------
 
 
 def test_a_record_goes_to_json_and_back() -> None:
-    record = Postprocess(steps=(*_steps(3), KeepLargest(values=(3,), gain={3: 0.25})), cases=4, dsc_before={3: 0.5})
+    tried = tuple(Trial(step=step, what="cleans", taken=True, why="helps", gain={3: 0.5}, p=0.01) for step in _steps(3))
+    steps = (*_steps(3), KeepLargest(values=(3,), gain={3: 0.25}))
+    record = Postprocess(steps=steps, cases=4, dsc_before={3: 0.5}, tried=tried, why="no time")
     text = json.dumps({"postprocess": record.model_dump(mode="json")})
     assert read_postprocess(json.loads(text), "model.json") == record
 
@@ -242,6 +286,7 @@ HOSTILE: list[Any] = [
     {"steps": [{"rule": "fill_holes", "value": -1}]},
     {"steps": [{"rule": "fill_holes", "value": 1, "then": "more"}]},
     {"steps": [], "cases": -1},
+    {"steps": [], "tried": [{"step": {"rule": "run"}}]},
     {"steps": [], "dsc_before": {"a": 1}},
 ]
 

@@ -97,6 +97,8 @@ def test_the_last_weights_are_kept_where_whole_cases_score_higher(
     assert (whole["kept"], whole["epochs"], whole["cases"]) == ("last", {"best": 0, "last": 2}, count)
     assert whole["dsc"]["last"]["ball"] > whole["dsc"]["best"]["ball"] == 0
     assert any("with the last weights (epoch 2); kept" in line for line in lines)
+    card = (trained.run_dir / "model" / "card.md").read_text(encoding="utf-8")
+    assert f"- mean DSC of 5 validation case(s): ball {whole['dsc']['last']['ball']:.3f} (weights of epoch 2)" in card
     key, wanted = next(iter(checkpoint(trained, "last.ckpt").items()))
     assert torch.equal(predictor.network.state_dict()[key].cpu(), wanted)
 

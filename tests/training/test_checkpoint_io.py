@@ -12,6 +12,8 @@ import torch
 
 from lightm.errors import InputError, LightMError
 from lightm.training.checkpoint_io import load_checkpoint, save_checkpoint
+from lightm.training.loop import State
+from lightm.training.selection import best_epoch
 
 
 def test_nested_state_comes_back_with_its_types_and_bits(tmp_path: Path) -> None:
@@ -50,6 +52,20 @@ def test_what_cannot_be_kept_is_named_and_the_older_file_stays(tmp_path: Path) -
     with pytest.raises(LightMError, match=r"checkpoint\.callbacks\.mine.*object"):
         save_checkpoint({"callbacks": {"mine": object()}}, path)
     assert load_checkpoint(path) == {"epoch": 1}
+
+
+def test_the_state_of_a_run_that_chose_by_an_average_from_its_first_epoch_is_converted(tmp_path: Path) -> None:
+    """Earlier releases kept the average alone: a later epoch must be better than the kept one's."""
+    old = {"epoch": 5, "batch": 0, "step": 15, "elapsed_s": 1.0, "skipped": 0, "losses": [], "coefficients": []}
+    averages = {"ema_dice": 0.4, "best_dice": 0.5, "waited": 2, "random": None}
+    save_checkpoint({"lightm": {**old, **averages}}, tmp_path / "last.ckpt")
+    state = State(**load_checkpoint(tmp_path / "last.ckpt")["lightm"])
+    assert (state.dice, state.best_epoch, state.best_dice, state.waited) == ([0.5] * 5, 2, 0.5, 2)
+    assert best_epoch([*state.dice, 0.45], state.best_epoch) == 2
+    assert best_epoch([*state.dice, 0.55], state.best_epoch) == 5
+    save_checkpoint({"lightm": {**old, "ema_dice": None, "best_dice": None, "waited": 5}}, tmp_path / "none.ckpt")
+    state = State(**load_checkpoint(tmp_path / "none.ckpt")["lightm"])
+    assert (state.best_epoch, state.best_dice, state.waited) == (None, None, 5)
 
 
 class _Trap:

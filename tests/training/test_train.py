@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -16,12 +18,16 @@ import yaml
 
 from lightm import open_dataset
 from lightm.errors import InputError, LightMError
+from lightm.inference.sliding import window_starts
 from lightm.nets import load_model
+from lightm.preparation.cache import PreprocessedCase
 from lightm.preparation.plan import make_plan
 from lightm.training import resume_training, train_model
-from lightm.training.checkpoint_io import load_checkpoint
+from lightm.training.checkpoint_io import load_checkpoint, save_checkpoint
 from lightm.training.config import Recipe, TrainConfig, load_config, parse_duration
 from lightm.training.loop import Training
+from lightm.training.record import WholeCases
+from lightm.training.run import _whole_cases, new_run
 from tests.helpers import make_balls
 from tests.messages import on_message
 
@@ -145,6 +151,39 @@ def test_a_time_budget_ends_the_training_and_lets_the_learning_rate_fall(balls: 
     assert "time budget" in result.reason
     assert result.train_seconds < 20
     assert float(history(tmp_path / "run")[-1]["lr"]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("validation_s", "windows", "left"),
+    [(float("nan"), [5], 90), (0.5, [5, 3], 100 - 0.5 * (1 + 4 * 8 / 16)), (2, [900], 90), (0.0, [5], 100)],
+)
+def test_the_end_of_a_time_budget_is_for_whole_validation_cases(
+    validation_s: float, windows: list[int], left: float
+) -> None:
+    """At most a tenth of it: what the windows take with two sets of weights by the time of 16 patches, and again."""
+    whole = WholeCases([str(index) for index in range(len(windows))], windows)
+    config = TrainConfig(max_time=100, val_patches=16)
+    training: Any = SimpleNamespace(config=config, whole=whole, _validation_s=validation_s)
+    assert Training.time_s(training) == pytest.approx(left)
+    training.whole = None
+    assert Training.time_s(training) == 100
+    training.config = TrainConfig()
+    assert Training.time_s(training) is None
+
+
+def test_windows_of_whole_cases_are_those_that_predict_them(balls: Path, tmp_path: Path) -> None:
+    run = new_run(balls, tmp_path / "run", patch_size=[16, 24, 8], val_cases=2)
+    rng = np.random.default_rng(0)
+    for shape in rng.integers(5, 70, (20, 3)).tolist():
+        padded = [max(size, part) for size, part in zip(shape, run.plan.patch_size, strict=True)]
+        starts = [window_starts(n, part, 0.5) for n, part in zip(padded, run.plan.patch_size, strict=True)]
+        case = PreprocessedCase("a", tmp_path, None, {"shape": shape})
+        found = _whole_cases(run, [case], None)
+        assert found is not None
+        assert found.windows == [len(starts[0]) * len(starts[1]) * len(starts[2])]
+        assert found.cost == found.windows[0] + 1
+    none = dataclasses.replace(run, config=run.config.model_copy(update={"val_cases": 0}))
+    assert _whole_cases(none, [case], None) is None
 
 
 @pytest.mark.slow
@@ -317,7 +356,17 @@ def test_a_run_of_an_earlier_version_is_resumed(balls: Path, tmp_path: Path) -> 
     old = {**now, "settings": settings, "max_time_s": now.pop("max_time"), "epochs_given": True}
     old.pop("max_time")
     (run / "config.yaml").write_text(yaml.safe_dump(old), encoding="utf-8")
+    last = load_checkpoint(run / "checkpoints" / "last.ckpt")
+    (dice,) = last["lightm"].pop("dice")
+    del last["lightm"]["best_epoch"], last["lightm"]["watched"]
+    last["lightm"].update(ema_dice=dice, best_dice=dice, waited=0)
+    save_checkpoint(last, run / "checkpoints" / "last.ckpt")
+    rows = (run / "history.csv").read_text(encoding="utf-8")
+    (run / "history.csv").write_text(rows.replace("pseudo_dice_smoothed", "pseudo_dice_ema"), encoding="utf-8")
     assert resume_training(run, epochs=2).epochs == 2
+    first, second = history(run)
+    assert float(first["pseudo_dice_smoothed"]) == dice
+    assert second["pseudo_dice_smoothed"] == second["pseudo_dice"]
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("15m", 900), ("1h30m", 5400), (12, 12), ("7", 7)])

@@ -88,7 +88,7 @@ def curves(history: History) -> Figure:
     lines = [(name.split("/", 1)[1], history[name], class_colour(i), ":") for i, name in enumerate(shown)]
     _lines(dice, epoch, [*lines, ("mean", history.get("pseudo_dice"), MUTED, "-")], width=1.0)
     _lines(dice, epoch, [("smoothed mean", history.get("pseudo_dice_smoothed"), INK, "-")], width=2.2)
-    _lines(dice, epoch, [("whole cases", history.get("whole_case_dice"), VERMILION, "o-")])
+    _lines(dice, epoch, [("whole cases", history.get("whole_case_dice"), VERMILION, "-")])
     _finish(dice, "Dice of validation patches (pseudo Dice) and cases", "Dice", legend=True)
     dice.set_ylim(0, 1)
 

@@ -61,6 +61,7 @@ def write_report(run_dir: Path, *, out: Path | None = None, progress: Progress |
         table=_case_table(run.evaluation),
         figures=figures,
         shown=shown,
+        whole=_whole_cases(run),
         cases_problem=problem,
         facts=_facts(run),
         documents=[(path.name, path.read_text(encoding="utf-8")) for path in documents if path.is_file()],
@@ -148,6 +149,24 @@ def _case_table(evaluation: Evaluation | None) -> list[dict[str, Any]]:
     dsc, rows = evaluation.case_dsc(), evaluation.rows
     ranked = sorted(evaluation.cases, key=lambda case: (dsc.get(case, 2.0), case))
     return [{"case": case, "dsc": dsc.get(case), "rows": [r for r in rows if r.case == case]} for case in ranked]
+
+
+def _whole_cases(run: RunFolder) -> dict[str, Any]:
+    """Return what whole validation cases chose: weights, the DSC around post-processing, and the steps tried.
+
+    Empty where the model has none of it, as those of earlier versions.
+    """
+    record = run.model.get("postprocess") or {}
+    names = {str(value): name for name, value in (run.plan.get("labels") or {}).items()}
+    whole, after = (run.model.get("training") or {}).get("whole_cases") or {}, record.get("dsc_after") or {}
+    tried = record.get("tried") or []
+    found = {
+        "weights": whole if whole.get("dsc") else None,
+        "rows": [(names.get(v, v), dsc, after.get(v)) for v, dsc in (record.get("dsc_before") or {}).items()],
+        "tried": [(trial["what"], "taken" if trial["taken"] else "not taken", trial["why"]) for trial in tried],
+        "why": record.get("why") or "",
+    }
+    return found if any(found.values()) else {}
 
 
 def _facts(run: RunFolder) -> dict[str, list[tuple[str, str]]]:

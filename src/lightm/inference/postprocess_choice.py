@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,6 +31,7 @@ from lightm.inference.postprocess import (
     apply_rules,
     component_sizes,
     counted,
+    describe,
     unit_of,
     voxel_size,
 )
@@ -127,14 +128,15 @@ def choose_rules(
     values: Sequence[int],
     labels: Callable[[], Labels],
     *,
+    names: Mapping[int, str] | None = None,
     ignore_label: int | None = None,
     check_time: Callable[[], None] = lambda: None,
 ) -> Postprocess:
     """Return the steps that are safe and help, by the rules above; `cases` hold the processed predictions then.
 
     cases: of validation. values: the label values of the foreground classes. labels(): the label maps of all training
-    and validation cases; they are read once, and only where a step would help. check_time: is called between cases and
-    raises TimeIsUp to end the choice with the steps taken so far.
+    and validation cases; they are read once, and only where a step would help. names: of the values. check_time: is
+    called between cases and raises TimeIsUp to end the choice with the steps taken so far.
 
     Tried in this order, each upon the steps taken before: the largest component of all classes together; then for each
     class its largest component, its components above a smallest size, and its holes. A class that is absent in label
@@ -148,7 +150,7 @@ def choose_rules(
     if len(cases) < FEWEST_CASES:
         why = f"{counted(len(cases), 'validation case')} predicted, fewer than {FEWEST_CASES}"
         return Postprocess(cases=len(cases), dsc_before=before, dsc_after=before, why=why)
-    choice = _Choice(cases, values, labels, ignore_label, check_time, scores)
+    choice = _Choice(cases, values, labels, names or {}, ignore_label, check_time, scores)
     why = ""
     try:
         choice.run()
@@ -172,11 +174,12 @@ class _Choice:
         cases: Sequence[CaseLabels],
         values: Sequence[int],
         labels: Callable[[], Labels],
+        names: Mapping[int, str],
         ignore_label: int | None,
         check_time: Callable[[], None],
         scores: np.ndarray,
     ) -> None:
-        self.cases, self.values, self.ignore_label = cases, tuple(values), ignore_label
+        self.cases, self.values, self.names, self.ignore_label = cases, tuple(values), names, ignore_label
         self.labels, self.check_time, self.scores = labels, check_time, scores
         self.tried: list[Trial] = []
         self._facts: dict[Classes, LabelFacts] | None = None
@@ -248,7 +251,8 @@ class _Choice:
             against = f"may be chance: {evidence}, more than {level:.2g}"
         why = against or f"raises the mean DSC by {own.mean():.4f}, {evidence}"
         gain = _by_value(self.values, rises.mean(0))
-        trial = Trial(step=step, taken=not against, why=why, gain=gain, better=better, worse=worse, p=p)
+        said = {"what": describe(step, self.names), "why": why}
+        trial = Trial(step=step, taken=not against, gain=gain, better=better, worse=worse, p=p, **said)
         return trial, scores, changed
 
     def _facts_of(self, step: Step) -> LabelFacts:

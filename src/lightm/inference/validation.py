@@ -20,7 +20,7 @@ from lightm.errors import LightMError
 from lightm.images.io import read_volume
 from lightm.images.volume import Volume
 from lightm.inference.folder import load_predictor
-from lightm.inference.postprocess import Postprocess, counted, describe
+from lightm.inference.postprocess import Postprocess, counted
 from lightm.inference.postprocess_choice import CaseLabels, Labels, TimeIsUp, case_dice, choose_rules
 from lightm.inference.predictor import Predictor
 from lightm.inference.record import PredictOptions
@@ -78,9 +78,11 @@ def choose_on_whole_cases(training: TrainResult, *, progress: Progress | None = 
         def labels() -> Labels:
             return _labels(data, [*training.split.train, *training.split.val])
 
-        chosen = choose_rules(cases, plan.values[1:], labels, ignore_label=plan.ignore_label, check_time=check_time)
+        known: dict[str, Any] = {"names": {value: name for name, value in plan.labels.items()}}
+        known.update(ignore_label=plan.ignore_label, check_time=check_time)
+        chosen = choose_rules(cases, plan.values[1:], labels, **known)
         predictor.rules = chosen.steps
-        _log_steps(chosen, plan)
+        _log_steps(chosen)
     save_model(
         model,
         network=info["network"],
@@ -182,10 +184,9 @@ def _log_weights(whole: dict[str, Any], asked: int) -> None:
         _log.info(f"{whole['cases']} of {asked} whole validation cases were predicted within the time budget")
 
 
-def _log_steps(chosen: Postprocess, plan: Plan) -> None:
-    names = {value: name for name, value in plan.labels.items()}
+def _log_steps(chosen: Postprocess) -> None:
     for trial in chosen.tried:
         verdict = "taken" if trial.taken else "not taken"
-        _log.info(f"post-processing: {describe(trial.step, names)}: {verdict}, {trial.why}")
+        _log.info(f"post-processing: {trial.what}: {verdict}, {trial.why}")
     if not chosen.steps:
         _log.info(f"post-processing: none{f' ({chosen.why})' if chosen.why else ''}")

@@ -305,6 +305,15 @@ def _tensors_sha256(weights: Path) -> str:
     return digest.hexdigest()
 
 
+def _whole_cases(whole: dict[str, Any]) -> list[str]:
+    """The line of the card on the whole validation cases that chose the weights."""
+    if not whole.get("dsc"):
+        return []
+    kept = whole["kept"]
+    classes = ", ".join(f"{name} {value:.3f}" for name, value in whole["dsc"][kept].items())
+    return [f"- mean DSC of {whole['cases']} validation case(s): {classes} (weights of epoch {whole['epochs'][kept]})"]
+
+
 def _card(info: dict[str, Any]) -> str:
     network, plan, training = info["network"], info["plan"], info["training"]
     regions = plan.get("regions")
@@ -323,7 +332,8 @@ def _card(info: dict[str, Any]) -> str:
         "",
         "## Training",
         "",
-        *(f"- {key}: {value}" for key, value in training.items()),
+        *(f"- {key}: {value}" for key, value in training.items() if key != "whole_cases"),
+        *_whole_cases(training.get("whole_cases") or {}),
         "",
     ]
     return "\n".join(lines)

@@ -142,9 +142,7 @@ class Training:
         """Why the run is at its end; empty while it is not."""
         state, config, time_s = self.state, self.config, self.time_s()
         if config.max_time_s is not None and time_s is not None and state.elapsed_s >= time_s:
-            kept = config.max_time_s - time_s
-            rest = f" but for {kept:.0f} s for whole validation cases" if kept else ""
-            return f"the time budget of {config.max_time_s:.0f} s is used{rest}"
+            return f"the time budget of {config.max_time_s:.0f} s is used"
         if config.patience is not None and state.waited >= config.patience:
             return f"no better smoothed pseudo Dice for {config.patience} epochs"
         return f"all {self.epochs} epochs are done" if self.epochs is not None and state.epoch >= self.epochs else ""
