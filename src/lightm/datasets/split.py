@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,43 @@ def make_split(case_ids: Sequence[str], *, seed: int = 0, folds: int | None = No
         kind = f"{folds}-fold"
     number = None if folds is None else fold
     return Split(kind=kind, seed=seed, fold=number, train=sorted(train), val=sorted(val), test=sorted(test))
+
+
+def keep_in_training(
+    split: Split,
+    holds: Callable[[str], bool],
+    needed: Sequence[Callable[[str], bool]] = (),
+    *,
+    groups: Sequence[Sequence[str]] = (),
+) -> Split:
+    """Return a split in which a training case holds what `holds` asks for, where any case does.
+
+    The first such case of validation, else of the test, moves to training; where it is the only one of its part, the
+    first training case that can go takes its place: one without which `needed` are still held in training.
+    groups: cases that stay together (each by itself where it is in none). Returns `split` itself where nothing moves.
+
+    >>> split = Split(kind="7:1:2", seed=0, train=["a", "b"], val=["c"], test=["d", "e"])
+    >>> keep_in_training(split, lambda case: case == "c").train
+    ['b', 'c']
+    """
+    if any(map(holds, split.train)):
+        return split
+    together = {case: list(group) for group in groups for case in group}
+    for part in ("val", "test"):
+        here = getattr(split, part)
+        if (found := next(filter(holds, here), None)) is None:
+            continue
+        moved = together.get(found, [found])
+        left, train = ([case for case in cases if case not in moved] for cases in (here, split.train))
+        for case in [] if left else train:
+            gone = together.get(case, [case])
+            kept = [*(other for other in train if other not in gone), *moved]
+            if all(any(map(need, kept)) for need in needed):
+                left, train = gone, [other for other in train if other not in gone]
+                break
+        if left:
+            return split.model_copy(update={part: sorted(left), "train": sorted([*train, *moved])})
+    return split
 
 
 def load_split(path: Path, case_ids: Sequence[str]) -> Split:
