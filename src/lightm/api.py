@@ -306,9 +306,9 @@ def phantoms(
 ) -> Path:
     """Write a data set of synthetic scans with exact labels in the nnU-Net raw layout, and return its folder.
 
-    kind: "liver" (CT), "vessels" (CT) or "xray" (2D). size: typical voxels along an axis, at least 24; default 64, of
-    vessels 96, of xray 256. The same seed gives the same files. Raises InputError for a wrong argument or a folder
-    that holds something.
+    kind: "liver" (CT), "vessels" (CT), "xray" (2D) or "brain" (MR: four channels, regions). size: typical voxels along
+    an axis, at least 24; default 64, of vessels 96, of xray 256. The same seed gives the same files. Raises InputError
+    for a wrong argument or a folder that holds something.
 
     >>> data = lightm.phantoms("xray", folder / "data", cases=2, size=32)
     >>> sorted(path.name for path in (data / "labelsTr").iterdir())

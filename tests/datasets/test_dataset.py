@@ -56,7 +56,7 @@ def test_labels_are_ordered_by_value_and_ignore_is_apart(make_dataset):
     ("changes", "message"),
     [
         ({"labels": None}, '"labels" is missing'),
-        ({"labels": {"background": 0, "whole": [1, 2]}}, "regions are not supported"),
+        ({"labels": {"background": 0, "whole": [1, 2]}}, "no regions_class_order"),
         ({"labels": {"background": 0, "organ": 1.5}}, "expected a whole number"),
         ({"labels": {"background": 0, "organ": -1}}, "values from 0 to 32767"),
         ({"labels": {"organ": 1, "lesion": 2}}, "no label has the value 0"),

@@ -20,11 +20,13 @@ from lightm.datasets.phantoms.shapes import (
     spline_curve,
 )
 from lightm.errors import InputError
-from lightm.images.io import read_volume
+from lightm.images.io import channel_paths, read_volume
 from lightm.images.volume import Volume
+from lightm.labels import each_value
 
-SIZE = {"liver": 64, "vessels": 80, "xray": 128}
-CLASSES = {"liver": 2, "vessels": 3, "xray": 1}
+SIZE = {"liver": 64, "vessels": 80, "xray": 128, "brain": 48}
+CLASSES = {"liver": 2, "vessels": 3, "xray": 1, "brain": 3}
+CHANNELS = {"xray": ["xray"], "brain": ["FLAIR", "T1w", "T1gd", "T2w"]}
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +66,22 @@ def test_layout_is_nnunet_raw(kind: str, tmp_path: Path) -> None:
     out = make_phantoms(kind, tmp_path / "D", cases=2, size=size, seed=1, progress=lambda *step: seen.append(step))
     ending = ".png" if kind == "xray" else ".nii.gz"
     names = [f"{kind}_000", f"{kind}_001"]
+    number = "" if kind == "brain" else "_0000"
     assert sorted(dataset_bytes(out)) == sorted(
-        ["dataset.json"] + [f"imagesTr/{n}_0000{ending}" for n in names] + [f"labelsTr/{n}{ending}" for n in names]
+        ["dataset.json"] + [f"imagesTr/{n}{number}{ending}" for n in names] + [f"labelsTr/{n}{ending}" for n in names]
     )
     info = json.loads((out / "dataset.json").read_text())
-    assert info["channel_names"] == {"0": "xray" if kind == "xray" else "CT"}
+    assert list(info["channel_names"].values()) == CHANNELS.get(kind, ["CT"])
     assert (info["numTraining"], info["file_ending"]) == (2, ending)
-    assert sorted(info["labels"].values()) == list(range(CLASSES[kind] + 1))
+    values = {one for value in info["labels"].values() for one in each_value(value)}
+    assert sorted(values) == list(range(CLASSES[kind] + 1))
     assert info["labels"]["background"] == 0
     assert "synthetic" in info["description"].lower()
     assert seen == [("phantoms", 1, 2), ("phantoms", 2, 2)]
     assert [p.name for p in tmp_path.iterdir()] == ["D"], "no temporary folder may stay"
     for index, name in enumerate(names):
         image, label = phantom_case(kind, index, size=size, seed=1)
-        stored_image = read_volume(out / "imagesTr" / f"{name}_0000{ending}")
+        stored_image = read_volume(channel_paths(out / "imagesTr" / f"{name}{number}{ending}")[0])
         stored_label = read_volume(out / "labelsTr" / f"{name}{ending}", kind="label")
         np.testing.assert_array_equal(stored_image.data, image.data)
         np.testing.assert_array_equal(stored_label.data, label.data)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightm.datasets.split import load_split, make_split
+from lightm.datasets.split import Split, keep_in_training, load_split, make_split
 from lightm.errors import InputError
 
 IDS = [f"case_{i:02d}" for i in range(20)]
@@ -117,3 +117,26 @@ def test_nnunets_file_of_folds(tmp_path: Path) -> None:
         path.write_text(json.dumps(faulty), encoding="utf-8")
         with pytest.raises(InputError, match=words):
             load_split(path, IDS)
+
+
+def test_a_case_that_training_needs_moves_there() -> None:
+    split = Split(kind="7:1:2", seed=0, train=["a", "b", "c"], val=["d", "e"], test=["f"])
+    assert keep_in_training(split, lambda case: case in "bf") is split
+    assert keep_in_training(split, lambda case: case == "x") is split
+    moved = keep_in_training(split, lambda case: case == "e")
+    assert (moved.train, moved.val, moved.test) == (["a", "b", "c", "e"], ["d"], ["f"])
+
+
+def test_a_part_that_would_be_empty_gets_a_case_that_training_can_miss() -> None:
+    split = Split(kind="7:1:2", seed=0, train=["a", "b", "c"], val=["d", "e"], test=["f"])
+    moved = keep_in_training(split, lambda case: case == "f", [lambda case: case == "a"])
+    assert (moved.train, moved.val, moved.test) == (["a", "c", "f"], ["d", "e"], ["b"])
+    stuck = Split(kind="7:1:2", seed=0, train=["a"], val=["d"], test=["f"])
+    assert keep_in_training(stuck, lambda case: case == "d", [lambda case: case == "a"]) is stuck
+
+
+def test_groups_move_as_a_whole() -> None:
+    split = Split(kind="7:1:2", seed=0, train=["p1a", "p1b", "p2a"], val=["p3a", "p3b"], test=["p4a"])
+    groups = [["p1a", "p1b"], ["p2a"], ["p3a", "p3b"], ["p4a"]]
+    moved = keep_in_training(split, lambda case: case == "p3b", groups=groups)
+    assert (moved.train, moved.val) == (["p2a", "p3a", "p3b"], ["p1a", "p1b"])

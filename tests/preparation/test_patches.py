@@ -161,3 +161,17 @@ def test_wrong_use_is_told(corner, tmp_path):
             PatchDataset(cases, seed=0, **options)
     with pytest.raises(IndexError):
         PatchDataset([corner], patch_size=(2, 2), seed=0)[-1]
+
+
+def test_regions_are_drawn_evenly_and_their_classes_by_their_voxels(tmp_path):
+    label = np.zeros((1, 8))
+    label[0, [0, 1, 2]], label[0, 7] = 1, 2
+    case = grid_case(tmp_path, "row", label)
+    patches = PatchDataset(
+        [case], patch_size=(1, 1), seed=1, foreground_fraction=1.0, label_regions=((1, 2), (2,), (3,))
+    )
+    seen = Counter(int(patches[index]["image"]) for index in range(800))
+    assert set(seen) == {1, 2, 3, 8}
+    # Half fall to the region (1, 2), three quarters of these to class 1; none to the region without voxels.
+    assert abs(seen[8] - 800 * (1 / 2 + 1 / 8)) < 60
+    assert all(60 < seen[voxel] < 145 for voxel in (1, 2, 3))

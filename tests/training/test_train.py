@@ -262,7 +262,6 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "shapes that disagree": (lambda data: _rewrite(data / LABEL, lambda a: a[:-1]), "ball_01.*shape"),
     "affines that disagree": (lambda data: _rewrite(data / LABEL, lambda a: a, np.diag([3.0, 1, 1, 1])), "ball_01"),
     "value not in dataset.json": (lambda data: _labels(data, background=0, shell=1), r"ball_\d\d.*2"),
-    "class that never occurs": (lambda data: _labels(data, background=0, shell=1, core=2, ghost=3), "class 'ghost'"),
     "NaN": (lambda data: _rewrite(data / IMAGE, _nan), "ball_01_0000.*NaN"),
     "infinite": (lambda data: _rewrite(data / IMAGE, _infinite), "ball_01_0000.*inf"),
     "truncated": (lambda data: (data / IMAGE).write_bytes((data / IMAGE).read_bytes()[:300]), "ball_01_0000"),

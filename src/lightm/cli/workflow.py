@@ -42,7 +42,7 @@ def demo(
 @app.command("phantom", hidden=True)
 @app.command()
 def phantoms(
-    kind: Annotated[str, typer.Argument(help="liver, vessels or xray.")],
+    kind: Annotated[str, typer.Argument(help="liver, vessels, xray or brain.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, in the nnU-Net raw layout.")],
     cases: Annotated[int, typer.Option(help="Number of cases.")] = 20,
     size: Annotated[int | None, typer.Option(help="Voxels along an axis; default 64, vessels 96, xray 256.")] = None,

@@ -15,6 +15,7 @@ from lightm.errors import LightMError
 from lightm.images.io import Kind, place_remarks, read_volume, voxel_bytes
 from lightm.images.limits import MemoryGate
 from lightm.images.volume import Volume, geometry_difference
+from lightm.labels import check_regions, each_value
 from lightm.progress import Progress
 
 # Volumes of a case that are in memory at the same time: its label or the newest channel, and the first channel.
@@ -130,17 +131,32 @@ def _check_whole(dataset: Dataset, jobs: list[Case], findings: list[_Findings]) 
             if found.shape and len(found.shape) == rare:
                 message = f"a {rare}D image among {common}D ones"
                 problems.append(error(case.id, case.images[0], message, "keep them in a dataset of their own"))
-    occurring = {value for found in findings for value in found.voxels}
+    what = "region" if dataset.regions else "class"
+    if dataset.regions:
+        for value, written in check_regions(dataset.regions, dataset.regions_class_order).items():
+            message = f"label {value} belongs to other regions than {written}, which is written where it is found"
+            cure = "regions that overlap, and neither of which holds the other, lose what they share to the later one"
+            problems.append(warning(None, dataset.root, message, cure))
+    held = {
+        name: [
+            case.id for case, found in zip(jobs, findings, strict=True) if found.voxels.keys() & set(each_value(values))
+        ]
+        for name, values in dataset.targets.items()
+    }
     labelled = any(found.voxels for found in findings)
-    missing = [name for name, value in dataset.labels.items() if value != 0 and value not in occurring]
-    if labelled and len(missing) == len(dataset.labels) - 1:
+    if labelled and not any(held.values()):
         message = "every label map is background only: nothing to learn"
         problems.append(error(None, dataset.root, message, "check the labels"))
     elif labelled:
-        cure = "remove it from dataset.json, or add cases that have it"
-        for name in missing:
-            message = f"class '{name}' (value {dataset.labels[name]}) occurs in no label map"
-            problems.append(warning(None, dataset.root, message, cure))
+        for name, cases in held.items():
+            named = f"{what} '{name}' (value {', '.join(map(str, each_value(dataset.targets[name])))})"
+            if not cases:
+                message = f"{named} occurs in no label map; `lightm train` goes on, but it cannot be learnt or found"
+                cure = "remove it from dataset.json, or add cases that have it"
+                problems.append(warning(None, dataset.root, message, cure))
+            elif len(cases) == 1 < len(dataset.cases):
+                message = f"{named} occurs in one case only; `lightm train` keeps it in training, so it is not tested"
+                problems.append(warning(cases[0], None, message, "add cases that have it"))
     return problems
 
 
@@ -164,6 +180,13 @@ def _summary(dataset: Dataset, findings: list[_Findings], problems: list[Problem
             for name, value in classes
         },
     }
+    if dataset.regions:
+        summary["regions"] = {name: list(values) for name, values in dataset.regions.items()}
+        summary["regions_class_order"] = list(dataset.regions_class_order)
+        summary["region_cases"] = {
+            name: sum(not found.voxels.keys().isdisjoint(values) for found in training)
+            for name, values in dataset.regions.items()
+        }
     if used:
         summary["shape"] = _spread(np.array([found.shape for found in used]), 0)
         summary["spacing_mm"] = _spread(np.array([found.spacing_mm for found in used]), 4)

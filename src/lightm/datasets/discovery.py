@@ -30,7 +30,7 @@ from lightm.datasets.cases import (
 )
 from lightm.datasets.description import MAX_CLASSES, Description, read_description
 from lightm.errors import InputError
-from lightm.images.io import SUFFIXES, channel_paths, companions, file_suffix, read_volume, voxel_bytes
+from lightm.images.io import SUFFIXES, channel_paths, companions, file_suffix, read_volume, split_path, voxel_bytes
 from lightm.images.limits import MemoryGate
 
 _log = logging.getLogger(__name__)
@@ -298,7 +298,7 @@ def doubled(cases: Sequence[Case]) -> list[Problem]:
 
 
 @lru_cache(1 << 16)
-def _values_in(file: Path, size: int, changed_ns: int) -> frozenset[int]:
+def _values_in_version(file: Path, size: int, changed_ns: int) -> frozenset[int]:
     """The values in a label map, which is read once as long as it stays the same."""
     try:
         label = read_volume(file, kind="label").data
@@ -309,11 +309,16 @@ def _values_in(file: Path, size: int, changed_ns: int) -> frozenset[int]:
     return frozenset() if here[0] < 0 or len(here) > MAX_CLASSES else frozenset(here)
 
 
+def values_in(file: Path) -> frozenset[int]:
+    """Return the values in a label map, none for one that cannot be read; read once as long as it stays the same."""
+    state = split_path(file)[0].stat()
+    return _values_in_version(file, state.st_size, state.st_mtime_ns)
+
+
 def _values_found(files: list[Path]) -> dict[str, int]:
     def values(file: Path) -> frozenset[int]:
-        state = file.stat()
         with gate.hold(voxel_bytes(file)):
-            return _values_in(file, state.st_size, state.st_mtime_ns)
+            return values_in(file)
 
     gate = MemoryGate()
     with ThreadPoolExecutor(4) as pool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -71,7 +71,7 @@ def make_split(
         if len(ids) < 1:
             raise InputError("no case with a label to train on")
         return Split(kind=ALL, seed=seed, train=ids, val=ids, test=[])
-    groups = _groups(ids, group_by)
+    groups = groups_of(ids, group_by)
     what = "cases" if group_by is None else f"groups of cases (by '{group_by}')"
     if len(groups) < 3:
         raise InputError(
@@ -101,7 +101,44 @@ def make_split(
     return Split(kind=kind, seed=seed, fold=number, **parts)
 
 
-def _groups(ids: Sequence[str], group_by: str | None) -> list[list[str]]:
+def keep_in_training(
+    split: Split,
+    holds: Callable[[str], bool],
+    needed: Sequence[Callable[[str], bool]] = (),
+    *,
+    groups: Sequence[Sequence[str]] = (),
+) -> Split:
+    """Return a split in which a training case holds what `holds` asks for, where any case does.
+
+    The first such case of validation, else of the test, moves to training; where it is the only one of its part, the
+    first training case that can go takes its place: one without which `needed` are still held in training.
+    groups: cases that stay together (each by itself where it is in none). Returns `split` itself where nothing moves.
+
+    >>> split = Split(kind="7:1:2", seed=0, train=["a", "b"], val=["c"], test=["d", "e"])
+    >>> keep_in_training(split, lambda case: case == "c").train
+    ['b', 'c']
+    """
+    if any(map(holds, split.train)):
+        return split
+    together = {case: list(group) for group in groups for case in group}
+    for part in ("val", "test"):
+        here = getattr(split, part)
+        if (found := next(filter(holds, here), None)) is None:
+            continue
+        moved = together.get(found, [found])
+        left, train = ([case for case in cases if case not in moved] for cases in (here, split.train))
+        for case in [] if left else train:
+            gone = together.get(case, [case])
+            kept = [*(other for other in train if other not in gone), *moved]
+            if all(any(map(need, kept)) for need in needed):
+                left, train = gone, [other for other in train if other not in gone]
+                break
+        if left:
+            return split.model_copy(update={part: sorted(left), "train": sorted([*train, *moved])})
+    return split
+
+
+def groups_of(ids: Sequence[str], group_by: str | None) -> list[list[str]]:
     """The ids by what `group_by` finds in them, sorted; each by itself without it."""
     if group_by is None:
         return [[case] for case in ids]

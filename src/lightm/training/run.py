@@ -18,11 +18,21 @@ from torch import nn
 
 from lightm.config_io import read_json
 from lightm.datasets.cases import Dataset
-from lightm.datasets.discovery import open_dataset
-from lightm.datasets.split import ALL, NNUNET, Split, check_split, load_split, make_split
+from lightm.datasets.discovery import open_dataset, values_in
+from lightm.datasets.split import (
+    ALL,
+    NNUNET,
+    Split,
+    check_split,
+    groups_of,
+    keep_in_training,
+    load_split,
+    make_split,
+)
 from lightm.device import resolve_device
 from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, disk_refusals, is_temporary, locked_folder, remove_temporaries
+from lightm.labels import each_value
 from lightm.losses import SegmentationLoss, create_loss, knowing_regions
 from lightm.losses.base import CustomLoss
 from lightm.nets import create, save_model
@@ -81,6 +91,8 @@ def new_run(
     settings = settings.resolved(chosen.spatial_dims)
     chosen = with_sizes(chosen, settings)
     drawn = choose_split(data, settings, objects["split"])
+    if objects["split"] is None and settings.split is None and drawn.kind != ALL:
+        drawn = keep_rare(data, chosen, drawn, settings.group_by)
     seen = hash_of(data, drawn)
     return Run(run_dir, settings, fabric, data, chosen, drawn, seen, objects["network"], objects["loss"])
 
@@ -416,21 +428,69 @@ def choose_split(data: Dataset, config: TrainConfig, given: Split | None = None)
         raise InputError(f"{data.root}: {error}") from error
 
 
+def keep_rare(data: Dataset, plan: Plan, split: Split, group_by: str | None) -> Split:
+    """The split drawn, with a case of every class or region in training where there is one; what moves is logged.
+
+    Label maps are read only where so few cases hold a class that validation and test might have all of them.
+    """
+    cases, apart = plan.fingerprint.class_cases, len(split.val) + len(split.test)
+    of_value = {value: cases.get(name, 0) for name, value in plan.labels.items()}
+    rare = [
+        name
+        for name, values in plan.targets.items()
+        if 0 < max(of_value[value] for value in each_value(values)) <= apart
+    ]
+
+    def holder(name: str) -> Callable[[str], bool]:
+        values = each_value(plan.targets[name])
+
+        def holds(case_id: str) -> bool:
+            label = data.case(case_id).label
+            return label is not None and not values_in(label).isdisjoint(values)
+
+        return holds
+
+    holders = {name: holder(name) for name in rare}
+    groups = groups_of([*split.train, *split.val, *split.test], group_by)
+    for name, holds in holders.items():
+        kept = keep_in_training(
+            split, holds, [other for other in holders.values() if other is not holds], groups=groups
+        )
+        if moved := sorted(set(kept.train) - set(split.train)):
+            _log.warning(
+                "class '%s' would be in no training case by the split drawn: %s moves to training",
+                name,
+                ", ".join(moved),
+            )
+        split = kept
+    return split
+
+
 def check_classes(data: Dataset, train: Sequence[PreprocessedCase], val: Sequence[PreprocessedCase]) -> None:
-    """Raise InputError when a class occurs in no training case."""
+    """Warn of classes or regions that occur in no training case; InputError where none does."""
 
     def found(cases: Sequence[PreprocessedCase]) -> set[int]:
-        return {k for case in cases for k, voxels in case.foreground().items() if len(voxels)}
+        return {data.values[k] for case in cases for k, voxels in case.foreground().items() if len(voxels)}
 
     in_train, anywhere = found(train), found([*train, *val])
-    for k, name in enumerate(data.classes):
-        if k == 0 or k in in_train:
-            continue
-        where = "only in validation cases" if k in anywhere else "in no training or validation case"
+    where = data.root / "dataset.json"
+    if not in_train:
         raise InputError(
-            f"{data.root / 'dataset.json'}: class '{name}' (label {data.values[k]}) occurs {where}, so it cannot be "
-            "learnt; take it out of the labels, add cases that show it, or draw another split with --split-seed"
+            f"{where}: the training cases hold background only, so there is nothing to learn; check the labels"
         )
+    for name, values in data.targets.items():
+        if in_train.isdisjoint(each_value(values)):
+            cases = (
+                "only in validation cases" if not anywhere.isdisjoint(each_value(values)) else "in no case that is used"
+            )
+            _log.warning(
+                "%s: '%s' (label %s) occurs %s: the network cannot learn it, and will not find it; add cases that show "
+                "it to training, or take it out of the labels",
+                where,
+                name,
+                ", ".join(map(str, each_value(values))),
+                cases,
+            )
 
 
 def refuse_used_folder(run_dir: Path) -> None:

@@ -1,20 +1,23 @@
 """Phantoms: made-up images with exact labels, so that everything can be tried and tested without patient data.
 
-`make_phantoms` writes a dataset in the nnU-Net raw layout; `liver_case`, `vessels_case` and `xray_case` make
-one image and its label in memory.
+`make_phantoms` writes a dataset in the nnU-Net raw layout; `liver_case`, `vessels_case`, `xray_case` and `brain_case`
+(of four channels) make one image and its label in memory.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import nibabel
 import numpy as np
 
-from lightm.datasets.phantoms import liver, vessels, xray
+from lightm.datasets.phantoms import brain, liver, vessels, xray
+from lightm.datasets.phantoms.brain import brain_case
 from lightm.datasets.phantoms.liver import liver_case
 from lightm.datasets.phantoms.vessels import vessels_case
 from lightm.datasets.phantoms.xray import xray_case
@@ -23,7 +26,16 @@ from lightm.images.io import write_volume
 from lightm.images.volume import Volume
 from lightm.progress import Progress
 
-__all__ = ["KINDS", "MIN_SIZE", "liver_case", "make_phantoms", "phantom_case", "vessels_case", "xray_case"]
+__all__ = [
+    "KINDS",
+    "MIN_SIZE",
+    "brain_case",
+    "liver_case",
+    "make_phantoms",
+    "phantom_case",
+    "vessels_case",
+    "xray_case",
+]
 
 MIN_SIZE = 24
 """Voxels across the body below which the shapes no longer show."""
@@ -36,14 +48,16 @@ class _Kind(NamedTuple):
     code: int
     name: str
     channels: dict[str, str]
-    labels: dict[str, int]
+    labels: dict[str, Any]
     file_ending: str
+    regions_class_order: list[int] | None = None
 
 
 _KINDS = {
     "liver": _Kind(1, "LiverPhantoms", liver.CHANNELS, liver.LABELS, ".nii.gz"),
     "vessels": _Kind(2, "VesselPhantoms", vessels.CHANNELS, vessels.LABELS, ".nii.gz"),
     "xray": _Kind(3, "XrayPhantoms", xray.CHANNELS, xray.LABELS, ".png"),
+    "brain": _Kind(4, "BrainPhantoms", brain.CHANNELS, brain.LABELS, ".nii.gz", brain.REGIONS_CLASS_ORDER),
 }
 
 KINDS = tuple(_KINDS)
@@ -55,8 +69,9 @@ def make_phantoms(
 ) -> Path:
     """Write a dataset of `cases` synthetic images and labels in the nnU-Net raw layout and return its folder.
 
-    kind: "liver" (abdominal CT: 1 liver, 2 tumour), "vessels" (chest CT: 1 artery, 2 vein, 3 airway) or "xray"
-    (2D radiograph: 1 lung). size: typical voxels across the body, at least 24; the CT kinds vary around it. A
+    kind: "liver" (abdominal CT: 1 liver, 2 tumour), "vessels" (chest CT: 1 artery, 2 vein, 3 airway), "xray"
+    (2D radiograph: 1 lung) or "brain" (MR of four sequences in one 4D file, with the overlapping regions whole tumour,
+    tumour core and enhancing tumour). size: typical voxels across the body, at least 24; the CT kinds vary around it. A
     case depends on kind, seed, size and its own number alone, so 10 cases are the first 10 of 20.
     progress: called as progress("phantoms", done, cases).
 
@@ -83,6 +98,7 @@ def make_phantoms(
         "labels": spec.labels,
         "numTraining": cases,
         "file_ending": spec.file_ending,
+        **({} if spec.regions_class_order is None else {"regions_class_order": spec.regions_class_order}),
         "synthetic": True,
         "phantom": {"kind": kind, "size": size, "seed": seed},
     }
@@ -92,9 +108,12 @@ def make_phantoms(
         for folder in ("imagesTr", "labelsTr"):
             (work / folder).mkdir(parents=True)
         for index in range(cases):
-            image, label = phantom_case(kind, index, size=size, seed=seed)
+            images, label = _case(kind, index, size, seed)
             name = f"{kind}_{index:03d}"
-            write_volume(work / "imagesTr" / f"{name}_0000{spec.file_ending}", image)
+            if len(images) == 1:
+                write_volume(work / "imagesTr" / f"{name}_0000{spec.file_ending}", images[0])
+            else:
+                _write_4d(work / "imagesTr" / f"{name}{spec.file_ending}", images)
             write_volume(work / "labelsTr" / f"{name}{spec.file_ending}", label)
             if progress is not None:
                 progress("phantoms", index + 1, cases)
@@ -112,10 +131,16 @@ def make_phantoms(
 
 
 def phantom_case(kind: str, index: int, *, size: int, seed: int) -> tuple[Volume, Volume]:
-    """Return image and label of case number `index` of a phantom dataset, as `make_phantoms` writes it.
+    """Return image (of several channels the first) and label of case `index` of a dataset, as `make_phantoms` writes
+    it.
 
     Arguments as there. Raises InputError for an unknown kind.
     """
+    images, label = _case(kind, index, size, seed)
+    return images[0], label
+
+
+def _case(kind: str, index: int, size: int, seed: int) -> tuple[list[Volume], Volume]:
     spec = _spec(kind)
     rng = np.random.default_rng([spec.code, seed, size, index, 0])
     if kind == "liver":
@@ -123,8 +148,21 @@ def phantom_case(kind: str, index: int, *, size: int, seed: int) -> tuple[Volume
         draw = np.random.default_rng([spec.code, seed, size, block, 1])
         counts = draw.integers(1, liver.MAX_TUMOURS + 1, _TUMOUR_BLOCK)
         counts[draw.integers(_TUMOUR_BLOCK)] = 0
-        return liver_case(size, rng, tumours=int(counts[place]))
-    return vessels_case(size, rng) if kind == "vessels" else xray_case(size, rng)
+        image, label = liver_case(size, rng, tumours=int(counts[place]))
+    elif kind == "brain":
+        return brain_case(size, rng)
+    else:
+        image, label = vessels_case(size, rng) if kind == "vessels" else xray_case(size, rng)
+    return [image], label
+
+
+def _write_4d(path: Path, images: list[Volume]) -> None:
+    """Write channels of one geometry as one NIfTI file (x, y, z, channel); equal ones give equal bytes."""
+    voxels = np.stack([image.data.T for image in images], axis=-1)
+    file = nibabel.Nifti1Image(voxels, images[0].affine, dtype=voxels.dtype)
+    file.header.set_xyzt_units("mm")
+    with path.open("wb") as stream, gzip.GzipFile(filename="", mode="wb", fileobj=stream, mtime=0) as packed:
+        file.to_stream(packed)
 
 
 def _spec(kind: str) -> _Kind:

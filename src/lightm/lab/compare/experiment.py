@@ -32,7 +32,7 @@ class Strict(BaseModel):
 class PhantomData(Strict):
     """Phantoms to make as the data set; the arguments of `lightm.phantoms`."""
 
-    kind: Literal["liver", "vessels", "xray"]
+    kind: Literal["liver", "vessels", "xray", "brain"]
     cases: int = Field(24, ge=4)
     size: int = Field(64, ge=24)
     seed: int = Field(0, ge=0)
