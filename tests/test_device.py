@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from lightm.device import resolve_device
+from lightm.device import default_precision, default_workers, memory_bytes, resolve_device
 from lightm.errors import InputError
+from lightm.preparation.plan import _voxel_budget
 from lightm.training.run import build_fabric
 
 
@@ -54,3 +57,19 @@ def test_other_devices_are_one_clear_error(name: str, cuda: int, words: str, mon
 def test_a_precision_that_does_not_exist_is_one_clear_error() -> None:
     with pytest.raises(InputError, match="precision '8-bit'"):
         build_fabric("cpu", "8-bit")
+
+
+def test_a_gpu_brings_its_precision_its_workers_and_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a machine with a GPU would choose; the GPU is a fake."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert (default_precision(gpu), default_precision(cpu)) == ("bf16-mixed", "32-true")
+    assert (default_workers(gpu), default_workers(cpu)) == (4, 0)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert default_precision(gpu) == "32-true"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 << 30))
+    assert memory_bytes(gpu) == 8 << 30
+    monkeypatch.setattr("lightm.preparation.plan.resolve_device", torch.device)
+    assert _voxel_budget(3, None, gpu) < _voxel_budget(3, 24.0, gpu)
+    assert _voxel_budget(3, None, "cuda:1") == _voxel_budget(3, 0.6 * (8 << 30) / 1e9, cpu)

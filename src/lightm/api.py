@@ -48,8 +48,9 @@ class PlanOptions(Options):
     batch_size: int | None = Field(None, ge=1, description="Patches per step.")
     spacing_mm: Numbers | None = Field(None, description="Spacing in mm, z,y,x: 1,0.8,0.8.")
     memory_gb: float | None = Field(
-        None, description="GB of memory to plan for; default: the machine's.", json_schema_extra={"flags": ["--memory"]}
+        None, description="GB of memory to plan for; default: the device's.", json_schema_extra={"flags": ["--memory"]}
     )
+    device: str = Field("auto", description="Whose memory to plan for: auto (a GPU if there is one), cpu, cuda, ...")
 
 
 class ConvertOptions(Options):
@@ -127,8 +128,8 @@ def plan(
     """Choose spacing, patch, batch and normalization from the data, write them as YAML, and return them.
 
     out: the file, by default DATASET/plan.yaml, which `lightm.train` then takes. options: labels, patch_size,
-    batch_size, spacing_mm (each taken as given) and memory_gb. Raises InputError for unusable data or options, or a
-    file that cannot be written. Cost: every file read twice.
+    batch_size, spacing_mm (each taken as given), memory_gb and device. Raises InputError for unusable data or options,
+    or a file that cannot be written. Cost: every file read twice.
 
     >>> data = lightm.phantoms("xray", folder / "data", cases=2, size=32)
     >>> lightm.plan(data, patch_size=[32, 24]).patch_size

@@ -226,7 +226,7 @@ def test_empty_axes(impl: str, shape: tuple[int, ...]) -> None:
 
 
 def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightm.ops.checks._said", set())
+    monkeypatch.setattr("lightm.ops.checks._used", set())
     caplog.set_level(logging.INFO, logger="lightm.ops")
     ones = torch.ones(1, 1, 1)
     for x in (ones, ones, ones.double()):

@@ -35,7 +35,7 @@ def label_map(
     regions_class_order: Sequence[int] = (),
     probabilities: bool = False,
 ) -> np.ndarray:
-    """Return the label map (*S) of logits or probabilities (K, *S) on the CPU: the one place where that is decided.
+    """Return the label map (*S) of logits or probabilities (K, *S): the one place where that is decided.
 
     Classes: the value of the largest, of equals the first. Regions, with regions_class_order: where a region is found,
     a probability above 1/2 (a logit above 0), the value of its place in the order; regions that come later replace
@@ -52,12 +52,12 @@ def label_map(
     """
     if not regions_class_order:
         # Twenty times as fast as argmax here, which gives the same: the first of the largest.
-        indices = scores.max(0).indices.to(torch.uint8).numpy()
+        indices = scores.max(0).indices.to(torch.uint8).cpu().numpy()
         return indices if values is None else values[indices]
     dtype = np.uint8 if max(regions_class_order) <= 255 else np.int16
     result = np.zeros(scores.shape[1:], dtype)
     for score, value in zip(scores, regions_class_order, strict=True):
-        np.copyto(result, value, where=(score > (0.5 if probabilities else 0.0)).numpy())
+        np.copyto(result, value, where=(score > (0.5 if probabilities else 0.0)).cpu().numpy())
     return result
 
 
@@ -172,7 +172,7 @@ def _chunk_slices(classes: int, shape: Sequence[int]) -> int:
 def _blend(held: Tensor, low: np.ndarray, high: np.ndarray, share: np.ndarray) -> Tensor:
     if not share.any():
         return held if len(low) == held.shape[1] and low[0] == 0 else held[:, torch.from_numpy(low)]
-    weight = torch.from_numpy(share).to(held.dtype).view(1, -1, *(1,) * (held.ndim - 2))
+    weight = torch.from_numpy(share).to(held.device, held.dtype).view(1, -1, *(1,) * (held.ndim - 2))
     return torch.lerp(held[:, torch.from_numpy(low)], held[:, torch.from_numpy(high)], weight)
 
 
@@ -203,7 +203,7 @@ class ProbabilityFile:
         """Take the logits or probabilities (K, n, *rest) of the next n slices of the canonical image."""
         known = scores if self.probabilities else to_probabilities(scores, regions=self.regions)
         found = known.mul(255).round_().to(torch.uint8)
-        parts = found.transpose(0, 1).contiguous().numpy()
+        parts = found.transpose(0, 1).contiguous().cpu().numpy()
         box = (slice(self._done, self._done + len(parts)), *(slice(0, size) for size in self._stored.shape[1:]))
         self._stored.write(box, parts)
         self._done += len(parts)

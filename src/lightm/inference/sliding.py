@@ -11,7 +11,9 @@ normalised per axis beforehand: they sum to one at every voxel, without a weight
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from itertools import combinations, product
 from math import prod
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightm.device import default_precision
 from lightm.errors import InputError, LightMError
 from lightm.images.lazy import Box, DiskArray
 from lightm.preparation.preprocess import NetworkGrid
@@ -32,6 +35,10 @@ _MIN_WEIGHT = 1e-3
 
 # Values of a slab that is handed on: 16 MB of float32.
 _CHUNK_VALUES = 4_000_000
+
+GPU_BATCH = 4  # windows at once on a GPU
+
+_log = logging.getLogger("lightm.inference")
 
 WindowProgress = Callable[[int, int], None]
 
@@ -77,13 +84,15 @@ def logit_slabs(
     device: str | torch.device = "cpu",
     progress: WindowProgress | None = None,
     folder: Path | None = None,
+    batch: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the logits of a volume in slabs along its first axis, in order: each (K, depth, *rest) float32 on the CPU.
+    """Yield the logits of a volume in slabs along its first axis, in order: each (K, depth, *rest) float32.
 
     image: an axis shorter than its patch is padded with zeros on both sides, as in training. patch_size: voxels per
     axis; the network gets exactly this size. overlap: share of a window in [0, 1). mirror_axes: spatial axes over whose
     2^n flips the logits are averaged. progress(done, total) is called after every window. folder: where the sums of
-    logits go, None for memory; the result is the same.
+    logits go, None for memory; the result is the same. batch: windows that the network is given at once, 1 on the CPU
+    and 4 on a GPU by default, and fewer where a GPU's memory is too small. On a GPU sums and slabs stay there.
 
     Windows are blended with Gaussian weights. Joined along axis 1 the slabs have the shape of the image. Raises
     InputError for sizes that do not fit, LightMError when the network returns another shape or values not finite.
@@ -107,26 +116,37 @@ def logit_slabs(
     weights = [axis_weights(n, size, s) for n, size, s in zip(lengths, patch, starts, strict=True)]
     total = prod(len(s) for s in starts)
     done = 0
-    sums: _Sums | None = None
+    run = _Runner(network, tuple(mirror_axes), torch.device(device), batch)
+    sums: _Sums | _DeviceSums | None = None
     try:
         for row, start in enumerate(starts[0]):
-            for indices in product([row], *(range(len(s)) for s in starts[1:])):
-                corner = tuple(starts[axis][index] for axis, index in enumerate(indices))
-                # A padded axis has one window, from its start, and all of the image is in it.
-                box = tuple(
-                    slice(n, n + min(size, length)) for n, size, length in zip(corner, patch, shape, strict=True)
-                )
-                window = torch.from_numpy(image.read(box))
-                window = functional.pad(window, pads) if any(pads) else window
-                logits = window_logits(network, window, tuple(mirror_axes), torch.device(device))
-                del window
-                sums = sums or _Sums(logits.shape[0], patch, lengths, folder)
-                for axis, index in enumerate(indices):
-                    logits *= weights[axis][index].view([-1 if axis == other else 1 for other in range(dims)])
-                sums.add(logits, corner)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+            left = list(product([row], *(range(len(s)) for s in starts[1:])))
+            while left:
+                group, left = left[: run.batch], left[run.batch :]
+                corners = [tuple(starts[axis][index] for axis, index in enumerate(indices)) for indices in group]
+                windows = []
+                for corner in corners:
+                    # A padded axis has one window, from its start, and all of the image is in it.
+                    box = tuple(
+                        slice(n, n + min(size, length)) for n, size, length in zip(corner, patch, shape, strict=True)
+                    )
+                    window = torch.from_numpy(image.read(box))
+                    windows.append(functional.pad(window, pads) if any(pads) else window)
+                given = torch.stack(windows) if len(windows) > 1 else windows[0].unsqueeze(0)
+                del windows, window
+                several = run(given)
+                del given
+                for logits, indices, corner in zip(several, group, corners, strict=True):
+                    if sums is None:
+                        sums = _sums_on(logits.device, logits.shape[0], patch, lengths, folder)
+                    for axis, index in enumerate(indices):
+                        weight = weights[axis][index].to(logits.device)
+                        logits *= weight.view([-1 if axis == other else 1 for other in range(dims)])
+                    sums.add(logits, corner)
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+                del several, logits
             finished = starts[0][row + 1] if row + 1 < len(starts[0]) else lengths[0]
             if sums is not None:
                 yield from sums.take(max(start, inside[0].start), min(finished, inside[0].stop), inside[1:])
@@ -134,6 +154,76 @@ def logit_slabs(
     finally:
         if sums is not None:
             sums.close()
+
+
+class _Runner:
+    """Runs the network on windows (n, C, *patch), at most `batch` at once: one on the CPU, four on a GPU.
+
+    Where a GPU's memory is too small the windows are run in halves, and later ones are as many from the start.
+    """
+
+    def __init__(
+        self, network: nn.Module, mirror_axes: tuple[int, ...], device: torch.device, batch: int | None
+    ) -> None:
+        self.network, self.mirror_axes, self.device = network, mirror_axes, device
+        self.batch = batch or (1 if device.type == "cpu" else GPU_BATCH)
+
+    def __call__(self, windows: Tensor) -> Tensor:
+        try:
+            return batch_logits(self.network, windows, self.mirror_axes, self.device)
+        except torch.OutOfMemoryError as error:
+            if len(windows) == 1:
+                raise LightMError(
+                    f"{self.device}: out of memory for one window of {tuple(windows.shape[2:])}; use --device cpu, or "
+                    "a GPU that nothing else uses"
+                ) from error
+        # outside of the handler, whose traceback holds the tensors
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.batch = len(windows) // 2
+        _log.info("%s: out of memory for %d windows at once; %d are run", self.device, len(windows), self.batch)
+        return torch.cat([self(part) for part in windows.split(self.batch)])
+
+
+def _sums_on(
+    device: torch.device, classes: int, patch: tuple[int, ...], lengths: tuple[int, ...], folder: Path | None
+) -> _Sums | _DeviceSums:
+    """The sums on the device, where that is none whose memory the limit is about and has room; else on the CPU."""
+    if device.type != "cpu":
+        with suppress(torch.OutOfMemoryError):
+            return _DeviceSums(device, classes, patch, lengths)
+        _log.info("%s: no memory for the sums of logits, which are kept on the CPU", device)
+    return _Sums(classes, patch, lengths, folder)
+
+
+class _DeviceSums:
+    """`_Sums` as one tensor on a device, which the slabs stay on."""
+
+    def __init__(self, device: torch.device, classes: int, patch: tuple[int, ...], lengths: tuple[int, ...]) -> None:
+        self.patch = patch
+        self._sums = torch.zeros((classes, patch[0], *lengths[1:]), device=device)
+
+    def add(self, logits: Tensor, corner: tuple[int, ...]) -> None:
+        rest = tuple(slice(n, n + size) for n, size in zip(corner[1:], self.patch[1:], strict=True))
+        turn = corner[0] % self.patch[0]
+        self._sums[(slice(None), slice(turn, None), *rest)] += logits[:, : self.patch[0] - turn]
+        if turn:
+            self._sums[(slice(None), slice(0, turn), *rest)] += logits[:, self.patch[0] - turn :]
+
+    def take(self, start: int, stop: int, inside: Sequence[slice]) -> Iterator[Tensor]:
+        size = self._sums[:, 0].numel()
+        while start < stop:
+            place = start % self.patch[0]
+            count = min(stop - start, self.patch[0] - place, max(1, _CHUNK_VALUES // size))
+            yield self._sums[(slice(None), slice(place, place + count), *inside)].clone()
+            start += count
+
+    def clear(self, start: int, stop: int) -> None:
+        for place in (n % self.patch[0] for n in range(start, stop)):
+            self._sums[:, place] = 0
+
+    def close(self) -> None:
+        self._sums = self._sums[:0]
 
 
 class _Sums:
@@ -150,6 +240,7 @@ class _Sums:
 
     def add(self, logits: Tensor, corner: tuple[int, ...]) -> None:
         """Add the logits (K, *patch) of the window that starts at `corner`."""
+        logits = logits.cpu()
         depth, planar = self.patch[0], len(self.patch) == 2
         # The band is whole along the last axis, so that it lies in the file in long runs.
         rows = slice(0, self._stored.shape[2]) if planar else slice(corner[1], corner[1] + self.patch[1])
@@ -194,19 +285,29 @@ class _Sums:
         return (slice(0, self._stored.shape[0]), depth, rows, *(slice(0, size) for size in self._stored.shape[3:]))
 
 
-@torch.no_grad()
 def window_logits(network: nn.Module, window: Tensor, mirror_axes: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the float32 logits (K, *patch) of one window on the CPU, averaged over the flips of `mirror_axes`."""
-    window = window.unsqueeze(0).to(device)
+    return batch_logits(network, window.unsqueeze(0), mirror_axes, device)[0].cpu()
+
+
+@torch.no_grad()
+def batch_logits(network: nn.Module, windows: Tensor, mirror_axes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the float32 logits (n, K, *patch) of windows (n, C, *patch) on the device, averaged over the flips.
+
+    On a GPU with bfloat16 the network runs under autocast. Raises LightMError for another shape or values not finite.
+    """
+    windows = windows.to(device)
     flips = [axes for count in range(len(mirror_axes) + 1) for axes in combinations(mirror_axes, count)]
+    half = default_precision(device) == "bf16-mixed"
     total: Tensor | None = None
     for axes in flips:
         dims = [axis + 2 for axis in axes]
-        logits = network(window.flip(dims)) if dims else network(window)
-        if not isinstance(logits, Tensor) or logits.shape[0] != 1 or logits.shape[2:] != window.shape[2:]:
+        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+            logits = network(windows.flip(dims)) if dims else network(windows)
+        if not isinstance(logits, Tensor) or logits.shape[0] != len(windows) or logits.shape[2:] != windows.shape[2:]:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise LightMError(
-                f"the network returned {got} for a window of {tuple(window.shape)}; "
+                f"the network returned {got} for a window of {tuple(windows.shape)}; "
                 "expected logits (1, classes, *window)"
             )
         logits = logits.float().flip(dims) if dims else logits.float()
@@ -216,4 +317,4 @@ def window_logits(network: nn.Module, window: Tensor, mirror_axes: tuple[int, ..
             "the network returned values that are NaN or infinite; its weights are damaged, or training diverged"
         )
     # A copy of its own: a network may hand its input back, and blending works in place.
-    return (total[0] / len(flips)).cpu()
+    return total / len(flips)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _log = logging.getLogger("lightm.ops")
-_said: set[tuple[str, str]] = set()
+_used: set[tuple[str, str]] = set()
 
 CPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT_TYPES = (*CPU_TYPES, torch.float64)
@@ -86,10 +86,25 @@ def choose(
     if lead.device.type == "cuda" and triton_limits is not None:
         reason = triton_limits(lead)
         chosen = "triton" if reason is None else "reference"
-    if not torch.compiler.is_compiling() and (operator, chosen) not in _said:
-        _said.add((operator, chosen))
+    if note_use(operator, chosen):
         _log.info("%s: using the %s implementation%s", operator, chosen, f" ({reason})" if reason else "")
     return chosen
+
+
+def note_use(operator: str, implementation: str) -> bool:
+    """Remember that an operator ran in this implementation, and return whether that is new; never while compiling."""
+    if torch.compiler.is_compiling() or (operator, implementation) in _used:
+        return False
+    _used.add((operator, implementation))
+    return True
+
+
+def implementations() -> dict[str, str]:
+    """Which implementation each operator has run in so far in this process; of several, their names with commas."""
+    found: dict[str, list[str]] = {}
+    for operator, implementation in sorted(_used):
+        found.setdefault(operator, []).append(implementation)
+    return {operator: ", ".join(names) for operator, names in found.items()}
 
 
 def inner_type(x: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightm.ops.checks import check_shape, wants_grad
+from lightm.ops.checks import check_shape, note_use, wants_grad
 from lightm.ops.norms import GroupNormParameters
 from lightm.ops.threads import doubled
 
@@ -61,6 +61,7 @@ def decoder_stage(
     )
     from lightm.ops.stage_cpu import run_stage, run_stage_backward
 
+    note_use("decoder_stage", "cpu, fused")
     settings = (norm1.groups, norm1.eps, norm2.groups, norm2.eps)
     if wants_grad(*tensors):
         result: Tensor = _Recomputed.apply(run_stage, run_stage_backward, settings, *tensors)
@@ -136,6 +137,7 @@ def decoder_head(
     tensors = (x, norm.weight, norm.bias, scale, offset, weight, bias)
     from lightm.ops.stage_cpu import run_head, run_head_backward
 
+    note_use("decoder_head", "cpu, fused")
     if wants_grad(*tensors):
         result: Tensor = _Recomputed.apply(run_head, run_head_backward, (norm.groups, norm.eps), *tensors)
         return result

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from lightm.config_io import load_yaml, save_yaml, validated
 from lightm.datasets.cases import Dataset
+from lightm.device import memory_bytes, resolve_device
 from lightm.errors import InputError
 from lightm.labels import Values, check_regions, targets_of
-from lightm.memory import total_bytes
 from lightm.preparation.fingerprint import ChannelIntensities, Fingerprint, rounded, take_fingerprint
 from lightm.progress import Progress
 
@@ -161,6 +162,7 @@ def make_plan(
     batch_size: int | None = None,
     spacing_mm: Sequence[float] | None = None,
     memory_gb: float | None = None,
+    device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Plan:
     """Look at all training cases and choose spacing, patch, batch and normalisation.
@@ -171,7 +173,8 @@ def make_plan(
     Batch: 2 in 3D, 8 to 12 in 2D. Normalisation: channels named CT are clipped to the foreground's percentiles
     0.5 and 99.5 and scaled by its mean and standard deviation; all others are z-scored, each case by itself.
 
-    memory_gb: for training; by default 0.6 of the machine's. Arguments that are given are taken as they are.
+    memory_gb: for training; by default 0.6 of what `device` has, a GPU's own memory or the machine's. Arguments that
+    are given are taken as they are.
     Raises InputError for unusable arguments and as `take_fingerprint` does.
     Cost: every file read twice (voxels, hash); memory of one case per core.
     """
@@ -186,7 +189,7 @@ def make_plan(
         raise InputError(f"spacing_mm {tuple(spacing)}: positive millimetres are needed")
     shapes = np.array([found.shape for found in facts]) * spacings / np.array(spacing)
     median = np.maximum(np.median(shapes, axis=0).round(), 1).astype(int).tolist()
-    budget = _voxel_budget(dims, memory_gb)
+    budget = _voxel_budget(dims, memory_gb, device)
     patch = [int(size) for size in patch_size] if patch_size is not None else _choose_patch(median, budget)
     fewest, most = _BATCH[dims]
     batch = int(np.clip(most * _CAP_VOXELS[dims] // max(1, int(np.prod(patch))), fewest, most))
@@ -224,11 +227,13 @@ def _choose_patch(median_shape: Sequence[int], budget: int) -> list[int]:
     return patch
 
 
-def _voxel_budget(dims: int, memory_gb: float | None) -> int:
+def _voxel_budget(dims: int, memory_gb: float | None, device: torch.device | str) -> int:
     """Voxels of one patch such that the smallest batch of them fits the memory."""
     if memory_gb is not None and memory_gb <= 0:
         raise InputError(f"memory_gb {memory_gb}: a positive number of gigabytes is needed")
-    there = (total_bytes() or _UNKNOWN_BYTES) * _MEMORY_PART if memory_gb is None else memory_gb * 1e9
+    there = memory_gb and memory_gb * 1e9
+    if there is None:
+        there = (memory_bytes(resolve_device(device)) or _UNKNOWN_BYTES) * _MEMORY_PART
     return min(_CAP_VOXELS[dims], int(there / (_BYTES_PER_VOXEL * _BATCH[dims][0])))
 
 

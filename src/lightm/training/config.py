@@ -154,9 +154,13 @@ class TrainConfig(Recipe):
     max_time: Duration | None = Field(None, description="Time budget of the training: 90s, 15m, 2h.")
     patience: int | None = Field(None, ge=1, description="Epochs without a better smoothed Dice before stopping.")
     val_patches: int = Field(16, ge=1, description="Patches per validation.")
-    workers: int = Field(0, ge=0, description="Processes that prepare patches.")
+    workers: int | None = Field(
+        None, ge=0, description="Processes that prepare patches; default: none on the CPU, up to 4 beside a GPU."
+    )
     device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda, cuda:1, mps or gpu.")
-    precision: str = Field("32-true", description="Floating-point precision of the training.")
+    precision: str = Field(
+        "auto", description="32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on a GPU that has it, else 32-true."
+    )
     on_nan: Literal["stop", "skip"] = Field("stop", description="At a loss or gradient that is NaN: stop or skip.")
     nan_limit: int = Field(10, ge=1, description="Steps that --on-nan skip may skip.")
     val_cases: int = Field(

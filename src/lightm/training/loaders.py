@@ -51,7 +51,8 @@ class PatchLoaders:
         }
         augment = config.augment if config.augment.enabled else None
         drawn = PatchDataset(train, seed=config.seed, augment=augment, **common)
-        self.watched = WatchedPatches(drawn, config.workers)
+        workers = config.workers or 0
+        self.watched = WatchedPatches(drawn, workers)
         held_out = PatchDataset(val, seed=VALIDATION_SEED, **common)
         self._whole = whole = plan.batch_size * ranks
         val_patches = config.val_patches if ranks == 1 else -(-config.val_patches // whole) * whole
@@ -66,8 +67,8 @@ class PatchLoaders:
         self._train_loader = loader(
             self.watched,
             self._train_sampler,
-            num_workers=config.workers,
-            persistent_workers=config.workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             collate_fn=_collate,
             worker_init_fn=_start_worker,
         )

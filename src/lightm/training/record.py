@@ -158,7 +158,7 @@ def run_record(run: Run, net: nn.Module, started: datetime) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         "seed": config.seed,
         "data_hash": run.data_hash,
-        "backend": f"selective scan: {'numba' if config.device == 'cpu' else 'reference'} on {config.device}",
+        "backend": f"{run.fabric.device}, {config.precision}",
         "started": first,
         "finished": None,
         "train_seconds": None,

@@ -29,7 +29,7 @@ from lightm.datasets.split import (
     load_split,
     make_split,
 )
-from lightm.device import resolve_device
+from lightm.device import default_precision, default_workers, resolve_device
 from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, disk_refusals, is_temporary, locked_folder, remove_temporaries
 from lightm.labels import each_value
@@ -37,6 +37,7 @@ from lightm.losses import SegmentationLoss, create_loss, knowing_regions
 from lightm.losses.base import CustomLoss
 from lightm.nets import create, save_model
 from lightm.nets.folder import OWN
+from lightm.ops.checks import implementations
 from lightm.preparation.cache import HASHES, FileHashes, PreprocessedCase, default_cache_dir
 from lightm.preparation.fingerprint import data_hash
 from lightm.preparation.plan import Plan, load_plan, make_plan
@@ -73,9 +74,10 @@ def new_run(
     named = {"network": network, "loss": loss, "plan": plan, "split": split}
     options.update({key: value for key, value in named.items() if objects[key] is None})
     settings = TrainConfig.of(config, options, "train")
-    fabric = build_fabric(settings.device, settings.precision)  # before anything is read
+    fabric, chosen_here = on_device(settings)  # before anything is read
     data = open_dataset(dataset, labels=settings.labels)
     update: dict[str, Any] = {
+        **chosen_here,
         "dataset": str(Path(dataset).resolve()),
         "labels": None if settings.labels is None else str(Path(settings.labels).resolve()),
         **{key: None for key in ("plan", "split") if objects[key] is not None},
@@ -87,7 +89,7 @@ def new_run(
     name = f"{data.name}-{settings.network}".replace(":", "-")
     run_dir = Path(out) if out is not None else Path("runs") / name
     refuse_used_folder(run_dir)
-    chosen = choose_plan(data, objects["plan"] or settings.plan, progress)
+    chosen = choose_plan(data, objects["plan"] or settings.plan, progress, fabric.device)
     settings = settings.resolved(chosen.spatial_dims)
     chosen = with_sizes(chosen, settings)
     drawn = choose_split(data, settings, objects["split"])
@@ -110,7 +112,8 @@ def earlier_run(
     changed = {k: v for k, v in options.model_dump().items() if v is not None}
     changed.update({k: str(Path(changed[k]).resolve()) for k in ("dataset", "labels") if k in changed})
     config = config.model_copy(update=changed)
-    fabric = build_fabric(config.device, config.precision)
+    fabric, chosen_here = on_device(config)
+    config = config.model_copy(update=chosen_here)
     data = open_data(run_dir, config)
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
     record, seen = run_dir / "run.json", hash_of(data, split)
@@ -178,7 +181,7 @@ def run_training(
         started = datetime.now(timezone.utc)
         net, criterion = build(run)  # before the long preprocessing, so that a bad name costs nothing
         ids = [*split.train, *split.val]
-        cache, workers = default_cache_dir(), config.workers
+        cache, workers = default_cache_dir(), config.workers or 0
         cases = preprocess_dataset(run.data, plan, cache, case_ids=ids, workers=workers, progress=progress)
         by_id = {case.id: case for case in cases}
         train, val = [by_id[i] for i in split.train], [by_id[i] for i in split.val]
@@ -207,6 +210,7 @@ def run_training(
             epochs=result.epochs,
             stopped_because=result.reason,
             skipped_steps=result.skipped_steps,
+            operators=implementations(),
         )
         write_json(run_dir / "run.json", record)
         return result
@@ -316,6 +320,14 @@ def loss_sizes(plan: Plan) -> dict[str, Any]:
     return {"spatial_dims": plan.spatial_dims, "num_classes": len(plan.outputs), "label_regions": regions}
 
 
+def on_device(config: TrainConfig) -> tuple[Fabric, dict[str, Any]]:
+    """Return what a configuration trains on, and the settings that were left to the device; InputError as there."""
+    where = resolve_device(config.device)
+    precision = default_precision(where) if config.precision == "auto" else config.precision
+    workers = default_workers(where) if config.workers is None else config.workers
+    return build_fabric(where, precision), {"precision": precision, "workers": workers}
+
+
 def build_fabric(
     device: str | torch.device = "cpu", precision: str = "32-true", *, devices: int | str = 1, strategy: str = "auto"
 ) -> Fabric:
@@ -349,7 +361,12 @@ def check_own(where: Path, what: str, name: str, given: object | None) -> None:
         raise InputError(f"{where}: its {what} is '{name.removeprefix(OWN)}', not {own_name(given).removeprefix(OWN)}")
 
 
-def choose_plan(data: Dataset, given: Plan | Path | str | None, progress: Progress | None) -> Plan:
+def choose_plan(
+    data: Dataset,
+    given: Plan | Path | str | None,
+    progress: Progress | None,
+    device: torch.device | str = "cpu",
+) -> Plan:
     """The plan given, else the data set's own `plan.yaml`, else a fresh one.
 
     Raises InputError for a plan of other labels or channels, and for a `plan.yaml` of the data set that was made before
@@ -357,7 +374,7 @@ def choose_plan(data: Dataset, given: Plan | Path | str | None, progress: Progre
     """
     own = data.root / "plan.yaml"
     if given is None and not own.is_file():
-        return make_plan(data, progress=progress)
+        return make_plan(data, device=device, progress=progress)
     plan = given if isinstance(given, Plan) else load_plan(own if given is None else given)
     where = "the plan" if isinstance(given, Plan) else own if given is None else given
     regions = {name: list(values) for name, values in data.regions.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightm.ops.checks import note_use
 from lightm.ops.layer.parameters import LayerParameters
 
 __all__ = ["SCANS", "LayerParameters", "layer_runs_fused", "state_space_layer"]
@@ -72,5 +73,6 @@ def state_space_layer(
         )
     from lightm.ops.layer.cpu import run_layer
 
+    note_use("state_space_layer", "cpu, fused")
     with torch.no_grad():
         return run_layer(x.contiguous(), parameters, scan, pooling, keep_states)
