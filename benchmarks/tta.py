@@ -1,6 +1,6 @@
 """What test-time flips do to the DSC of models that were trained with mirroring, and that they are refused for others.
 
-    python benchmarks/tta.py DATASET --axes 2 --max-time 150s --out benchmarks/results/tta.csv
+    python benchmarks/tta.py DATASET --axes 2 --out benchmarks/results/tta.csv
 
 A training without mirroring (`--axes none`) must refuse `--tta`. With axes the validation cases are predicted with and
 without flips, with the same weights. A row is added to the CSV file for every class. DATASET may be a kind of phantom:
@@ -22,12 +22,15 @@ from lightm.images.io import read_volume
 from lightm.inference.postprocess_choice import case_dice
 from lightm.inference.predictor import Predictor
 
+EPOCHS = 30  # of 50 steps with two patches
 PHANTOMS = {"liver": 48, "vessels": 48, "xray": 96}
 
 
-def measure(dataset: Path, axes: list[int], max_time: str, network: str, folder: Path) -> list[dict[str, object]]:
+def measure(dataset: Path, axes: list[int], given: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
     """Train, predict the validation cases with and without flips, and return a row for each class."""
-    options = {"network": network, "max_time": max_time, "augment": {"mirror_axes": axes}, "test": False}
+    network = given.network
+    options = {"network": network, "batch_size": 2, "augment": {"mirror_axes": axes}, "test": False, "val_cases": 0}
+    options |= {"max_time": given.max_time, "epochs": EPOCHS, "patch_size": given.patch_size}
     run = lightm.train(dataset, folder / "run", **options).training
     row = {"data": dataset.name, "network": network, "mirror_axes": " ".join(map(str, axes)) or "none"}
     row |= {"train_seconds": round(run.train_seconds), "epochs": run.epochs}
@@ -62,8 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset")
     parser.add_argument("--axes", default="none", help="2 or 0,1,2; none: no mirroring")
-    parser.add_argument("--max-time", default="150s")
-    parser.add_argument("--network", default="lightm-small")
+    parser.add_argument("--max-time", default="10m")
+    parser.add_argument("--network", default="unet")
+    parser.add_argument("--patch-size", type=int, nargs="+", help="default: the plan's")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tta.csv"))
     given = parser.parse_args()
     axes = [] if given.axes == "none" else [int(axis) for axis in given.axes.split(",")]
@@ -71,7 +75,7 @@ def main() -> None:
         folder, dataset = Path(temporary), Path(given.dataset)
         if given.dataset in PHANTOMS:
             dataset = lightm.phantoms(given.dataset, folder / given.dataset, cases=60, size=PHANTOMS[given.dataset])
-        rows = measure(dataset, axes, given.max_time, given.network, folder)
+        rows = measure(dataset, axes, given, folder)
     columns = ["data", "network", "mirror_axes", "train_seconds", "epochs", "class", "tta"]
     columns += ["cases", "dsc", "dsc_tta", "difference", "worst_case", "better"]
     new = not given.out.exists()

@@ -52,5 +52,7 @@ def test_two_ranks_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
     pair.launch(_train, str(tmp_path), 1)
     (alone,), (shared,) = history(tmp_path / "run1"), history(tmp_path / "run2")
     for name, value in alone.items():  # the Dice counts voxels, of which a rounded logit moves a few
-        assert float(shared[name]) == pytest.approx(float(value), rel=2e-2 if "dice" in name else 1e-3), name
+        assert float(shared[name]) == pytest.approx(float(value), rel=2e-2 if "dice" in name else 1e-3, nan_ok=True), (
+            name
+        )
     assert (tmp_path / "run2" / "model" / "model.json").is_file()
