@@ -37,7 +37,7 @@ def test_brain_phantoms_in_one_go(
     assert checked["summary"]["channels"] == ["FLAIR", "T1w", "T1gd", "T2w"]
     options = [
         "--network",
-        "unet",
+        "lightm-small",
         "--patch-size",
         "16,16,16",
         "--val-patches",

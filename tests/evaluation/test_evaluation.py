@@ -15,7 +15,7 @@ from rich.console import Console
 from lightm.errors import InputError
 from lightm.evaluation.evaluation import CaseRow, Evaluation, format_table, load_evaluation, summarize
 from lightm.evaluation.folder import evaluate_folder
-from lightm.images.io import write_volume
+from lightm.images.io import read_volume, write_volume
 from lightm.images.volume import Volume
 
 ABSENT = ("absent", None, None, None, None)
@@ -248,3 +248,30 @@ def test_calls_that_make_no_sense(make_run: Callable[..., Path]) -> None:
     (labels / "a.nii").write_bytes(b"")
     with pytest.raises(InputError, match="case a twice"):
         evaluate_folder(predictions, labels)
+
+
+def test_regions_are_scored_each_by_itself(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run(evaluate=False)
+    data = tmp_path / "Dataset001_Test"
+    regions = {"whole": [1, 2], "core": [2]}
+    asked = evaluate_folder(run / "predictions", data / "labelsTr", labels_map=regions, bootstrap=50)
+    description = json.loads((data / "dataset.json").read_text())
+    description.update(labels={"background": 0, **regions}, regions_class_order=[1, 2])
+    (data / "dataset.json").write_text(json.dumps(description))
+    read = evaluate_folder(run / "predictions", data / "labelsTr", out=tmp_path / "scores", bootstrap=50)
+    assert read == asked
+    assert load_evaluation(tmp_path / "scores" / "metrics.json") == read
+    assert read.labels == regions
+    for row in read.rows:
+        pred, label = (read_volume(p / f"{row.case}.nii.gz").data for p in (run / "predictions", data / "labelsTr"))
+        p, g = np.isin(pred, read.labels[row.class_name]), np.isin(label, read.labels[row.class_name])
+        assert (row.voxels_pred, row.voxels_label) == (p.sum(), g.sum())
+        assert row.dsc == pytest.approx(2 * (p & g).sum() / (p.sum() + g.sum()))
+    for wrong, message in (
+        ({"whole": [0, 1]}, "a region holds the background"),
+        ({"whole": [1, 2], "same": [2, 1]}, "the same value"),
+        ({"whole": [1]}, "holds 2, which is no class"),
+        ({"whole": [1, "x"]}, "expected a whole number"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate_folder(run / "predictions", data / "labelsTr", labels_map=wrong)

@@ -66,6 +66,19 @@ def assert_masks(file: Path, labels: Volume, classes: dict[str, int]) -> Any:
     return highdicom.seg.segread(file)
 
 
+def test_regions_are_segments_that_overlap(tmp_path: Path) -> None:
+    write_ct(tmp_path / "ct", stored_pixels((6, 6, 7)))
+    labels = random_labels(read_volume(tmp_path / "ct"), [0, 1, 2, 3], empty=(1,))
+    regions = {"whole tumour": (1, 2, 3), "tumour core": (2, 3), "enhancing tumour": (3,)}
+    file = write_dicom_seg(tmp_path / "a.seg.dcm", labels, tmp_path / "ct", regions)
+    masks = by_pydicom(file, labels.affine, labels.shape)
+    assert list(masks) == list(regions)
+    for name, values in regions.items():
+        assert np.array_equal(masks[name], np.isin(labels.data, values))
+    with pytest.raises(InputError, match="values \\[3\\] that no class has"):
+        write_dicom_seg(tmp_path / "b.seg.dcm", labels, tmp_path / "ct", {"whole": (1, 2), "core": (2,)})
+
+
 def test_round_trip_of_a_made_series(tmp_path: Path) -> None:
     write_ct(tmp_path / "ct", stored_pixels((6, 6, 7)))
     image = read_volume(tmp_path / "ct")

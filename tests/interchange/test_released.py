@@ -184,6 +184,23 @@ def test_an_nnunet_checkpoint_becomes_a_model_that_predicts(tmp_path: Path, new:
     assert set(np.unique(found.data)) <= {0, 1, 4}
 
 
+def test_regions_of_nnunet_stay_regions(tmp_path: Path) -> None:
+    save_file(released_state(network(2, 1, 3)), tmp_path / "state.safetensors")
+    regions = {"whole": [1, 2, 4], "core": [2, 4], "rim": [4]}
+    content = {**DATASET, "labels": {"background": 0, **regions, "ignore": 5}, "regions_class_order": [1, 2, 4]}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    result = import_released(tmp_path / "state.safetensors", tmp_path / "model", dataset_json=tmp_path / "dataset.json")
+    assert (result.plan.regions, result.plan.regions_class_order, result.plan.ignore_label) == (regions, [1, 2, 4], 5)
+    data = np.random.default_rng(0).integers(0, 200, (32, 32)).astype(np.uint8)
+    write_volume(tmp_path / "scan.png", Volume.from_spacing(data, (1.0, 1.0)))
+    (written,) = predict_folder(tmp_path / "model", tmp_path / "scan.png", tmp_path / "out")
+    assert set(np.unique(read_volume(written, kind="label").data)) <= {0, 1, 2, 4}
+    content["labels"].pop("rim")
+    (tmp_path / "dataset.json").write_text(json.dumps({**content, "regions_class_order": [1, 2]}))
+    with pytest.raises(InputError, match=r"2 regions \(whole, core\).*3 outputs"):
+        import_released(tmp_path / "state.safetensors", tmp_path / "other", dataset_json=tmp_path / "dataset.json")
+
+
 def test_without_plans_the_guesses_are_stated(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     save_file(released_state(network(2, 1, 3)), path)

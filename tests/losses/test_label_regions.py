@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from lightm.errors import InputError
-from lightm.losses import CrossEntropy, CustomLoss, SegmentationLoss, create_loss, register_loss
+from lightm.losses import (
+    CrossEntropy,
+    CustomLoss,
+    SegmentationLoss,
+    WeightedSum,
+    create_loss,
+    knowing_regions,
+    register_loss,
+)
 from lightm.losses.base import Prepared
 
 REGIONS = ((1, 2, 3), (2, 3), (3,))
@@ -182,5 +190,11 @@ def test_refusals() -> None:
     register_loss("softmax-only", softmax, overwrite=True)
     with pytest.raises(InputError, match="the labels are regions"):
         make("softmax-only")
+    with pytest.raises(InputError, match="was made for label_regions"):
+        knowing_regions(make("dice"), ((1, 2),), "loss Dice")
+    with pytest.raises(InputError, match="was made for label_regions"):
+        knowing_regions(make("dice"), None, "loss Dice")
+    with pytest.raises(InputError, match="differ in"):
+        WeightedSum([make("dice"), make("dice", ((1, 2), (2,), (3,)))])
     with pytest.raises(TypeError, match="label_regions"):
         CrossEntropy(spatial_dims=3, num_classes=3, label_regions=REGIONS)

@@ -173,7 +173,7 @@ def test_networks_with_learnt_positions_take_one_size(name: str) -> None:
         (("umamba", 3, 1, 2), {}, "did you mean 'umamba"),
         (("unet", 4, 1, 2), {}, "use 2 or 3"),
         (("unet", 3, 0, 2), {}, "at least one channel"),
-        (("unet", 3, 1, 1), {}, "2 or more"),
+        (("unet", 3, 1, 0), {}, "a region, or background and at least one class"),
         (("unet", 3, 1, 2), {"filter": 8}, "filter"),
         (("transunet", 3, 1, 2, (32, 32, 32)), {}, "2D images alone; in 3D use"),
         (("nnformer", 2, 1, 2, (32, 32)), {}, "3D images alone; in 2D use"),

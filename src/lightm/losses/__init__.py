@@ -180,6 +180,8 @@ def knowing_regions(made: SegmentationLoss, regions: Sequence[Sequence[int]] | N
             f"{what} takes the softmax of classes that exclude each other, but the labels are regions; use another "
             "loss, such as ce+dice, or give label_regions to a loss of your own"
         )
+    if made.label_regions != regions:
+        raise InputError(f"{what} was made for label_regions={made.label_regions}, but the labels have {regions}")
     return made
 
 

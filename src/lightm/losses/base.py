@@ -174,7 +174,8 @@ class SegmentationLoss(nn.Module):
         if self.label_regions is None:
             return Prepared(logits, target, valid)
         # Class 0, the background, lies in no region.
-        bits = cast(Tensor, self._bits)[target if valid is None else target.masked_fill(~valid, 0)]
+        table = cast(Tensor, self._bits).to(target.device)
+        bits = table[target if valid is None else target.masked_fill(~valid, 0)]
         return Prepared(logits, bits, valid, regions=True)
 
 

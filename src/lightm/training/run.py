@@ -32,7 +32,7 @@ from lightm.datasets.split import (
 from lightm.device import default_precision, default_workers, resolve_device
 from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, disk_refusals, is_temporary, locked_folder, remove_temporaries
-from lightm.labels import each_value
+from lightm.labels import check_regions, each_value
 from lightm.losses import SegmentationLoss, create_loss, knowing_regions
 from lightm.losses.base import CustomLoss
 from lightm.nets import create, save_model
@@ -484,7 +484,7 @@ def keep_rare(data: Dataset, plan: Plan, split: Split, group_by: str | None) -> 
 
 
 def check_classes(data: Dataset, train: Sequence[PreprocessedCase], val: Sequence[PreprocessedCase]) -> None:
-    """Warn of classes or regions that occur in no training case; InputError where none does."""
+    """Warn of classes or regions that no training case has, and of overlap that is lost; InputError where all lack."""
 
     def found(cases: Sequence[PreprocessedCase]) -> set[int]:
         return {data.values[k] for case in cases for k, voxels in case.foreground().items() if len(voxels)}
@@ -495,6 +495,8 @@ def check_classes(data: Dataset, train: Sequence[PreprocessedCase], val: Sequenc
         raise InputError(
             f"{where}: the training cases hold background only, so there is nothing to learn; check the labels"
         )
+    for value, written in check_regions(data.regions, data.regions_class_order).items() if data.regions else ():
+        _log.warning("%s: where label %d is found, %d is written, which is in other regions", where, value, written)
     for name, values in data.targets.items():
         if in_train.isdisjoint(each_value(values)):
             cases = (

@@ -32,7 +32,7 @@ from lightm.preparation.plan import Plan, load_plan
 from lightm.preparation.preprocess import preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.config import parse_duration, resolve_config
-from lightm.training.run import choose_plan, choose_split, loss_sizes, with_sizes
+from lightm.training.run import choose_plan, choose_split, keep_rare, loss_sizes, with_sizes
 
 _log = logging.getLogger(__name__)
 
@@ -178,7 +178,11 @@ def _plan_and_split(out: Path, given: Experiment, data: Dataset, progress: Progr
         resolve_config(str(data.root), dims, recipe=options["recipe"], settings=settings)
     path = out / "split.json"
     labelled = [case.id for case in data.cases if case.label is not None]
-    split = load_split(path, labelled) if path.is_file() else choose_split(data, config)
+    if path.is_file():
+        split = load_split(path, labelled)
+    else:
+        split = choose_split(data, config)
+        split = split if given.split is not None else keep_rare(data, plan, split)
     if not split.test:
         raise InputError(f"{given.split or path}: the split has no test cases to compare by")
     plan.save(out / "plan.yaml")
