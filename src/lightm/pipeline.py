@@ -183,7 +183,7 @@ def score_run(run_dir: Path | str, *, nsd_tolerance_mm: float = 1.0, progress: P
     if not (run_dir / "model" / "model.json").is_file():
         raise InputError(f"{run_dir}: holds no trained run (model/model.json is missing); finish its training first")
     config = load_config(run_dir / "config.yaml")
-    data = open_dataset(config.dataset, labels=config.labels)
+    data = open_dataset(config.dataset, **config.reading)
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
     if not split.test:
         raise InputError(f"{run_dir / 'split.json'}: the split has no test cases")
@@ -215,6 +215,7 @@ def score_cases(
         out=run_dir / "evaluation",
         cases=case_ids,
         nsd_tolerance_mm=nsd_tolerance_mm,
+        trust_image_geometry=data.trust_image_geometry,
         progress=progress,
     )
 

@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from lightm.datasets.cases import Case
 from lightm.errors import InputError, LightMError
 from lightm.files import atomic_file
-from lightm.images.io import read_volume, write_volume
+from lightm.images.io import place_remarks, read_volume, write_volume
 from lightm.images.lazy import LazyVolume, open_volume
 from lightm.images.volume import Volume
 from lightm.inference.predictor import Predictor
@@ -159,12 +159,21 @@ class Job:
         probabilities = out / PROBABILITIES / f"{case.id}.nii.gz" if self.options.save_probabilities else None
         images = reading.take()
         started = time.perf_counter()
+        remarks: list[str] = []
+
+        def remark(text: str) -> None:
+            remarks.append(text)
+            _log.warning("%s", text)
+
+        for path in case.images:
+            for message, cure in place_remarks(path):
+                remark(f"{path}: {message}; {cure}")
+        how: dict[str, Any] = {"progress": self.on_window, "probabilities": probabilities}
+        how["remark"] = lambda text: remark(f"{case.images[0]}: {text}")
         if images.volumes is None:
-            labels = self.predictor.predict_files(case.images, progress=self.on_window, probabilities=probabilities)
+            labels = self.predictor.predict_files(case.images, **how)
         else:
-            labels = self.predictor.predict_volumes(
-                images.volumes, progress=self.on_window, probabilities=probabilities
-            )
+            labels = self.predictor.predict_volumes(images.volumes, **how)
         predicted = time.perf_counter()
         written = [] if probabilities is None else [probabilities]
         statistics: list[ClassStatistics] | None = None
@@ -200,6 +209,7 @@ class Job:
             images=images.files,
             outputs=[file_record(out / name, name) for name in names],
             statistics=statistics,
+            remarks=remarks,
         )
 
 

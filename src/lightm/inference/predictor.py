@@ -21,14 +21,15 @@ from lightm.inference import budget
 from lightm.inference.native_space import ProbabilityFile, check_path, class_indices
 from lightm.inference.postprocess import Step, apply_rules, read_postprocess
 from lightm.inference.sliding import WindowProgress, logit_slabs, window_logits
+from lightm.inference.suspicion import suspicions
 from lightm.nets import folder as model_folder
 from lightm.preparation.plan import MULTIPLE, Plan
-from lightm.preparation.preprocess import NetworkGrid, check_fit
-from lightm.preparation.resample import resampled_shape
+from lightm.preparation.preprocess import NetworkGrid, check_fit, grid_shape
 
 _log = logging.getLogger(__name__)
 
 Window = Literal["patch", "whole"]
+Remark = Callable[[str], None]
 
 
 class Predictor:
@@ -131,14 +132,21 @@ class Predictor:
         return self.predict_files([Path(image) for image in images if not isinstance(image, Volume)])
 
     def predict_volumes(
-        self, images: Sequence[Volume], *, progress: WindowProgress | None = None, probabilities: Path | None = None
+        self,
+        images: Sequence[Volume],
+        *,
+        progress: WindowProgress | None = None,
+        probabilities: Path | None = None,
+        remark: Remark | None = None,
     ) -> Volume:
         """Return the label map of one case, in the geometry of its first image; uint8, or int16 for values above 255.
 
         images: one volume per channel of the plan, in its order. They are brought to canonical orientation and the
         plan's spacing and normalised; windows give logits, the largest one in every voxel of the original grid the
         label, which is brought back to the original orientation. progress(done, total) counts windows. probabilities: a
-        .nii.gz or .nii file for those of all classes, see `lightm.inference.native_space.ProbabilityFile`.
+        .nii.gz or .nii file for those of all classes, see `lightm.inference.native_space.ProbabilityFile`. remark(text)
+        is called with what is odd about the images for this model (`lightm.inference.suspicion`); by default it is
+        logged.
 
         Raises InputError for images that do not fit the plan or each other or the limit of memory, LightMError for a
         network whose output does not, or a disk that refuses. Memory: the images as they are, in float32 at the plan's
@@ -149,10 +157,15 @@ class Predictor:
         def opened(folder: Path | None) -> list[LazyVolume]:
             return [LazyVolume.of(image) for image in images]
 
-        return self._predict(images, opened, 0, progress, probabilities)
+        return self._predict(images, opened, 0, progress, probabilities, remark)
 
     def predict_files(
-        self, paths: Sequence[Path], *, progress: WindowProgress | None = None, probabilities: Path | None = None
+        self,
+        paths: Sequence[Path],
+        *,
+        progress: WindowProgress | None = None,
+        probabilities: Path | None = None,
+        remark: Remark | None = None,
     ) -> Volume:
         """Return the label map of one case from its files, one per channel; as `predict_volumes`, with less memory.
 
@@ -169,7 +182,8 @@ class Predictor:
                 for path, header in zip(paths, headers, strict=True)
             ]
 
-        return self._predict([header.geometry for header in headers], opened, itemsize, progress, probabilities)
+        geometries = [header.geometry for header in headers]
+        return self._predict(geometries, opened, itemsize, progress, probabilities, remark)
 
     def window_bytes(self) -> int | None:
         """Return what one call of the network on a patch needs, in bytes, measured once; None where unknown."""
@@ -182,6 +196,7 @@ class Predictor:
         itemsize: int,
         progress: WindowProgress | None,
         probabilities: Path | None,
+        remark: Remark | None,
     ) -> Volume:
         check_fit(geometries, None, self.plan)
         if probabilities is not None:
@@ -191,7 +206,7 @@ class Predictor:
         # Geometry alone, so that the image can go before the end.
         native = geometries[0].with_data(np.broadcast_to(np.zeros((), geometries[0].data.dtype), geometries[0].shape))
         canonical = native.to_canonical()
-        shape = resampled_shape(canonical.shape, canonical.spacing_mm, self.plan.spacing_mm)
+        shape = grid_shape(canonical, self.plan)
         # The smallest window that holds the whole grid and that three poolings halve to whole voxels.
         whole = tuple(-(-size // MULTIPLE) * MULTIPLE for size in shape)
         case = budget.CaseSize(
@@ -206,9 +221,13 @@ class Predictor:
             probabilities=probabilities is not None,
         )
         del geometries
+        if self.max_memory is None:
+            budget.check_sizes(case, self.plan.spacing_mm)
         held = budget.MemoryPlan() if self.max_memory is None else self._within(case, self.max_memory)
         folder = Path(tempfile.gettempdir())
         images = opened(None if held.voxels else folder)
+        for text in suspicions(images, self.plan):
+            (remark or _log.warning)(text)
         grid = NetworkGrid(images, self.plan, None if held.grid else folder)
         del images
         data = np.zeros(native.shape, dtype)

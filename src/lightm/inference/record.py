@@ -106,7 +106,10 @@ class Seconds(_Part):
 
 
 class CaseRecord(_Part):
-    """A case that is done. file: its label map; more: what else was written; seconds: all phases together."""
+    """A case that is done. file: its label map; more: what else was written; seconds: all phases together.
+
+    remarks: what is odd about its images.
+    """
 
     case: str
     file: str
@@ -118,6 +121,7 @@ class CaseRecord(_Part):
     images: list[FileRecord]
     outputs: list[FileRecord]
     statistics: list[ClassStatistics] | None = None
+    remarks: list[str] = Field(default_factory=list)
 
 
 class FailedCase(_Part):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lightm.config_io import load_yaml, save_yaml, validated
 from lightm.datasets.cases import Dataset
+from lightm.datasets.intensities import KEPT, intensity_problems
 from lightm.errors import InputError
 from lightm.memory import total_bytes
 from lightm.preparation.fingerprint import ChannelIntensities, Fingerprint, rounded, take_fingerprint
 from lightm.progress import Progress
+
+_log = logging.getLogger(__name__)
 
 # Three poolings by 2 halve a patch to whole voxels only where 8 divides it.
 MULTIPLE = 8
@@ -27,20 +31,27 @@ _MEMORY_PART = 0.6
 _UNKNOWN_BYTES = 8 * 10**9  # where the system does not say what it has
 _ANISOTROPY = 3.0
 
+_SCHEMES: dict[str, Any] = dict(zip(KEPT, ("none", *KEPT[1:]), strict=True))
+
 _HEADING = """\
 How LightM prepares this dataset. Edit freely; unknown keys are refused.
 Axis order is (z, y, x) in 3D and (y, x) in 2D, in the orientation nearest to right-anterior-superior.
 spacing_mm     images are resampled to it        patch_size     voxels of a training patch, multiples of 8
-normalization  per channel; "ct": clip to clip_low..clip_high, minus mean, over std; "zscore": per case
+normalization  per channel; "ct": clip to clip_low..clip_high, minus mean, over std; "zscore": per case; "none": values
+               as they are; "rescale_to_0_1": per case; "rgb_to_0_1": over 255
 fingerprint    what was measured; a record, changing it changes nothing"""
 
 
 class ChannelNormalization(BaseModel):
-    """How one channel's intensities become numbers of about mean 0 and standard deviation 1."""
+    """How one channel's intensities become what a network sees.
+
+    ct: clipped to clip_low..clip_high, minus mean, over std. zscore: minus the case's mean, over its standard
+    deviation. none: as they are. rescale_to_0_1: from the case's smallest to its largest value. rgb_to_0_1: over 255.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    scheme: Literal["ct", "zscore"]
+    scheme: Literal["ct", "zscore", "none", "rescale_to_0_1", "rgb_to_0_1"]
     clip_low: float | None = None
     clip_high: float | None = None
     mean: float | None = None
@@ -137,13 +148,18 @@ def make_plan(
     finer scans are not thrown away. Patch: the median shape at that spacing, rounded up to multiples of 8 and
     shortened along its longest axes to at most 128^3 voxels in 3D and 512^2 in 2D, or what the memory holds.
     Batch: 2 in 3D, 8 to 12 in 2D. Normalisation: channels named CT are clipped to the foreground's percentiles
-    0.5 and 99.5 and scaled by its mean and standard deviation; all others are z-scored, each case by itself.
+    0.5 and 99.5 and scaled by its mean and standard deviation; noNorm, rescale_to_0_1 and rgb_to_0_1 are what nnU-Net
+    has under these names; all others are z-scored, each case by itself. What is odd about intensities is logged.
 
     memory_gb: for training; by default 0.6 of the machine's. Arguments that are given are taken as they are.
     Raises InputError for unusable arguments and as `take_fingerprint` does.
     Cost: every file read twice (voxels, hash); memory of one case per core.
     """
     fingerprint, facts = take_fingerprint(dataset, progress=progress)
+    for problem in intensity_problems(dataset, [found.intensities for found in facts]):
+        if problem.severity == "error":
+            raise InputError(str(problem))
+        _log.warning("%s", problem)
     dims = len(fingerprint.shape_median)
     for name, given in (("spacing_mm", spacing_mm), ("patch_size", patch_size)):
         if given is not None and len(given) != dims:
@@ -199,8 +215,7 @@ def _voxel_budget(dims: int, memory_gb: float | None) -> int:
 
 
 def _choose_normalization(name: str, found: ChannelIntensities) -> ChannelNormalization:
-    if name.strip().lower() != "ct":
-        return ChannelNormalization(scheme="zscore")
-    if found.low >= found.high or found.std <= 0:
-        raise InputError(f"channel '{name}': the foreground has one intensity only, {found.low}; check the images")
+    kind = name.strip().lower()
+    if kind != "ct":
+        return ChannelNormalization(scheme=_SCHEMES.get(kind, "zscore"))
     return ChannelNormalization(scheme="ct", clip_low=found.low, clip_high=found.high, mean=found.mean, std=found.std)

@@ -61,7 +61,7 @@ def new_run(
     options.update({key: value for key, value in named.items() if objects[key] is None})
     settings = TrainConfig.of(config, options, "train")
     fabric = build_fabric(settings.device, settings.precision)  # before anything is read
-    data = open_dataset(dataset, labels=settings.labels)
+    data = open_dataset(dataset, **settings.reading)
     update: dict[str, Any] = {
         "dataset": str(Path(dataset).resolve()),
         "labels": None if settings.labels is None else str(Path(settings.labels).resolve()),
@@ -93,7 +93,7 @@ def earlier_run(
     check_own(run_dir, "loss", config.loss, loss)
     config = config.model_copy(update={k: v for k, v in options.model_dump().items() if v is not None})
     fabric = build_fabric(config.device, config.precision)
-    data = open_dataset(config.dataset, labels=config.labels)
+    data = open_dataset(config.dataset, **config.reading)
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
     return Run(run_dir, config, fabric, data, load_plan(run_dir / "plan.yaml"), split, network, loss, resume=True)
 
