@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from lightm.config_io import load_yaml, save_yaml, validated
 from lightm.datasets.cases import Dataset
 from lightm.datasets.intensities import KEPT, intensity_problems
 from lightm.errors import InputError
+from lightm.images.limits import MAX_VOXELS
 from lightm.memory import total_bytes
 from lightm.preparation.fingerprint import ChannelIntensities, Fingerprint, rounded, take_fingerprint
 from lightm.progress import Progress
@@ -169,6 +171,12 @@ def make_plan(
     if min(spacing) <= 0:
         raise InputError(f"spacing_mm {tuple(spacing)}: positive millimetres are needed")
     shapes = np.array([found.shape for found in facts]) * spacings / np.array(spacing)
+    if float(shapes.prod(axis=1).max()) > MAX_VOXELS:
+        largest = tuple(shapes[shapes.prod(axis=1).argmax()].round().astype(np.int64).tolist())
+        raise InputError(
+            f"at a spacing of {tuple(spacing)} mm the largest image has shape {largest}; at most {MAX_VOXELS} voxels "
+            "can be handled; choose a coarser spacing (--spacing-mm)"
+        )
     median = np.maximum(np.median(shapes, axis=0).round(), 1).astype(int).tolist()
     budget = _voxel_budget(dims, memory_gb)
     patch = [int(size) for size in patch_size] if patch_size is not None else _choose_patch(median, budget)
@@ -200,8 +208,9 @@ def _choose_spacing(spacings: np.ndarray) -> list[float]:
 
 
 def _choose_patch(median_shape: Sequence[int], budget: int) -> list[int]:
-    patch = [-(-size // MULTIPLE) * MULTIPLE for size in median_shape]
-    while np.prod(patch) > budget and max(patch) > MULTIPLE:
+    most = max(MULTIPLE, budget // MULTIPLE * MULTIPLE)
+    patch = [min(-(-size // MULTIPLE) * MULTIPLE, most) for size in median_shape]
+    while prod(patch) > budget and max(patch) > MULTIPLE:
         patch[int(np.argmax(patch))] -= MULTIPLE
     return patch
 

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from lightm.errors import InputError, LightMError
 from lightm.files import LOCK, disk_refusals, is_temporary, locked_folder, remove_temporaries
 from lightm.losses import SegmentationLoss, create_loss
 from lightm.losses.base import CustomLoss
-from lightm.nets import create, save_model
+from lightm.memory import available_bytes
+from lightm.nets import create, fitting_size, save_model
 from lightm.nets.folder import OWN
 from lightm.preparation.cache import PreprocessedCase, default_cache_dir
-from lightm.preparation.plan import Plan, load_plan, make_plan
+from lightm.preparation.plan import MULTIPLE, Plan, load_plan, make_plan
 from lightm.preparation.preprocess import preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.checkpoint_io import BEST, load_checkpoint, newest_checkpoint
@@ -36,6 +38,9 @@ from lightm.training.loop import Training
 from lightm.training.record import Loss, Run, TrainResult, run_record, write_json
 
 _log = logging.getLogger(__name__)
+
+# What training keeps for a voxel of a batch: 750 bytes in the smallest network measured, `unet`, and thousands in most.
+_LEAST_BYTES_PER_VOXEL = 300
 
 
 def new_run(
@@ -77,6 +82,8 @@ def new_run(
     chosen = choose_plan(data, objects["plan"] or settings.plan, progress)
     settings = settings.resolved(chosen.spatial_dims)
     chosen = with_sizes(chosen, settings)
+    check_sizes(chosen, settings, fabric.device, own=objects["network"] is not None)
+    chosen = fitting_plan(chosen, settings, objects["network"])
     drawn = choose_split(data, settings, objects["split"])
     return Run(run_dir, settings, fabric, data, chosen, drawn, objects["network"], objects["loss"])
 
@@ -285,17 +292,52 @@ def with_sizes(plan: Plan, config: TrainConfig, patch: Sequence[int] | None = No
     if wanted is not None:
         wanted = [wanted] if isinstance(wanted, int) else list(wanted)
         sizes = wanted * (plan.spatial_dims if len(wanted) == 1 else 1)
-        if len(sizes) != plan.spatial_dims or any(size < 8 or size % 8 for size in sizes):
+        if len(sizes) != plan.spatial_dims or min(sizes) < 1:
             raise InputError(
-                f"patch size {wanted}: {plan.spatial_dims} sizes are needed, each a multiple of 8 (three poolings by 2)"
+                f"patch size {wanted}: {plan.spatial_dims} sizes of at least 1 are needed, such as 64,64,64"
             )
-        plan = plan.model_copy(update={"patch_size": sizes})
+        whole = [-(-size // MULTIPLE) * MULTIPLE for size in sizes]  # what a plan may hold
+        if whole != sizes:
+            before, now = (",".join(map(str, patch)) for patch in (sizes, whole))
+            _log.warning("patch size %s is rounded up to %s, multiples of %d", before, now, MULTIPLE)
+        plan = plan.model_copy(update={"patch_size": whole})
     batch = batch if batch is not None else config.batch_size
     if batch is not None:
         if batch < 1:
             raise InputError(f"batch size {batch}: must be 1 or more")
         plan = plan.model_copy(update={"batch_size": batch})
     return plan
+
+
+def fitting_plan(plan: Plan, config: TrainConfig, network: nn.Module | None = None) -> Plan:
+    """The plan with its patch rounded up to what the network can take, which is logged."""
+    sizes = {"spatial_dims": plan.spatial_dims, "in_channels": len(plan.channels), "out_channels": len(plan.labels)}
+    options = {} if network is not None else config.network_options
+    size = list(fitting_size(network or config.network, **sizes, image_size=plan.patch_size, **options))
+    if size == list(plan.patch_size):
+        return plan
+    before, now = (",".join(map(str, patch)) for patch in (plan.patch_size, size))
+    _log.warning("patch size %s is rounded up to %s, the next that network '%s' can take", before, now, config.network)
+    return plan.model_copy(update={"patch_size": size})
+
+
+def check_sizes(plan: Plan, config: TrainConfig, device: torch.device, *, own: bool = False) -> None:
+    """Raise InputError, with the sizes, for a batch that no network could be trained on in the memory there is.
+
+    A lower bound: what it lets through may still be too much. own: for a module of the caller's, which may be small.
+    """
+    voxels = plan.batch_size * prod(plan.patch_size)
+    each = 4 * (len(plan.channels) + 2 * len(plan.labels)) + 8  # image, logits, their gradients, and the labels
+    if not own:
+        each = max(each, _LEAST_BYTES_PER_VOXEL // (1 if config.precision.startswith("32") else 2))
+    there = available_bytes() if device.type != "cuda" else torch.cuda.mem_get_info(device)[0]
+    if there is not None and voxels * each > there:
+        patch = ",".join(map(str, plan.patch_size))
+        raise InputError(
+            f"patch size {patch} with batch size {plan.batch_size}: training on {voxels:.3g} voxels at once needs at "
+            f"least {voxels * each / 1e9:.3g} GB of memory, and {there / 1e9:.3g} GB are there on {device}; use a "
+            "smaller --patch-size or --batch-size"
+        )
 
 
 def choose_split(data: Dataset, config: TrainConfig, given: Split | None = None) -> Split:
