@@ -44,6 +44,8 @@ class PlanOptions(Options):
     """What a plan takes as given instead of choosing it."""
 
     labels: PathText | None = Field(None, description="Folder of labels, when DATASET is a folder of images.")
+    channels: Names | None = Field(None, description="Names of the channels: CT, or T1,T2.")
+    trust_image_geometry: bool = Field(False, description="Take labels to lie where the image does.")
     patch_size: Sizes | None = Field(None, description="Patch in voxels, z,y,x: 40,56,40.")
     batch_size: int | None = Field(None, ge=1, description="Patches per step.")
     spacing_mm: Numbers | None = Field(None, description="Spacing in mm, z,y,x: 1,0.8,0.8.")
@@ -107,19 +109,26 @@ class ImportOptions(Options):
 
 
 def check(
-    dataset: Dataset | Path | str, *, labels: Path | str | None = None, progress: Progress | None = None
+    dataset: Dataset | Path | str,
+    *,
+    labels: Path | str | None = None,
+    channels: Sequence[str] | None = None,
+    trust_image_geometry: bool = False,
+    progress: Progress | None = None,
 ) -> CheckResult:
     """Read every file of a data set once, on all cores; return every problem, with its file and remedy, and a summary.
 
-    dataset: folder in the nnU-Net raw or MSD layout, or a folder of images with `labels` beside it. Raises InputError
-    only where there is no data set to check.
+    dataset: folder in the nnU-Net raw or MSD layout, or a folder of images with `labels` beside it. channels: names of
+    the channels, instead of those found. trust_image_geometry: take all files of a case to lie where its first image
+    does. Raises InputError only where there is no data set to check.
 
     >>> data = lightm.phantoms("xray", folder / "data", cases=2, size=32)
     >>> result = lightm.check(data)
     >>> result.ok, result.summary["training_cases"]
     (True, 2)
     """
-    return check_dataset(dataset, labels=labels, progress=progress)
+    how: dict[str, Any] = {"channels": channels, "trust_image_geometry": trust_image_geometry}
+    return check_dataset(dataset, labels=labels, **how, progress=progress)
 
 
 def plan(
@@ -127,17 +136,19 @@ def plan(
 ) -> Plan:
     """Choose spacing, patch, batch and normalization from the data, write them as YAML, and return them.
 
-    out: the file, by default DATASET/plan.yaml, which `lightm.train` then takes. options: labels, patch_size,
-    batch_size, spacing_mm (each taken as given), memory_gb and device. Raises InputError for unusable data or options,
-    or a file that cannot be written. Cost: every file read twice.
+    out: the file, by default DATASET/plan.yaml, which `lightm.train` then takes. options: labels, channels,
+    trust_image_geometry, patch_size, batch_size, spacing_mm (each taken as given), memory_gb and device. Raises
+    InputError for unusable data or options, or a file that cannot be written. Cost: every file read twice.
 
     >>> data = lightm.phantoms("xray", folder / "data", cases=2, size=32)
     >>> lightm.plan(data, patch_size=[32, 24]).patch_size
     [32, 24]
     """
     chosen = PlanOptions.of(None, options, "plan")
-    data = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, labels=chosen.labels)
-    made = make_plan(data, **chosen.model_dump(exclude={"labels"}), progress=progress)
+    reading = {"labels", "channels", "trust_image_geometry"}
+    how = chosen.model_dump(include=reading)
+    data = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, **how)
+    made = make_plan(data, **chosen.model_dump(exclude=reading), progress=progress)
     try:
         made.save(data.root / "plan.yaml" if out is None else out)
     except LightMError as error:

@@ -187,6 +187,7 @@ def score_cases(
         "ignore_label": data.ignore_label,
         "out": run_dir / "evaluation",
         "cases": case_ids,
+        "trust_image_geometry": data.trust_image_geometry,
     }
     return evaluate_folder(predictions, folder, **{**given, **run}, progress=progress)
 

@@ -141,6 +141,9 @@ def test_archives_that_promise_too_much_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.dcm", bytes(1 << 27))  # 128 MB of zeros in 130 kB
     refused(path, "cannot be read as DICOM")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.dcm", bytes(128) + b"DICM" + bytes(1 << 27))  # as many empty elements
+    refused(path, "holds far more elements than")
     content = bytearray(path.read_bytes())
     table = content.rindex(b"PK\x01\x02")
     struct.pack_into("<I", content, table + 24, 0xFFFFFFF0)

@@ -231,7 +231,7 @@ def test_without_plans_the_guesses_are_stated(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"normalization_schemes": ["RescaleTo01Normalization"]}, "RescaleTo01Normalization has no equivalent"),
+        ({"normalization_schemes": ["OwnNormalization"]}, "OwnNormalization has no equivalent"),
         ({"normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [True]}, "voxels that are not zero"),
         ({"previous_stage": "3d_lowres"}, "prediction of '3d_lowres'"),
     ],

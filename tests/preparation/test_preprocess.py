@@ -11,6 +11,7 @@ from scipy import ndimage
 from lightm.datasets.discovery import open_dataset
 from lightm.datasets.phantoms import phantom_case
 from lightm.errors import InputError, LightMError
+from lightm.images import limits
 from lightm.images.io import read_volume, write_volume
 from lightm.images.volume import Volume
 from lightm.preparation import cache
@@ -18,6 +19,7 @@ from lightm.preparation.cache import default_cache_dir
 from lightm.preparation.plan import ChannelNormalization, make_plan
 from lightm.preparation.preprocess import preprocess_case, preprocess_dataset, to_class_indices
 from lightm.preparation.resample import resample_image, resample_label, resampled_shape
+from tests.helpers import describe
 
 
 @pytest.fixture
@@ -290,3 +292,48 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert default_cache_dir() == tmp_path / "mine"
     monkeypatch.delenv("LIGHTM_CACHE")
     assert default_cache_dir().name == "lightm" or "lightm" in default_cache_dir().parts
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-9, 1e6])
+def test_schemes_do_not_depend_on_the_unit_of_an_image(small, unit):
+    """Diffusion in m2/s is no constant image."""
+    _, plan = small
+    data = np.random.default_rng(0).normal(2, 0.5, (6, 8, 8)).astype(np.float32)
+    image = Volume.from_spacing(data * np.float32(unit), tuple(plan.spacing_mm))
+    found, _ = preprocess_case([image], None, plan)
+    assert abs(float(found.mean())) < 1e-3
+    assert float(found.std()) == pytest.approx(1, abs=1e-3)
+    flat, _ = preprocess_case([image.with_data(np.full_like(data, 3 * unit))], None, plan)
+    assert not flat.any()
+
+
+@pytest.mark.parametrize(
+    ("channel", "scheme", "expected"),
+    [
+        ("noNorm", "none", lambda x: x),
+        ("NoNorm ", "none", lambda x: x),
+        ("rescale_to_0_1", "rescale_to_0_1", lambda x: (x - x.min()) / (x.max() - x.min())),
+        ("rgb_to_0_1", "rgb_to_0_1", lambda x: x / 255),
+        ("T1", "zscore", lambda x: (x - x.mean()) / x.std()),
+    ],
+)
+def test_a_channel_s_name_chooses_its_normalization(make_dataset, channel, scheme, expected):
+    root = make_dataset()
+    describe(root, channel_names={"0": channel})
+    dataset = open_dataset(root)
+    plan = make_plan(dataset)
+    assert plan.normalization[0].scheme == scheme
+    image = read_volume(dataset.cases[0].images[0])
+    plan = plan.model_copy(update={"spacing_mm": list(image.to_canonical().spacing_mm)})
+    found, _ = preprocess_case([image], None, plan)
+    np.testing.assert_allclose(found[0], expected(image.to_canonical().data.astype(np.float64)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_grid_that_no_memory_holds_is_refused_with_its_sizes(small, monkeypatch):
+    _, plan = small
+    coarse = Volume.from_spacing(np.zeros((40, 40, 40), np.int16), (500.0, 500.0, 500.0))
+    with pytest.raises(InputError, match="at the plan's spacing of"):
+        preprocess_case([coarse], None, plan)
+    monkeypatch.setattr(limits, "available_bytes", lambda: 10_000_000)
+    with pytest.raises(InputError, match=r"at the plan's spacing need .* GB of memory"):
+        preprocess_case([Volume.from_spacing(np.zeros((20, 20, 20), np.int16), (20.0, 20.0, 20.0))], None, plan)

@@ -21,7 +21,7 @@ from lightm.errors import InputError, LightMError
 from lightm.inference.sliding import window_starts
 from lightm.nets import load_model
 from lightm.preparation.cache import PreprocessedCase
-from lightm.preparation.plan import make_plan
+from lightm.preparation.plan import load_plan, make_plan
 from lightm.training import resume_training, train_model
 from lightm.training.checkpoint_io import load_checkpoint, save_checkpoint
 from lightm.training.config import Recipe, TrainConfig, load_config, parse_duration
@@ -225,7 +225,8 @@ def test_wrong_options_are_refused_before_anything_is_written(balls: Path, tmp_p
     refuse(balls, run, "unknown recipe 'arls'; did you mean 'arsl'", recipe="arls")
     refuse(balls, run, "unknown loss 'dise'; did you mean 'dice'", loss="ce+dise")
     refuse(balls, run, "unknown key 'settings.epoch'; did you mean 'epochs'", settings={"epoch": 3})
-    refuse(balls, run, "patch size", patch_size=[12, 16, 16])
+    refuse(balls, run, "patch size", patch_size=[0, 16, 16])
+    refuse(balls, run, r"patch size 4096,.* needs at least [0-9.e+]+ GB of memory", patch_size=[4096, 4096, 4096])
     refuse(balls, run, "batch_size", batch_size=0)
     refuse(balls, run, "device 'cuda:99'", device="cuda:99")
     refuse(tmp_path / "nowhere", run, "precision '8-bit'", precision="8-bit")  # before the data are looked at
@@ -377,3 +378,14 @@ def test_durations(text: str | int, seconds: float) -> None:
 def test_wrong_durations(text: str) -> None:
     with pytest.raises(InputError, match="duration"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize(("network", "patch"), [("unet", [16, 16, 32]), ("lightm-small", [16, 16, 24])])
+def test_a_patch_is_rounded_up_to_what_the_network_takes(
+    balls: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, network: str, patch: list[int]
+) -> None:
+    options = {**SMALL, "epochs": 1, "steps_per_epoch": 1, "network": network, "network_options": {}}
+    result = train_model(balls, tmp_path / "run", **{**options, "patch_size": [16, 16, 20]})
+    assert result.plan.patch_size == patch
+    assert load_plan(tmp_path / "run" / "plan.yaml").patch_size == patch
+    assert "rounded up to" in caplog.text

@@ -61,6 +61,8 @@ def phantoms(
 def check(
     dataset: Dataset,
     labels: Annotated[Path | None, typer.Option(help="Folder of labels, when DATASET is a folder of images.")] = None,
+    channels: Annotated[str | None, typer.Option(help="Names of the channels: CT, or T1,T2.")] = None,
+    trust_image_geometry: Annotated[bool, typer.Option(help="Take labels to lie where the image does.")] = False,
     as_json: Json = False,
 ) -> None:
     """Read every file of a data set and name every problem.
@@ -68,7 +70,13 @@ def check(
     Example: lightm check data/Dataset004_Hippocampus
     """
     with progress_bar() as progress:
-        result = lightm.check(dataset, labels=labels, progress=progress)
+        result = lightm.check(
+            dataset,
+            labels=labels,
+            channels=None if channels is None else [name.strip() for name in channels.split(",")],
+            trust_image_geometry=trust_image_geometry,
+            progress=progress,
+        )
     if as_json:
         problems = [
             {

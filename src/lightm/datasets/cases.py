@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from lightm.errors import InputError
-from lightm.images.io import channel_paths, file_suffix, split_path
+from lightm.images.io import channel_paths, file_suffix, read_volume, split_path
+from lightm.images.volume import Volume, geometry_difference
 from lightm.labels import Values, targets_of
 from lightm.progress import Progress
 
@@ -39,6 +40,8 @@ class Dataset:
     stands for the k-th of them; values need not be consecutive.
     regions, regions_class_order: nnU-Net's region-based labels: name to label values, which may overlap, and the value
     that a label map gets where each is found, later ones in place of earlier ones. Both are empty without regions.
+    trust_image_geometry: whether all files of a case are taken to lie where its first image does, whatever their
+    headers say.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Dataset:
     test_cases: tuple[Case, ...] = ()
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
     regions_class_order: tuple[int, ...] = ()
+    trust_image_geometry: bool = False
 
     @property
     def targets(self) -> dict[str, Values]:
@@ -75,6 +79,41 @@ class Dataset:
         raise InputError(
             f"{self.root}: no case '{case_id}' among {len(self.cases)} training and {len(self.test_cases)} test cases"
         )
+
+
+def read_case(case: Case, *, trust_image_geometry: bool = False) -> tuple[list[Volume], Volume | None]:
+    """Return the images of a case and its label map, if it has one.
+
+    Raises InputError, naming the file, for one that cannot be read or lies elsewhere than the first image.
+    """
+    images = [read_volume(file) for file in case.images]
+    label = read_volume(case.label, kind="label") if case.label is not None else None
+    for index, (file, volume) in enumerate(zip((*case.images, case.label), [*images, label], strict=True)):
+        if file is None or volume is None or (difference := geometry_difference(volume, images[0])) is None:
+            continue
+        if not trust_image_geometry or volume.shape != images[0].shape:
+            message, cure = elsewhere(case, difference, images[0], volume)
+            raise InputError(f"{file}: case {case.id}: {message}; {cure} (`lightm check` lists all such files)")
+        moved = images[0].with_data(volume.data)
+        if index < len(images):
+            images[index] = moved
+        else:
+            label = moved
+    return images, label
+
+
+def elsewhere(case: Case, difference: str, image: Volume, other: Volume) -> tuple[str, str]:
+    """Return what to say of a file of a case that does not lie where its first image does, and the way out."""
+    message = f"does not lie where {case.images[0].name} does: {difference}"
+    if image.shape != other.shape:
+        return message, "resample one onto the other"
+    if not any(image.form_codes) or not any(other.form_codes):
+        which = case.images[0].name if not any(image.form_codes) else "the file itself"
+        message += f"; {which} has no place in space (neither sform nor qform is set)"
+        return message, (
+            "if both hold the same voxels in the same order, give --trust-image-geometry (look at one first)"
+        )
+    return message, "resample one onto the other, or, if only a header is wrong, give --trust-image-geometry"
 
 
 @dataclass(frozen=True)

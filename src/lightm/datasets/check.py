@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightm.datasets.cases import Case, Dataset, Problem, error, on_all_cores, warning
-from lightm.datasets.discovery import scan
+from lightm.datasets.cases import Case, Dataset, Problem, elsewhere, error, on_all_cores, warning
+from lightm.datasets.discovery import as_asked, scan
+from lightm.datasets.intensities import Intensities, case_intensities, intensity_problems
 from lightm.errors import LightMError
 from lightm.images.io import Kind, place_remarks, read_volume, voxel_bytes
 from lightm.images.limits import MemoryGate
 from lightm.images.volume import Volume, geometry_difference
 from lightm.labels import check_regions, each_value
 from lightm.progress import Progress
-
-# Volumes of a case that are in memory at the same time: its label or the newest channel, and the first channel.
-_HELD = 3
 
 
 @dataclass(frozen=True)
@@ -41,17 +40,24 @@ class _Findings:
     shape: tuple[int, ...] | None = None
     spacing_mm: tuple[float, ...] | None = None
     voxels: dict[int, int] = field(default_factory=dict)
+    intensities: list[Intensities] = field(default_factory=list)
 
 
 def check_dataset(
-    dataset: Dataset | Path | str, *, labels: Path | str | None = None, progress: Progress | None = None
+    dataset: Dataset | Path | str,
+    *,
+    labels: Path | str | None = None,
+    channels: Sequence[str] | None = None,
+    trust_image_geometry: bool = False,
+    progress: Progress | None = None,
 ) -> CheckResult:
     """Read every file of a dataset and return all problems, each with its file, case and cure.
 
     Errors: unreadable files, NaN or infinite voxels, labels without image and the reverse, shapes or affines that
     disagree within a case, label values that dataset.json does not name, cases that exist twice, 2D among 3D,
-    fewer than two cases, nothing but background. Warnings: a class that never occurs, constant images, files
-    that are not used, headers whose place in space is doubtful (`lightm.images.io.place_remarks`).
+    fewer than two cases, nothing but background, a CT channel of one intensity. Warnings: a class that never occurs,
+    constant images, files that are not used, headers whose place in space is doubtful
+    (`lightm.images.io.place_remarks`), and intensities that are odd (`lightm.datasets.intensities`).
 
     Raises InputError only where there is no dataset to check (no folder, no or a faulty dataset.json). Cost: each file
     read once, on all cores; memory of one case per core, and of no two cases that half of the machine's memory would
@@ -61,17 +67,23 @@ def check_dataset(
         problems: list[Problem] = []
     else:
         dataset, problems = scan(Path(dataset), None if labels is None else Path(labels))
+        dataset = as_asked(dataset, channels, trust_image_geometry)
     known, jobs, gate = dataset, [*dataset.cases, *dataset.test_cases], MemoryGate()
 
     def check(case: Case) -> _Findings:
         files = [file for file in (case.label, *case.images) if file is not None]
-        with gate.hold(sum(voxel_bytes(file) for file in files[:_HELD])):
+        with gate.hold(sum(map(voxel_bytes, files))):
             return _check_case(case, known)
 
     findings = on_all_cores(check, jobs, "checking", progress)
     for found in findings:
         problems += found.problems
     problems += _check_whole(dataset, jobs, findings)
+    usable = [(case, found.intensities) for case, found in zip(jobs, findings, strict=True) if found.intensities]
+    if usable:
+        problems += intensity_problems(
+            replace(dataset, cases=tuple(case for case, _ in usable)), [one for _, one in usable]
+        )
     problems.sort(key=lambda problem: problem.severity != "error")
     return CheckResult(problems, _summary(dataset, findings, problems))
 
@@ -79,6 +91,8 @@ def check_dataset(
 def _check_case(case: Case, dataset: Dataset) -> _Findings:
     findings = _Findings()
     first: tuple[Path, Volume] | None = None
+    images: list[Volume] = []
+    together = True
     files: list[tuple[Path, Kind]] = [(file, "image") for file in case.images]
     files += [(case.label, "label")] if case.label is not None else []
     for file, kind in files:
@@ -94,9 +108,11 @@ def _check_case(case: Case, dataset: Dataset) -> _Findings:
             first = (file, volume)
             findings.shape, findings.spacing_mm = volume.shape, volume.to_canonical().spacing_mm
         elif difference := geometry_difference(volume, first[1]):
-            message = f"does not lie where {first[0].name} does: {difference}"
-            cure = "resample one onto the other, or copy the header if only that is wrong"
-            findings.problems.append(error(case.id, file, message, cure))
+            if not dataset.trust_image_geometry or volume.shape != first[1].shape:
+                findings.problems.append(error(case.id, file, *elsewhere(case, difference, first[1], volume)))
+                together = False
+            else:
+                volume = first[1].with_data(volume.data)
         if kind == "label":
             findings.voxels = _counted(volume.data)
             allowed = {*dataset.values, *([] if dataset.ignore_label is None else [dataset.ignore_label])}
@@ -108,6 +124,10 @@ def _check_case(case: Case, dataset: Dataset) -> _Findings:
         elif volume.data.min() == volume.data.max():
             cure = "check that the export worked"
             findings.problems.append(warning(case.id, file, "every voxel has the same value", cure))
+        if kind == "image":
+            images.append(volume)
+        elif together and len(images) == len(case.images):
+            findings.intensities = case_intensities(case.id, images, volume, dataset.ignore_label)
     return findings
 
 

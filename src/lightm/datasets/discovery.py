@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,19 @@ from lightm.images.limits import MemoryGate
 _log = logging.getLogger(__name__)
 
 
-def open_dataset(path: Path | str, *, labels: Path | str | None = None) -> Dataset:
+def open_dataset(
+    path: Path | str,
+    *,
+    labels: Path | str | None = None,
+    channels: Sequence[str] | None = None,
+    trust_image_geometry: bool = False,
+) -> Dataset:
     """Open a folder in nnU-Net's raw layout, in that of the Medical Segmentation Decathlon, or of two plain folders.
 
     path: the folder with dataset.json; or one with the folders images and labels; or, with `labels`, the folder of
     images. Only dataset.json and listings are read; two plain folders without dataset.json have their label maps
-    read, to learn the values, which are then named label_1, label_2, ...
+    read, to learn the values, which are then named label_1, label_2, ... channels: their names, instead of those found;
+    CT and noNorm choose a normalization. trust_image_geometry: as in `Dataset`.
 
     Raises InputError for a folder that is none of these, a faulty dataset.json, a label without its image or the
     reverse, missing channels, and cases that exist twice. What only voxels tell is found by `check_dataset`.
@@ -51,6 +59,7 @@ def open_dataset(path: Path | str, *, labels: Path | str | None = None) -> Datas
     (['xray_000', 'xray_001'], {'background': 0, 'lung': 1})
     """
     dataset, problems = scan(Path(path), None if labels is None else Path(labels))
+    dataset = as_asked(dataset, channels, trust_image_geometry)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         more = f" (and {len(errors) - 1} more problems; `lightm check` lists them all)" if len(errors) > 1 else ""
@@ -58,6 +67,17 @@ def open_dataset(path: Path | str, *, labels: Path | str | None = None) -> Datas
     for problem in problems:
         _warn(str(problem))
     return dataset
+
+
+def as_asked(dataset: Dataset, channels: Sequence[str] | None, trust_image_geometry: bool) -> Dataset:
+    """Return the dataset with other names of its channels; InputError for another number of them."""
+    names = tuple(dataset.channels if channels is None else channels)
+    if len(names) != len(dataset.channels):
+        raise InputError(
+            f"channels {','.join(names)}: {dataset.root} has {len(dataset.channels)} ({','.join(dataset.channels)}); "
+            "give a name for each"
+        )
+    return replace(dataset, channels=names, trust_image_geometry=trust_image_geometry)
 
 
 @lru_cache(1024)

@@ -48,6 +48,7 @@ class EvaluateOptions(Options):
     nsd_tolerance_mm: float | dict[str, float] = Field(
         1.0, description="Tolerance of the surface Dice in mm.", json_schema_extra={"flags": ["--tolerance"]}
     )
+    trust_image_geometry: bool = Field(False, description="Take labels to lie where the predictions do.")
     bootstrap: int = Field(1000, description="Resamples of the confidence intervals; 0: no intervals.")
     seed: int = Field(0, ge=0, description="Seed of the resampling.")
     lesions: bool = Field(False, description="Score every lesion by itself too: found, missed, false, DSC by size.")
@@ -93,7 +94,10 @@ def evaluate_folder(
         if progress is not None:
             progress("evaluating", done, len(pairs))
         pred, label = read_volume(pred_path, kind="label"), read_volume(label_path, kind="label")
-        if difference := geometry_difference(pred, label):
+        difference = geometry_difference(pred, label)
+        if difference and chosen.trust_image_geometry and pred.shape == label.shape:
+            label = pred.with_data(label.data)
+        elif difference:
             raise InputError(
                 f"case {case}: prediction {pred_path} and label {label_path} do not cover the same voxels: "
                 f"{difference}; write the prediction in the label's own geometry, as `lightm predict` does"

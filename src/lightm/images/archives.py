@@ -21,6 +21,7 @@ from lightm.images.limits import MAX_DEFLATE, PARSE_ERRORS, CappedReader, check_
 
 _MAX_TABLE_BYTES = 8 << 20  # of the table of contents, which Python holds at ten times its size
 _MAX_MEMBER_BYTES = 1 << 31
+_READS = 100_000  # of a member, and one more for every 8 bytes of it as packed: zeros are endless elements to a parser
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _FAULTS = (*PARSE_ERRORS, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError)
 _LONGEST_NAME = 120
@@ -78,7 +79,7 @@ class Member:
         with naming(where, "zip", _FAULTS, "copy or download the archive again"):
             check_bytes(self.size, "its content")
             raw: Any = self._zip.open(self.info)
-            return CappedReader(raw, self.size)
+            return CappedReader(raw, self.size, _READS + self.info.compress_size // 8)
 
     def read(self, size: int) -> bytes:
         """Return the first bytes of the content; raises InputError as `open`, and for a damaged one."""

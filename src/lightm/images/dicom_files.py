@@ -224,8 +224,8 @@ def read_header(file: Path | Member) -> Header:
                 syntax = _SYNTAXES.get(data.original_encoding, "")
             storage = str(data.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
             uid = str(data.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID") or "")
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be opened ({error.strerror or error}); check the path") from None
     except Exception as error:  # pydicom lets most kinds of error through for a damaged file

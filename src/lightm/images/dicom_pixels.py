@@ -82,8 +82,8 @@ def raw_frames(header: Header) -> np.ndarray:
             if not any(key in data for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
                 raise InputError(f"{header.file}: no pixels in the file; export it again, with its pixels")
             pixels = np.asarray(data.pixel_array)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(str(error) if str(header.file) in str(error) else f"{header.file}: {error}") from None
     except MemoryError:
         raise InputError(f"{header.file}: not enough memory to read its pixels") from None
     except Exception as error:

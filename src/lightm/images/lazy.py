@@ -176,6 +176,21 @@ class LazyVolume:
         return voxels[tuple(slice(None, None, -1 if flipped else 1) for _, flipped in axes)]
 
 
+def spread_voxels(image: LazyVolume, count: int = 100_000) -> np.ndarray:
+    """Return about `count` voxels of an image, spread evenly over at most 48 of its slices, in one axis."""
+    shape = image.geometry.shape
+    if len(shape) == 2:
+        slices: list[Box] = [(slice(0, shape[0]), slice(0, shape[1]))]
+    else:
+        depth = min(48, shape[0])
+        places = sorted({int((index + 0.5) * shape[0] / depth) for index in range(depth)})
+        slices = [(slice(place, place + 1), *(slice(0, size) for size in shape[1:])) for place in places]
+    step = max(1, prod(shape[-2:]) * len(slices) // count)
+    # Whole columns must not be all that is seen of a picture whose width the step divides.
+    step += step > 1 and shape[-1] % step == 0
+    return np.concatenate([image.read(box).ravel()[index % step :: step] for index, box in enumerate(slices)])
+
+
 @dataclass(frozen=True)
 class Header:
     """What is known of an image before its voxels are read: its place, and the bytes per voxel has in the file.

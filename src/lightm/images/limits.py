@@ -72,13 +72,18 @@ class CappedReader(io.BufferedReader):
     """A reader for parsers that ask for as many bytes as some length in a file says: it gets what is there.
 
     Python reserves the memory for a read before it looks at what is left. length: bytes that `raw` gives at most.
+    reads: how often may be read, None for any number; more is an InputError.
     """
 
-    def __init__(self, raw: io.RawIOBase, length: int) -> None:
+    def __init__(self, raw: io.RawIOBase, length: int, reads: int | None = None) -> None:
         super().__init__(raw)
-        self._length = length
+        self._length, self._left = length, reads
 
     def read(self, size: int | None = -1, /) -> bytes:
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                raise InputError("it holds far more elements than its packed size has room for; unpack the archive")
         if size is not None and size > _LARGE:
             size = max(0, min(size, self._length - self.tell()))
         return super().read(size)

@@ -25,6 +25,8 @@ MARGIN = 160 << 20
 # (docs/performance.md, docs/prediction.md). Used where no network can be measured.
 _BYTES_PER_VOXEL = 385
 _MIN_BYTES = 130_000_000
+# Of any network: its input, eight features and two classes, in float32.
+_LEAST_BYTES_PER_VOXEL = 44
 # Removal of stray components: bytes per voxel beside the label map.
 _RULES_BYTES = 6
 
@@ -136,6 +138,22 @@ def choose(case: CaseSize, window_bytes: int, limit: int, held: int) -> MemoryPl
     """
     plans = (MemoryPlan(sums, grid, voxels) for voxels, grid, sums in product((True, False), repeat=3))
     return next((plan for plan in plans if held + MARGIN + case_bytes(case, window_bytes, plan) <= limit), None)
+
+
+def check_sizes(case: CaseSize, network_spacing_mm: Sequence[float]) -> None:
+    """Raise InputError, with the sizes, for a case whose arrays alone are more than the machine can give now.
+
+    A lower bound, as the network is counted with the least that any has: what it lets through may still be too much.
+    """
+    there = memory.available_bytes()
+    needed = case_bytes(case, _LEAST_BYTES_PER_VOXEL * prod(case.patch), MemoryPlan())
+    if there is not None and needed > there:
+        at = " x ".join(f"{step:.4g}" for step in reversed(network_spacing_mm))
+        raise InputError(
+            f"an image of shape {case.shape}, {case.grid} at the model's spacing of {at} mm (x, y, z), needs at least "
+            f"{needed / 1e9:.3g} GB of memory for {case.classes} classes in windows of {case.patch}, and "
+            f"{there / 1e9:.3g} GB are there; set a limit (--max-memory), which keeps arrays on disk, or crop the image"
+        )
 
 
 def min_bytes(case: CaseSize, window_bytes: int) -> int:

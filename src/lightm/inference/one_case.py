@@ -17,7 +17,7 @@ import numpy as np
 from lightm.datasets.cases import Case
 from lightm.errors import InputError, LightMError
 from lightm.files import atomic_file
-from lightm.images.io import read_volume, write_volume
+from lightm.images.io import place_remarks, read_volume, write_volume
 from lightm.images.lazy import LazyVolume, open_volume
 from lightm.images.volume import Volume
 from lightm.inference.postprocess import Change
@@ -161,12 +161,22 @@ class Job:
         probabilities = out / PROBABILITIES / f"{case.id}.nii.gz" if self.options.save_probabilities else None
         images = reading.take()
         started = time.perf_counter()
+        remarks: list[str] = []
+
+        def remark(text: str) -> None:
+            remarks.append(text)
+            _log.warning("%s", text)
+
+        for path in case.images:
+            for message, cure in place_remarks(path):
+                remark(f"{path}: {message}; {cure}")
         changes: dict[int, Change] = {}
-        more: dict[str, Any] = {"progress": self.on_window, "probabilities": probabilities, "changes": changes}
+        how: dict[str, Any] = {"progress": self.on_window, "probabilities": probabilities, "changes": changes}
+        how["remark"] = lambda text: remark(f"{case.images[0]}: {text}")
         if images.volumes is None:
-            labels = self.predictor.predict_files(case.images, **more)
+            labels = self.predictor.predict_files(case.images, **how)
         else:
-            labels = self.predictor.predict_volumes(images.volumes, **more)
+            labels = self.predictor.predict_volumes(images.volumes, **how)
         predicted = time.perf_counter()
         written = [] if probabilities is None else [probabilities]
         statistics: list[ClassStatistics] | None = None
@@ -203,6 +213,7 @@ class Job:
             outputs=[file_record(out / name, name) for name in names],
             statistics=statistics,
             postprocess=self._changes(changes),
+            remarks=remarks,
         )
 
     def _changes(self, changes: dict[int, Change]) -> dict[str, Change] | None:

@@ -28,14 +28,15 @@ from lightm.inference.native_space import (
 )
 from lightm.inference.postprocess import Change, Step, apply_rules, read_postprocess
 from lightm.inference.sliding import WindowProgress, logit_slabs, window_logits
+from lightm.inference.suspicion import suspicions
 from lightm.nets import folder as model_folder
 from lightm.preparation.plan import MULTIPLE, Plan
-from lightm.preparation.preprocess import NetworkGrid, check_fit
-from lightm.preparation.resample import resampled_shape
+from lightm.preparation.preprocess import NetworkGrid, check_fit, grid_shape
 
 _log = logging.getLogger(__name__)
 
 Window = Literal["patch", "whole"]
+Remark = Callable[[str], None]
 
 
 class Predictor:
@@ -173,6 +174,7 @@ class Predictor:
         progress: WindowProgress | None = None,
         probabilities: Path | None = None,
         changes: dict[int, Change] | None = None,
+        remark: Remark | None = None,
     ) -> Volume:
         """Return the label map of one case, in the geometry of its first image; uint8, or int16 for values above 255.
 
@@ -181,7 +183,8 @@ class Predictor:
         label (of regions: `lightm.inference.native_space.label_map`), which is brought back to the original
         orientation. progress(done, total) counts windows. probabilities: a .nii.gz or .nii file for those of all
         classes, see `lightm.inference.native_space.ProbabilityFile`. changes: is given, for each label value, what
-        post-processing changed.
+        post-processing changed. remark(text) is called with what is odd about the images for this model
+        (`lightm.inference.suspicion`); by default it is logged.
 
         Raises InputError for images that do not fit the plan or each other or the limit of memory, LightMError for a
         network whose output does not, or a disk that refuses. Memory: the images as they are, in float32 at the plan's
@@ -192,7 +195,7 @@ class Predictor:
         def opened(folder: Path | None) -> list[LazyVolume]:
             return [LazyVolume.of(image) for image in images]
 
-        return self._predict(images, opened, 0, progress, probabilities, changes)
+        return self._predict(images, opened, 0, progress, probabilities, changes, remark)
 
     def predict_files(
         self,
@@ -201,6 +204,7 @@ class Predictor:
         progress: WindowProgress | None = None,
         probabilities: Path | None = None,
         changes: dict[int, Change] | None = None,
+        remark: Remark | None = None,
     ) -> Volume:
         """Return the label map of one case from its files, one per channel; as `predict_volumes`, with less memory.
 
@@ -217,9 +221,8 @@ class Predictor:
                 for path, header in zip(paths, headers, strict=True)
             ]
 
-        return self._predict(
-            [header.geometry for header in headers], opened, itemsize, progress, probabilities, changes
-        )
+        geometries = [header.geometry for header in headers]
+        return self._predict(geometries, opened, itemsize, progress, probabilities, changes, remark)
 
     def window_bytes(self) -> int | None:
         """Return what one call of the network on a patch needs, in bytes, measured once; None where unknown."""
@@ -233,6 +236,7 @@ class Predictor:
         progress: WindowProgress | None,
         probabilities: Path | None,
         changes: dict[int, Change] | None,
+        remark: Remark | None,
     ) -> Volume:
         check_fit(geometries, None, self.plan)
         if probabilities is not None:
@@ -242,7 +246,7 @@ class Predictor:
         # Geometry alone, so that the image can go before the end.
         native = geometries[0].with_data(np.broadcast_to(np.zeros((), geometries[0].data.dtype), geometries[0].shape))
         canonical = native.to_canonical()
-        grids = [resampled_shape(canonical.shape, canonical.spacing_mm, one.plan.spacing_mm) for one in self.models]
+        grids = [grid_shape(canonical, one.plan) for one in self.models]
         patches = [one._window(grid) for one, grid in zip(self.models, grids, strict=True)]
         case = budget.CaseSize(
             shape=canonical.shape,
@@ -257,9 +261,13 @@ class Predictor:
             models=len(self.models),
         )
         del geometries
+        if self.max_memory is None:
+            budget.check_sizes(case, self.plan.spacing_mm)
         held = budget.MemoryPlan() if self.max_memory is None else self._within(case, self.max_memory)
         folder = Path(tempfile.gettempdir())
         images = opened(None if held.voxels else folder)
+        for text in suspicions(images, self.plan):
+            (remark or _log.warning)(text)
         prepared: list[NetworkGrid] = []
         data = np.zeros(native.shape, dtype)
         regions, several = bool(self.plan.regions), bool(self.others)

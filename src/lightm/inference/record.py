@@ -114,7 +114,8 @@ class Seconds(_Part):
 class CaseRecord(_Part):
     """A case that is done. file: its label map; more: what else was written; seconds: all phases together.
 
-    postprocess: what the model's post-processing changed, by the name of the class; None where it has none.
+    postprocess: what the model's post-processing changed, by the name of the class; None where it has none. remarks:
+    what is odd about its images.
     """
 
     case: str
@@ -128,6 +129,7 @@ class CaseRecord(_Part):
     outputs: list[FileRecord]
     statistics: list[ClassStatistics] | None = None
     postprocess: dict[str, Change] | None = None
+    remarks: list[str] = Field(default_factory=list)
 
 
 class FailedCase(_Part):

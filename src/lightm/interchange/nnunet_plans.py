@@ -120,9 +120,11 @@ def _scheme(name: str, stats: Any, masked: bool, channel: int, remarks: list[str
             "'foreground_intensity_properties_per_channel' are missing or not usable; give a plan.yaml of LightM"
         )
     if name == "NoNormalization":
-        return ChannelNormalization(scheme="ct", clip_low=-_LARGEST, clip_high=_LARGEST, mean=0.0, std=1.0)
+        return ChannelNormalization(scheme="none")
     if name == "RGBTo01Normalization":
-        return ChannelNormalization(scheme="ct", clip_low=0.0, clip_high=255.0, mean=0.0, std=255.0)
+        return ChannelNormalization(scheme="rgb_to_0_1")
+    if name == "RescaleTo01Normalization":
+        return ChannelNormalization(scheme="rescale_to_0_1")
     if name != "ZScoreNormalization":
         remarks.append(
             f"channel {channel}: {name} has no equivalent here; the z-score is used, predictions will differ"

@@ -157,6 +157,62 @@ def network(
     return built
 
 
+def fitting_size(
+    name: str | nn.Module,
+    *,
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    image_size: Sequence[int],
+    **options: Any,
+) -> tuple[int, ...]:
+    """Return the smallest size of patches, none shorter than `image_size`, that a network can take.
+
+    name: as in `network`, or a module, whose attribute `divisor` counts, one number or one per axis. Raises InputError
+    as `network`, where no such size is found.
+
+    >>> from lightm.nets.presets import fitting_size
+    >>> fitting_size("unet", spatial_dims=2, in_channels=1, out_channels=2, image_size=(24, 40))
+    (32, 48)
+    """
+
+    def up(size: Sequence[int], divisor: Sequence[int]) -> tuple[int, ...]:
+        return tuple(-(-length // step) * step for length, step in zip(size, divisor, strict=True))
+
+    def divisor_of(net: nn.Module) -> tuple[int, ...]:
+        found = getattr(net, "divisor", 1)
+        return found if isinstance(found, tuple) else (int(found),) * spatial_dims
+
+    if isinstance(name, nn.Module):
+        return up(image_size, divisor_of(name))
+    refusal: InputError | None = None
+    for step in (
+        1,
+        16,
+        32,
+        64,
+    ):  # of networks that are built for one size, and refuse others before they have a divisor
+        size = up(image_size, (step,) * spatial_dims)
+        try:
+            for _ in range(4):  # a divisor may follow from the size
+                net = network(
+                    name, spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels,
+                    image_size=size, **options,
+                )  # fmt: skip
+                fit = up(size, divisor_of(net))
+                if fit == size:
+                    getattr(net, "check_size", lambda size: None)(size)
+                    return size
+                size = fit
+        except InputError as error:
+            refusal = refusal or error
+        except ValueError as error:
+            refusal = refusal or InputError(f"network '{name}': {error}")
+    raise refusal or InputError(
+        f"network '{name}': no patch size from {tuple(image_size)} on fits it; give another one"
+    )
+
+
 create = network  # inside of this package, where a variable is called network
 
 

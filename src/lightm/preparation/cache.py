@@ -69,7 +69,7 @@ def default_cache_dir() -> Path:
     return Path(given) if given else Path(platformdirs.user_cache_dir("lightm", appauthor=False))
 
 
-def case_key(case: Case, plan: Plan, hashes: FileHashes) -> str:
+def case_key(case: Case, plan: Plan, hashes: FileHashes, *, trust_image_geometry: bool = False) -> str:
     """Return a hash of all that a preprocessed case depends on: contents of its files, plan, version of the code."""
     depends = {
         "version": CODE_VERSION,
@@ -78,6 +78,7 @@ def case_key(case: Case, plan: Plan, hashes: FileHashes) -> str:
         "images": [hashes.of(file) for file in case.images],
         "label": None if case.label is None else hashes.of(case.label),
         "id": case.id,
+        **({"trust_image_geometry": True} if trust_image_geometry else {}),
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 

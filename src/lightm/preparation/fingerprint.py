@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,12 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from lightm.datasets.cases import Case, Dataset, on_all_cores
+from lightm.datasets.cases import Case, Dataset, on_all_cores, read_case
+from lightm.datasets.intensities import Intensities, case_intensities, pooled
 from lightm.errors import InputError
 from lightm.files import file_hash
-from lightm.images.io import read_volume, split_path
-from lightm.images.volume import geometry_difference
+from lightm.images.io import split_path
 from lightm.progress import Progress
-
-_SAMPLES = 10_000  # foreground voxels of a case that the intensities are taken from
 
 
 class ChannelIntensities(BaseModel):
@@ -33,6 +30,8 @@ class ChannelIntensities(BaseModel):
     high: float  # percentile 99.5
     min: float
     max: float
+    image_low: list[float] | None = None  # smallest and largest percentile 1 of a whole image; None: not measured
+    image_high: list[float] | None = None  # the same of percentile 99
 
 
 class Fingerprint(BaseModel):
@@ -48,6 +47,8 @@ class Fingerprint(BaseModel):
     spacing_mm_min: list[float]
     spacing_mm_median: list[float]
     spacing_mm_max: list[float]
+    extent_mm_min: list[float] | None = None
+    extent_mm_max: list[float] | None = None
     intensities: list[ChannelIntensities]
     class_fractions: dict[str, float]
     class_cases: dict[str, int]
@@ -55,13 +56,12 @@ class Fingerprint(BaseModel):
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What one case adds to the fingerprint; `samples` is (channels, up to 10000)."""
+    """What one case adds to the fingerprint; `intensities` of each channel."""
 
     shape: tuple[int, ...]
     spacing_mm: tuple[float, ...]
     voxels: dict[int, int]
-    samples: np.ndarray
-    from_foreground: bool
+    intensities: list[Intensities]
 
 
 def take_fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> tuple[Fingerprint, list[CaseFacts]]:
@@ -84,6 +84,7 @@ def take_fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> t
     spacings = np.array([found.spacing_mm for found in facts])
     voxels = {value: sum(found.voxels.get(value, 0) for found in facts) for value in dataset.values}
     total = max(1, sum(voxels.values()))
+    extents = shapes * spacings
     return Fingerprint(
         cases=len(facts),
         data_hash=data_hash(dataset.cases),
@@ -93,6 +94,8 @@ def take_fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> t
         spacing_mm_min=rounded(spacings.min(0)),
         spacing_mm_median=rounded(np.median(spacings, axis=0)),
         spacing_mm_max=rounded(spacings.max(0)),
+        extent_mm_min=rounded(extents.min(0)),
+        extent_mm_max=rounded(extents.max(0)),
         intensities=_intensities(facts, len(dataset.channels)),
         class_fractions={name: rounded([voxels[value] / total], 4)[0] for name, value in dataset.labels.items()},
         class_cases={name: sum(value in found.voxels for found in facts) for name, value in dataset.labels.items()},
@@ -119,17 +122,8 @@ def rounded(values: np.ndarray | list[float], digits: int = 6) -> list[float]:
 
 
 def _case_facts(case: Case, dataset: Dataset) -> CaseFacts:
-    images = [read_volume(file) for file in case.images]
-    label = read_volume(case.label, kind="label") if case.label is not None else None
-    for file, volume in zip((*case.images, case.label), [*images, label], strict=True):
-        if volume is not None and (difference := geometry_difference(volume, images[0])):
-            raise InputError(
-                f"{file}: case {case.id}: does not lie where {case.images[0].name} does: {difference}; "
-                "resample one onto the other (`lightm check` lists all such files)"
-            )
-    ignored = -1 if dataset.ignore_label is None else dataset.ignore_label
+    images, label = read_case(case, trust_image_geometry=dataset.trust_image_geometry)
     voxels: dict[int, int] = {}
-    inside = np.zeros(0, dtype=np.int64)
     if label is not None:
         values, counts = np.unique(label.data, return_counts=True)
         voxels = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
@@ -138,22 +132,22 @@ def _case_facts(case: Case, dataset: Dataset) -> CaseFacts:
                 f"{case.label}: case {case.id}: label value {unknown[0]} is not in dataset.json, which names "
                 f"{list(dataset.values)}; correct the label map, or add the value"
             )
-        inside = np.flatnonzero((label.data != 0) & (label.data != ignored))
-    voxels.pop(ignored, None)
-    rng = np.random.default_rng(zlib.crc32(case.id.encode()))
-    found = inside.size > 0
-    chosen = rng.choice(inside, _SAMPLES) if found else rng.integers(images[0].data.size, size=_SAMPLES)
-    samples = np.stack([volume.data.ravel()[chosen].astype(np.float64) for volume in images])
+    voxels.pop(-1 if dataset.ignore_label is None else dataset.ignore_label, None)
     canonical = images[0].to_canonical()
-    return CaseFacts(canonical.shape, canonical.spacing_mm, voxels, samples, found)
+    intensities = case_intensities(case.id, images, label, dataset.ignore_label)
+    return CaseFacts(canonical.shape, canonical.spacing_mm, voxels, intensities)
 
 
 def _intensities(facts: list[CaseFacts], channels: int) -> list[ChannelIntensities]:
-    used = [found for found in facts if found.from_foreground] or facts
     result = []
+    names = ("mean", "std", "median", "low", "high", "min", "max")
     for channel in range(channels):
-        values = np.concatenate([found.samples[channel] for found in used])
+        cases = [found.intensities[channel] for found in facts]
+        values = pooled(cases)
         low, median, high = np.percentile(values, [0.5, 50, 99.5])
         numbers = rounded([values.mean(), values.std(), median, low, high, values.min(), values.max()])
-        result.append(ChannelIntensities(**dict(zip(ChannelIntensities.model_fields, numbers, strict=True))))
+        ends = np.array([one.ends for one in cases])
+        image_low, image_high = (rounded([end.min(), end.max()]) for end in ends.T)
+        known = dict(zip(names, numbers, strict=True))
+        result.append(ChannelIntensities(**known, image_low=image_low, image_high=image_high))
     return result

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from lightm.config_io import load_yaml, save_yaml, validated
 from lightm.datasets.cases import Dataset
+from lightm.datasets.intensities import KEPT, intensity_problems
 from lightm.device import memory_bytes, resolve_device
 from lightm.errors import InputError
+from lightm.images.limits import MAX_VOXELS
 from lightm.labels import Values, check_regions, targets_of
 from lightm.preparation.fingerprint import ChannelIntensities, Fingerprint, rounded, take_fingerprint
 from lightm.progress import Progress
+
+_log = logging.getLogger(__name__)
 
 # Three poolings by 2 halve a patch to whole voxels only where 8 divides it.
 MULTIPLE = 8
@@ -29,20 +35,27 @@ _MEMORY_PART = 0.6
 _UNKNOWN_BYTES = 8 * 10**9  # where the system does not say what it has
 _ANISOTROPY = 3.0
 
+_SCHEMES: dict[str, Any] = dict(zip(KEPT, ("none", *KEPT[1:]), strict=True))
+
 _HEADING = """\
 How LightM prepares this dataset. Edit freely; unknown keys are refused.
 Axis order is (z, y, x) in 3D and (y, x) in 2D, in the orientation nearest to right-anterior-superior.
 spacing_mm     images are resampled to it        patch_size     voxels of a training patch, multiples of 8
-normalization  per channel; "ct": clip to clip_low..clip_high, minus mean, over std; "zscore": per case
+normalization  per channel; "ct": clip to clip_low..clip_high, minus mean, over std; "zscore": per case; "none": values
+               as they are; "rescale_to_0_1": per case; "rgb_to_0_1": over 255
 fingerprint    what was measured; a record, changing it changes nothing"""
 
 
 class ChannelNormalization(BaseModel):
-    """How one channel's intensities become numbers of about mean 0 and standard deviation 1."""
+    """How one channel's intensities become what a network sees.
+
+    ct: clipped to clip_low..clip_high, minus mean, over std. zscore: minus the case's mean, over its standard
+    deviation. none: as they are. rescale_to_0_1: from the case's smallest to its largest value. rgb_to_0_1: over 255.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    scheme: Literal["ct", "zscore"]
+    scheme: Literal["ct", "zscore", "none", "rescale_to_0_1", "rgb_to_0_1"]
     clip_low: float | None = None
     clip_high: float | None = None
     mean: float | None = None
@@ -171,7 +184,8 @@ def make_plan(
     finer scans are not thrown away. Patch: the median shape at that spacing, rounded up to multiples of 8 and
     shortened along its longest axes to at most 128^3 voxels in 3D and 512^2 in 2D, or what the memory holds.
     Batch: 2 in 3D, 8 to 12 in 2D. Normalisation: channels named CT are clipped to the foreground's percentiles
-    0.5 and 99.5 and scaled by its mean and standard deviation; all others are z-scored, each case by itself.
+    0.5 and 99.5 and scaled by its mean and standard deviation; noNorm, rescale_to_0_1 and rgb_to_0_1 are what nnU-Net
+    has under these names; all others are z-scored, each case by itself. What is odd about intensities is logged.
 
     memory_gb: for training; by default 0.6 of what `device` has, a GPU's own memory or the machine's. Arguments that
     are given are taken as they are.
@@ -179,6 +193,10 @@ def make_plan(
     Cost: every file read twice (voxels, hash); memory of one case per core.
     """
     fingerprint, facts = take_fingerprint(dataset, progress=progress)
+    for problem in intensity_problems(dataset, [found.intensities for found in facts]):
+        if problem.severity == "error":
+            raise InputError(str(problem))
+        _log.warning("%s", problem)
     dims = len(fingerprint.shape_median)
     for name, given in (("spacing_mm", spacing_mm), ("patch_size", patch_size)):
         if given is not None and len(given) != dims:
@@ -188,6 +206,12 @@ def make_plan(
     if min(spacing) <= 0:
         raise InputError(f"spacing_mm {tuple(spacing)}: positive millimetres are needed")
     shapes = np.array([found.shape for found in facts]) * spacings / np.array(spacing)
+    if float(shapes.prod(axis=1).max()) > MAX_VOXELS:
+        largest = tuple(shapes[shapes.prod(axis=1).argmax()].round().astype(np.int64).tolist())
+        raise InputError(
+            f"at a spacing of {tuple(spacing)} mm the largest image has shape {largest}; at most {MAX_VOXELS} voxels "
+            "can be handled; choose a coarser spacing (--spacing-mm)"
+        )
     median = np.maximum(np.median(shapes, axis=0).round(), 1).astype(int).tolist()
     budget = _voxel_budget(dims, memory_gb, device)
     patch = [int(size) for size in patch_size] if patch_size is not None else _choose_patch(median, budget)
@@ -221,8 +245,9 @@ def _choose_spacing(spacings: np.ndarray) -> list[float]:
 
 
 def _choose_patch(median_shape: Sequence[int], budget: int) -> list[int]:
-    patch = [-(-size // MULTIPLE) * MULTIPLE for size in median_shape]
-    while np.prod(patch) > budget and max(patch) > MULTIPLE:
+    most = max(MULTIPLE, budget // MULTIPLE * MULTIPLE)
+    patch = [min(-(-size // MULTIPLE) * MULTIPLE, most) for size in median_shape]
+    while prod(patch) > budget and max(patch) > MULTIPLE:
         patch[int(np.argmax(patch))] -= MULTIPLE
     return patch
 
@@ -238,8 +263,7 @@ def _voxel_budget(dims: int, memory_gb: float | None, device: torch.device | str
 
 
 def _choose_normalization(name: str, found: ChannelIntensities) -> ChannelNormalization:
-    if name.strip().lower() != "ct":
-        return ChannelNormalization(scheme="zscore")
-    if found.low >= found.high or found.std <= 0:
-        raise InputError(f"channel '{name}': the foreground has one intensity only, {found.low}; check the images")
+    kind = name.strip().lower()
+    if kind != "ct":
+        return ChannelNormalization(scheme=_SCHEMES.get(kind, "zscore"))
     return ChannelNormalization(scheme="ct", clip_low=found.low, clip_high=found.high, mean=found.mean, std=found.std)

@@ -6,14 +6,15 @@ import hashlib
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from lightm.datasets.cases import Case, Dataset
+from lightm.datasets.cases import Case, Dataset, read_case
 from lightm.errors import InputError
-from lightm.images.io import read_volume
 from lightm.images.lazy import Box, DiskArray, LazyVolume
+from lightm.images.limits import MAX_VOXELS, check_bytes
 from lightm.images.volume import Volume, geometry_difference
 from lightm.labels import IGNORE_INDEX
 from lightm.preparation import cache
@@ -26,6 +27,24 @@ from lightm.progress import Progress
 _CHUNK_VOXELS = 1 << 20
 
 
+def grid_shape(geometry: Volume, plan: Plan) -> tuple[int, ...]:
+    """Return the shape of an image, in canonical orientation, at the plan's spacing.
+
+    Raises InputError, with the sizes, for more voxels than any image may have.
+    """
+    shape = resampled_shape(geometry.shape, geometry.spacing_mm, plan.spacing_mm)
+    if prod(shape) > MAX_VOXELS:
+        steps, target = (
+            " x ".join(f"{step:.4g}" for step in reversed(s)) for s in (geometry.spacing_mm, plan.spacing_mm)
+        )
+        raise InputError(
+            f"an image of shape {geometry.shape} with voxels of {steps} mm (x, y, z) has {prod(shape):.3g} voxels at "
+            f"the plan's spacing of {target} mm, shape {shape}; at most {MAX_VOXELS} can be handled; check the spacing "
+            "in its header, or crop it"
+        )
+    return shape
+
+
 class NetworkGrid:
     """The image (C, *shape) that the network sees, float32, of which `read` makes a box at a time.
 
@@ -34,27 +53,25 @@ class NetworkGrid:
     is kept but the images' own voxels; with it, one float32 per voxel and channel.
 
     "ct" channels are clipped, minus mean, over std of the plan; "zscore" channels minus their own mean, over their own
-    standard deviation (only the mean is taken off a constant channel). Where the file's voxels and float32 differ
-    (float64, large integers) they are rounded to float32 first.
-    Cost: normalisation again for each window that a voxel lies in, some 1% of the network's time.
+    standard deviation (only the mean is taken off a constant channel), "none" channels as they are, "rescale_to_0_1"
+    and "rgb_to_0_1" channels as their names say. Where the file's voxels and float32 differ (float64, large integers)
+    they are rounded to float32 first. Cost: normalisation again for each window that a voxel lies in, some 1% of the
+    network's time.
     """
 
     def __init__(self, images: Sequence[LazyVolume], plan: Plan, folder: Path | None = None) -> None:
         first = images[0].geometry.to_canonical()
-        self.shape = resampled_shape(first.shape, first.spacing_mm, plan.spacing_mm)
+        self.shape = grid_shape(first, plan)
         self.schemes = plan.normalization
         same = first.shape == self.shape
         self._images = list(images) if same else []
         self._resampled = [] if same else [self._resample(image, first.shape, folder) for image in images]
-        self._zscores = [
-            (0.0, 1.0) if scheme.scheme == "ct" else self._zscore(channel)
-            for channel, scheme in enumerate(self.schemes)
-        ]
+        self._scales = [self._scale(channel) for channel in range(len(self.schemes))]
 
     def read(self, box: Box) -> np.ndarray:
         """Return a box, one slice with both ends per axis, of all channels: (C, *box) float32."""
         result = np.empty((len(self.schemes), *(part.stop - part.start for part in box)), np.float32)
-        for channel, (scheme, (mean, std)) in enumerate(zip(self.schemes, self._zscores, strict=True)):
+        for channel, (scheme, (mean, std)) in enumerate(zip(self.schemes, self._scales, strict=True)):
             # By the slice: float64 costs no second copy of a large scan.
             for slab, target in zip(self._voxels(channel, box), result[channel], strict=True):
                 if scheme.scheme == "ct":
@@ -84,8 +101,23 @@ class NetworkGrid:
             raise ValueError("the grid was closed")
         return np.ascontiguousarray(self._images[channel].read_canonical(box), dtype=np.float32)
 
+    def _scale(self, channel: int) -> tuple[float, float]:
+        """What is taken off a channel, and by what it is divided then."""
+        scheme = self.schemes[channel].scheme
+        if scheme == "zscore":
+            return self._zscore(channel)
+        if scheme == "rescale_to_0_1":
+            boxes = [(slice(start, start + 1), *_whole(self.shape[1:])) for start in range(self.shape[0])]
+            ends = [(float(part.min()), float(part.max())) for part in (self._voxels(channel, box) for box in boxes)]
+            low, high = min(low for low, _ in ends), max(high for _, high in ends)
+            return low, high - low or 1.0
+        return 0.0, 255.0 if scheme == "rgb_to_0_1" else 1.0
+
     def _zscore(self, channel: int) -> tuple[float, float]:
-        """Mean and standard deviation (1 for a constant) of a channel in float64; sums of slices are added in order."""
+        """Mean and standard deviation (1 for a constant) of a channel in float64; sums of slices are added in order.
+
+        Constant is what differs by no more than the mean's own rounding in float32, whatever the unit.
+        """
         length, *rest = self.shape
         step = max(1, _CHUNK_VOXELS // int(np.prod(rest)))
         boxes = [(slice(start, min(start + step, length)), *_whole(rest)) for start in range(0, length, step)]
@@ -97,7 +129,7 @@ class NetworkGrid:
         for box in boxes:
             squares += sum(float(np.square(part - np.float64(mean)).sum()) for part in self._voxels(channel, box))
         std = float((squares / size) ** 0.5)
-        return mean, std if std > 1e-8 * max(1.0, abs(mean)) else 1.0
+        return mean, std if std > 1e-8 * abs(mean) else 1.0
 
 
 def _whole(shape: Sequence[int]) -> Box:
@@ -113,6 +145,9 @@ def preprocess_case(images: Sequence[Volume], label: Volume | None, plan: Plan) 
     Cost: about 1 s for 10 million voxels where resampling is needed.
     """
     check_fit(images, label, plan)
+    shape, channels = grid_shape(images[0].to_canonical(), plan), len(images)
+    # Twice the result where it is resampled: the grid, and what is read of it.
+    check_bytes(prod(shape) * (8 * channels + 1), f"{channels} channel(s) of shape {shape} at the plan's spacing")
     # Turned and converted here once, instead of in each of the grid's passes.
     turned = [image.to_canonical() for image in images]
     held = [image.with_data(np.ascontiguousarray(image.data, np.float32)) for image in turned]
@@ -180,9 +215,9 @@ def preprocess_dataset(
     hashes = cache.FileHashes(folder / cache.HASHES)
 
     def one(case: Case) -> PreprocessedCase:
-        key = cache.case_key(case, plan, hashes)
+        key = cache.case_key(case, plan, hashes, trust_image_geometry=dataset.trust_image_geometry)
         place = folder / f"{_folder_name(case.id)}-{key[:16]}"
-        return cache.find(place, case.id) or _make(case, plan, place, key)
+        return cache.find(place, case.id) or _make(case, plan, place, key, dataset.trust_image_geometry)
 
     done: list[PreprocessedCase] = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -202,9 +237,8 @@ def cache_folder(dataset: Dataset, cache_dir: Path | str | None = None) -> Path:
     return Path(cache_dir or cache.default_cache_dir()) / _folder_name(dataset.name)
 
 
-def _make(case: Case, plan: Plan, place: Path, key: str) -> PreprocessedCase:
-    images = [read_volume(file) for file in case.images]
-    label = None if case.label is None else read_volume(case.label, kind="label")
+def _make(case: Case, plan: Plan, place: Path, key: str, trust_image_geometry: bool) -> PreprocessedCase:
+    images, label = read_case(case, trust_image_geometry=trust_image_geometry)
     try:
         image, classes = preprocess_case(images, label, plan)
     except InputError as error:

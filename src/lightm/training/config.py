@@ -15,7 +15,7 @@ from lightm.config_io import load_yaml, validated
 from lightm.errors import InputError, did_you_mean
 from lightm.files import write_text
 from lightm.nets import DEFAULT
-from lightm.options import Options, PathText, Sizes
+from lightm.options import Names, Options, PathText, Sizes
 from lightm.preparation.augment import AugmentConfig
 
 _log = logging.getLogger(__name__)
@@ -131,6 +131,8 @@ class TrainConfig(Recipe):
 
     dataset: PathText = Field("", description="Data set.", json_schema_extra={"cli": False})
     labels: PathText | None = Field(None, description="Folder of labels, when DATASET is a folder of images.")
+    channels: Names | None = Field(None, description="Names of the channels: CT, or T1,T2.")
+    trust_image_geometry: bool = Field(False, description="Take labels to lie where the image does.")
     network: str = Field(DEFAULT, description="Network: a preset or a baseline.")
     network_options: dict[str, Any] = Field(default_factory=dict, description="Options of the network: {layer: spm}.")
     recipe: Annotated[str, AfterValidator(current_name)] = Field(
@@ -197,6 +199,11 @@ class TrainConfig(Recipe):
         if self.folds is not None and self.fold is None:
             self.fold = 0
         return self
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How `open_dataset` is to open the data set."""
+        return self.model_dump(include={"labels", "channels", "trust_image_geometry"})
 
     @property
     def max_time_s(self) -> float | None:

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,13 @@ from lightm.files import LOCK, disk_refusals, is_temporary, locked_folder, remov
 from lightm.labels import check_regions, each_value
 from lightm.losses import SegmentationLoss, create_loss, knowing_regions
 from lightm.losses.base import CustomLoss
-from lightm.nets import create, save_model
+from lightm.memory import available_bytes
+from lightm.nets import create, fitting_size, save_model
 from lightm.nets.folder import OWN
 from lightm.ops.checks import implementations
 from lightm.preparation.cache import HASHES, FileHashes, PreprocessedCase, default_cache_dir
 from lightm.preparation.fingerprint import data_hash
-from lightm.preparation.plan import Plan, load_plan, make_plan
+from lightm.preparation.plan import MULTIPLE, Plan, load_plan, make_plan
 from lightm.preparation.preprocess import cache_folder, preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.checkpoint_io import BEST, load_checkpoint, newest_checkpoint
@@ -50,6 +52,9 @@ from lightm.training.loop import Training
 from lightm.training.record import Loss, Run, TrainResult, WholeCases, run_record, write_json
 
 _log = logging.getLogger(__name__)
+
+# What training keeps for a voxel of a batch: 750 bytes in the smallest network measured, `unet`, and thousands in most.
+_LEAST_BYTES_PER_VOXEL = 300
 
 
 def new_run(
@@ -75,7 +80,7 @@ def new_run(
     options.update({key: value for key, value in named.items() if objects[key] is None})
     settings = TrainConfig.of(config, options, "train")
     fabric, chosen_here = on_device(settings)  # before anything is read
-    data = open_dataset(dataset, labels=settings.labels)
+    data = open_dataset(dataset, **settings.reading)
     update: dict[str, Any] = {
         **chosen_here,
         "dataset": str(Path(dataset).resolve()),
@@ -92,6 +97,8 @@ def new_run(
     chosen = choose_plan(data, objects["plan"] or settings.plan, progress, fabric.device)
     settings = settings.resolved(chosen.spatial_dims)
     chosen = with_sizes(chosen, settings)
+    check_sizes(chosen, settings, fabric.device, own=objects["network"] is not None)
+    chosen = fitting_plan(chosen, settings, objects["network"])
     drawn = choose_split(data, settings, objects["split"])
     if objects["split"] is None and settings.split is None and drawn.kind != ALL:
         drawn = keep_rare(data, chosen, drawn, settings.group_by)
@@ -130,7 +137,7 @@ def earlier_run(
 def open_data(run_dir: Path, config: TrainConfig) -> Dataset:
     """Open the data set of a run; InputError that names the options where it is not where it was."""
     try:
-        return open_dataset(config.dataset, labels=config.labels)
+        return open_dataset(config.dataset, **config.reading)
     except InputError as error:
         gone = [path for path in (config.dataset, config.labels) if path is not None and not Path(path).exists()]
         if not gone:
@@ -407,17 +414,52 @@ def with_sizes(plan: Plan, config: TrainConfig, patch: Sequence[int] | None = No
     if wanted is not None:
         wanted = [wanted] if isinstance(wanted, int) else list(wanted)
         sizes = wanted * (plan.spatial_dims if len(wanted) == 1 else 1)
-        if len(sizes) != plan.spatial_dims or any(size < 8 or size % 8 for size in sizes):
+        if len(sizes) != plan.spatial_dims or min(sizes) < 1:
             raise InputError(
-                f"patch size {wanted}: {plan.spatial_dims} sizes are needed, each a multiple of 8 (three poolings by 2)"
+                f"patch size {wanted}: {plan.spatial_dims} sizes of at least 1 are needed, such as 64,64,64"
             )
-        plan = plan.model_copy(update={"patch_size": sizes})
+        whole = [-(-size // MULTIPLE) * MULTIPLE for size in sizes]  # what a plan may hold
+        if whole != sizes:
+            before, now = (",".join(map(str, patch)) for patch in (sizes, whole))
+            _log.warning("patch size %s is rounded up to %s, multiples of %d", before, now, MULTIPLE)
+        plan = plan.model_copy(update={"patch_size": whole})
     batch = batch if batch is not None else config.batch_size
     if batch is not None:
         if batch < 1:
             raise InputError(f"batch size {batch}: must be 1 or more")
         plan = plan.model_copy(update={"batch_size": batch})
     return plan
+
+
+def fitting_plan(plan: Plan, config: TrainConfig, network: nn.Module | None = None) -> Plan:
+    """The plan with its patch rounded up to what the network can take, which is logged."""
+    sizes = {"spatial_dims": plan.spatial_dims, "in_channels": len(plan.channels), "out_channels": len(plan.outputs)}
+    options = {} if network is not None else config.network_options
+    size = list(fitting_size(network or config.network, **sizes, image_size=plan.patch_size, **options))
+    if size == list(plan.patch_size):
+        return plan
+    before, now = (",".join(map(str, patch)) for patch in (plan.patch_size, size))
+    _log.warning("patch size %s is rounded up to %s, the next that network '%s' can take", before, now, config.network)
+    return plan.model_copy(update={"patch_size": size})
+
+
+def check_sizes(plan: Plan, config: TrainConfig, device: torch.device, *, own: bool = False) -> None:
+    """Raise InputError, with the sizes, for a batch that no network could be trained on in the memory there is.
+
+    A lower bound: what it lets through may still be too much. own: for a module of the caller's, which may be small.
+    """
+    voxels = plan.batch_size * prod(plan.patch_size)
+    each = 4 * (len(plan.channels) + 2 * len(plan.labels)) + 8  # image, logits, their gradients, and the labels
+    if not own:
+        each = max(each, _LEAST_BYTES_PER_VOXEL // (1 if config.precision.startswith("32") else 2))
+    there = available_bytes() if device.type != "cuda" else torch.cuda.mem_get_info(device)[0]
+    if there is not None and voxels * each > there:
+        patch = ",".join(map(str, plan.patch_size))
+        raise InputError(
+            f"patch size {patch} with batch size {plan.batch_size}: training on {voxels:.3g} voxels at once needs at "
+            f"least {voxels * each / 1e9:.3g} GB of memory, and {there / 1e9:.3g} GB are there on {device}; use a "
+            "smaller --patch-size or --batch-size"
+        )
 
 
 def choose_split(data: Dataset, config: TrainConfig, given: Split | None = None) -> Split:
@@ -445,7 +487,7 @@ def choose_split(data: Dataset, config: TrainConfig, given: Split | None = None)
         raise InputError(f"{data.root}: {error}") from error
 
 
-def keep_rare(data: Dataset, plan: Plan, split: Split, group_by: str | None) -> Split:
+def keep_rare(data: Dataset, plan: Plan, split: Split, group_by: str | None = None) -> Split:
     """The split drawn, with a case of every class or region in training where there is one; what moves is logged.
 
     Label maps are read only where so few cases hold a class that validation and test might have all of them.

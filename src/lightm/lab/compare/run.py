@@ -168,7 +168,7 @@ def _plan_and_split(out: Path, given: Experiment, data: Dataset, progress: Progr
                 raise InputError(f"spacing_mm {given.spacing_mm}: {dims} numbers are needed, one for each axis")
             plan = plan.model_copy(update={"spacing_mm": given.spacing_mm})
         plan = with_sizes(plan, config, given.patch_size, given.batch_size)
-    for network in given.networks.values():
+    for network in given.networks.values():  # refused, not rounded: all trials are to see the same patches
         build_network(network.network, len(plan.channels), len(plan.outputs), plan.patch_size, network.options)
     for loss in given.losses.values():
         create_loss(loss.loss, **loss_sizes(plan), **loss.options)
