@@ -281,9 +281,8 @@ class Training:
         state, whole, fabric = self.state, self.whole, self.fabric
         if whole is None or whole.score is None or not whole.ids or not fabric.is_global_zero:
             return math.nan
-        if (
-            state.watched + whole.cost > WHOLE_SHARE * 3 * state.step * self._batch
-        ):  # a step: forward, and backward twice
+        passes = 3 * state.step * self._batch  # of a patch through the network: one forward, and backward as two
+        if state.watched + whole.cost > WHOLE_SHARE * passes:
             return math.nan
         state.watched += whole.cost
         training = [part for part in self.network.modules() if part.training]
