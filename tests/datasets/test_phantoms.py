@@ -302,3 +302,9 @@ def test_smooth_field_has_unit_variance_and_is_smooth() -> None:
     assert abs(field.std() - 1) < 0.1
     step = np.abs(np.diff(field, axis=1))  # 1 mm of 6
     assert step.mean() < 0.3
+
+
+def test_a_size_that_no_memory_holds_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"size 100000: one case needs 8e\+06 GB of memory at least"):
+        make_phantoms("liver", tmp_path / "out", cases=1, size=100_000, seed=0)
+    assert not (tmp_path / "out").exists()

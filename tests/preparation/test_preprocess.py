@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -337,3 +338,11 @@ def test_a_grid_that_no_memory_holds_is_refused_with_its_sizes(small, monkeypatc
     monkeypatch.setattr(limits, "available_bytes", lambda: 10_000_000)
     with pytest.raises(InputError, match=r"at the plan's spacing need .* GB of memory"):
         preprocess_case([Volume.from_spacing(np.zeros((20, 20, 20), np.int16), (20.0, 20.0, 20.0))], None, plan)
+
+
+def test_a_cache_without_room_is_said_before_a_case_is_prepared(small, tmp_path, monkeypatch):
+    dataset, plan = small
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(LightMError, match=r"case case_0 needs .* GB there once it is preprocessed.* LIGHTM_CACHE"):
+        preprocess_dataset(dataset, plan, tmp_path / "cache")

@@ -49,7 +49,7 @@ class EvaluateOptions(Options):
         1.0, description="Tolerance of the surface Dice in mm.", json_schema_extra={"flags": ["--tolerance"]}
     )
     trust_image_geometry: bool = Field(False, description="Take labels to lie where the predictions do.")
-    bootstrap: int = Field(1000, description="Resamples of the confidence intervals; 0: no intervals.")
+    bootstrap: int = Field(1000, le=100_000, description="Resamples of the confidence intervals; 0: no intervals.")
     seed: int = Field(0, ge=0, description="Seed of the resampling.")
     lesions: bool = Field(False, description="Score every lesion by itself too: found, missed, false, DSC by size.")
     lesion_iou: float = Field(0.1, gt=0, le=1, description="IoU with a true lesion from which a predicted one is it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lightm.datasets.cases import Case, Dataset, read_case
-from lightm.errors import InputError
+from lightm.errors import InputError, LightMError
 from lightm.images.lazy import Box, DiskArray, LazyVolume
 from lightm.images.limits import MAX_VOXELS, check_bytes
 from lightm.images.volume import Volume, geometry_difference
@@ -145,9 +146,12 @@ def preprocess_case(images: Sequence[Volume], label: Volume | None, plan: Plan) 
     Cost: about 1 s for 10 million voxels where resampling is needed.
     """
     check_fit(images, label, plan)
-    shape, channels = grid_shape(images[0].to_canonical(), plan), len(images)
-    # Twice the result where it is resampled: the grid, and what is read of it.
-    check_bytes(prod(shape) * (8 * channels + 1), f"{channels} channel(s) of shape {shape} at the plan's spacing")
+    native, channels = images[0].to_canonical(), len(images)
+    shape = grid_shape(native, plan)
+    copies = 1 + (shape != native.shape)  # where it is resampled: the grid, and what is read of it
+    check_bytes(
+        prod(shape) * (4 * channels * copies + 1), f"{channels} channel(s) of shape {shape} at the plan's spacing"
+    )
     # Turned and converted here once, instead of in each of the grid's passes.
     turned = [image.to_canonical() for image in images]
     held = [image.with_data(np.ascontiguousarray(image.data, np.float32)) for image in turned]
@@ -240,12 +244,24 @@ def cache_folder(dataset: Dataset, cache_dir: Path | str | None = None) -> Path:
 def _make(case: Case, plan: Plan, place: Path, key: str, trust_image_geometry: bool) -> PreprocessedCase:
     images, label = read_case(case, trust_image_geometry=trust_image_geometry)
     try:
+        _check_disk(case, prod(grid_shape(images[0].to_canonical(), plan)) * (4 * len(images) + 1), place.parent)
         image, classes = preprocess_case(images, label, plan)
     except InputError as error:
         raise InputError(f"{case.label or case.images[0]}: case {case.id}: {error}") from None
     geometry = hashlib.sha256(repr((images[0].shape, images[0].affine.tolist())).encode()).hexdigest()
     meta = {"key": key, "native_geometry": geometry, "spacing_mm": plan.spacing_mm}
     return cache.store(place, case.id, image, classes, meta)
+
+
+def _check_disk(case: Case, needed: int, folder: Path) -> None:
+    """Raise LightMError where the cache's disk has no room for a case."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise LightMError(
+            f"{folder}: case {case.id} needs {needed / 1e9:.3g} GB there once it is preprocessed, and {free / 1e9:.3g} "
+            "GB are free; make space, or set LIGHTM_CACHE to another folder"
+        )
 
 
 def _folder_name(name: str) -> str:

@@ -24,6 +24,7 @@ from lightm.datasets.phantoms.xray import xray_case
 from lightm.errors import InputError, LightMError, did_you_mean
 from lightm.images.io import write_volume
 from lightm.images.volume import Volume
+from lightm.memory import available_bytes
 from lightm.progress import Progress
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
 
 MIN_SIZE = 24
 """Voxels across the body below which the shapes no longer show."""
+
+_LEAST_BYTES_PER_VOXEL = 8  # the image in float32, and a copy with noise
 
 _TUMOUR_BLOCK = 5
 """Of so many liver cases in a row exactly one has no tumour, so that even a small dataset holds both."""
@@ -84,6 +87,12 @@ def make_phantoms(
         raise InputError(f"got {cases} cases: expected at least 1")
     if size < MIN_SIZE:
         raise InputError(f"got size {size}: expected at least {MIN_SIZE} voxels, below which the shapes do not show")
+    needed, there = _LEAST_BYTES_PER_VOXEL * size ** (2 if kind == "xray" else 3), available_bytes()
+    if there is not None and needed > there:
+        raise InputError(
+            f"got size {size}: one case needs {needed / 1e9:.3g} GB of memory at least, and {there / 1e9:.3g} GB are "
+            "there; choose a smaller size"
+        )
     if seed < 0:
         raise InputError(f"got seed {seed}: expected 0 or a positive whole number")
     if out.exists() and not out.is_dir():
