@@ -183,3 +183,19 @@ def test_background_alone_is_refused(tmp_path: Path) -> None:
     relabel(data, lambda number, label: np.zeros_like(label))
     with pytest.raises(InputError, match="background only, so there is nothing to learn"):
         train_model(data, tmp_path / "run", network=network(3), **SHORT)
+
+
+def test_one_region_in_2d_with_previews(tmp_path: Path) -> None:
+    data = make_balls(tmp_path / "data", dims=2)
+    labelled(data, labels={"background": 0, "ball": [1, 2]}, regions_class_order=[2])
+    torch.manual_seed(0)
+    net = nn.Conv2d(1, 1, 3, padding=1)
+    result = lightm.train(data, tmp_path / "run", network=net, loss="ce+arsl", **SHORT)
+    assert result.evaluation is not None
+    assert result.evaluation.labels == {"ball": [1, 2]}
+    predictor = lightm.load(result.model, network=net)
+    images = sorted((data / "imagesTr").iterdir())[:1]
+    (found,) = lightm.predict(predictor, images, tmp_path / "out", preview=True, statistics=True)
+    assert set(np.unique(read_volume(found, kind="label").data)) <= {0, 2}
+    assert (tmp_path / "out" / "previews" / "ball_00.png").stat().st_size > 1000
+    assert ",1 2," in (tmp_path / "out" / "statistics.csv").read_text()

@@ -55,9 +55,10 @@ def check_dataset(
 
     Errors: unreadable files, NaN or infinite voxels, labels without image and the reverse, shapes or affines that
     disagree within a case, label values that dataset.json does not name, cases that exist twice, 2D among 3D,
-    fewer than two cases, nothing but background, a CT channel of one intensity. Warnings: a class that never occurs,
-    constant images, files that are not used, headers whose place in space is doubtful
-    (`lightm.images.io.place_remarks`), and intensities that are odd (`lightm.datasets.intensities`).
+    fewer than two cases, nothing but background, a CT channel of one intensity. Warnings: a class that never occurs or
+    in one case, regions whose overlap a label map cannot give back, constant images, files that are not used, headers
+    whose place in space is doubtful (`lightm.images.io.place_remarks`), and intensities that are odd
+    (`lightm.datasets.intensities`).
 
     Raises InputError only where there is no dataset to check (no folder, no or a faulty dataset.json). Cost: each file
     read once, on all cores; memory of one case per core, and of no two cases that half of the machine's memory would
