@@ -1,6 +1,8 @@
 """What test-time flips do to the DSC of models that were trained with mirroring, and that they are refused for others.
 
-    python benchmarks/tta.py DATASET --axes 2 --out benchmarks/results/tta.csv
+    python benchmarks/tta.py Dataset802_ShenzhenXray --axes 1
+    python benchmarks/tta.py Dataset004_Hippocampus --axes 2 --patch-size 32 48 32
+    python benchmarks/tta.py Dataset004_Hippocampus --axes none --max-time 20s --patch-size 32 48 32
 
 A training without mirroring (`--axes none`) must refuse `--tta`. With axes the validation cases are predicted with and
 without flips, with the same weights. A row is added to the CSV file for every class. DATASET may be a kind of phantom:
