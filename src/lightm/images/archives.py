@@ -121,7 +121,7 @@ def _members(archive: Path, size: int, changed_ns: int) -> tuple[Member, ...]:
         raise
     weakref.finalize(opened, stream.close)
     total = sum(info.file_size for info in opened.infolist())
-    if total > MAX_DEFLATE * size:
+    if total > MAX_DEFLATE * size or sum(info.compress_size for info in opened.infolist()) > size:
         raise InputError(
             f"the archive promises {total} bytes, which its {size} cannot hold (damaged, or made to fill the memory); "
             "copy or download it again"
