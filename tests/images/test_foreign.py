@@ -213,3 +213,20 @@ def test_spacing_of_tiff_stacks(tmp_path: Path) -> None:
     (tmp_path / "case.json").write_text(json.dumps({"spacing": [5, 2]}), encoding="utf-8")
     with pytest.raises(InputError, match=r"case_0000\.tif: case\.json beside it"):
         read_volume(tmp_path / "case_0000.tif")
+
+
+def test_a_compressed_metaimage_that_ends_early_is_refused_and_does_not_hang(tmp_path: Path) -> None:
+    path = tmp_path / "torn.mha"
+    image = SimpleITK.GetImageFromArray(np.arange(60, dtype=np.int16).reshape(3, 4, 5))
+    SimpleITK.WriteImage(image, str(path), useCompression=True)
+    np.testing.assert_array_equal(read_volume(path).data, np.arange(60).reshape(3, 4, 5))
+    content = path.read_bytes()
+    start = content.index(b"LOCAL\n") + 6
+    for torn in (
+        content[:-20],
+        content[:start] + b"x 0 0 0 1" + content[start + 9 :],
+        content[:start] + content[start:][:3],
+    ):
+        path.write_bytes(torn)
+        with pytest.raises(InputError, match=r"torn\.mha"):
+            read_volume(path)

@@ -92,7 +92,10 @@ def check(
     else:
         for problem in result.problems:
             typer.echo(f"{problem.severity}: {problem}")
-        for key, value in result.summary.items():
+        summary = dict(result.summary)
+        name, training, test = (summary.pop(key) for key in ("name", "training_cases", "test_cases"))
+        typer.echo(f"{name}: {training} training cases, {test} test cases")
+        for key, value in summary.items():
             typer.echo(f"{key}: {value}")
     if not result.ok:
         raise typer.Exit(InputError.exit_code)

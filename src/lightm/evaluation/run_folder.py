@@ -97,8 +97,11 @@ def case_loader(run: RunFolder) -> Callable[[str], CaseImages]:
             raise InputError(f"case {case_id}: no prediction in {run.path / 'predictions'}")
         if case.label is None:
             raise InputError(f"case {case_id}: has no label")
-        masks = (read_volume(path, kind="label") for path in (case.label, run.predictions[case_id]))
-        volumes = [volume.to_canonical() for volume in (read_volume(case.images[0]), *masks)]
+        masks = [read_volume(path, kind="label") for path in (case.label, run.predictions[case_id])]
+        picture = read_volume(case.images[0])
+        if run.config.get("trust_image_geometry") and masks[0].shape == picture.shape:
+            masks[0] = picture.with_data(masks[0].data)
+        volumes = [volume.to_canonical() for volume in (picture, *masks)]
         image, label, pred = (np.ascontiguousarray(volume.data) for volume in volumes)
         if not image.shape == label.shape == pred.shape:
             raise InputError(

@@ -21,7 +21,7 @@ from lightm.images.limits import MAX_DEFLATE, PARSE_ERRORS, CappedReader, check_
 
 _MAX_TABLE_BYTES = 8 << 20  # of the table of contents, which Python holds at ten times its size
 _MAX_MEMBER_BYTES = 1 << 31
-_READS = 100_000  # of a member, and one more for every 8 bytes of it as packed: zeros are endless elements to a parser
+_READS = 20_000  # of a member, and one more for every 8 bytes of it as packed: zeros are endless elements to a parser
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _FAULTS = (*PARSE_ERRORS, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError)
 _LONGEST_NAME = 120
@@ -121,7 +121,7 @@ def _members(archive: Path, size: int, changed_ns: int) -> tuple[Member, ...]:
         raise
     weakref.finalize(opened, stream.close)
     total = sum(info.file_size for info in opened.infolist())
-    if total > MAX_DEFLATE * size:
+    if total > MAX_DEFLATE * size or sum(info.compress_size for info in opened.infolist()) > size:
         raise InputError(
             f"the archive promises {total} bytes, which its {size} cannot hold (damaged, or made to fill the memory); "
             "copy or download it again"

@@ -11,6 +11,7 @@ import locale
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice, takewhile
@@ -52,7 +53,10 @@ def read(path: Path, channel: int | None = None) -> Volume:
             raise InputError(f"it holds {channels} channels; give one by its number, as in {path.name}::0")
         if not 0 <= (channel or 0) < channels:
             raise InputError(f"it holds {channels} channel(s), numbered from 0; there is no channel {channel}")
-        check_bytes(prod(sizes) * channels * _itemsize(header), "its voxels")
+        needed = prod(sizes) * channels * _itemsize(header)
+        check_bytes(needed, "its voxels")
+        if _IO[path.suffix.lower()] == "Meta":
+            _check_deflated(path, needed)
         with _itk(f"not a readable {path.suffix.lower()} file", "; copy or export it again"):
             image = header.Execute()
         data = SimpleITK.GetArrayFromImage(image)  # (T, Z, Y, X) or (Z, Y, X, C)
@@ -182,6 +186,26 @@ def _look_at(path: Path, kind: str) -> list[Path]:
     if not (file := path.with_name(data)).is_file():
         raise InputError(f"its voxels are missing: {data} must lie beside it")
     return [file]
+
+
+def _check_deflated(path: Path, needed: int) -> None:
+    """Unpack the voxels of a compressed MetaImage once; InputError where they end early, on which ITK waits for ever."""
+    with open(path, "rb") as stream:
+        head = stream.read(_HEADER_BYTES)
+    data = re.search(rb"^ElementDataFile *=(.*)\n?", head, re.M)
+    if data is None or not re.search(rb"^CompressedData *= *[Tt1]", head[: data.end()], re.M):
+        return
+    local = data[1].strip().upper() == b"LOCAL"
+    decoder, got = zlib.decompressobj(47), 0  # zlib or gzip, as ITK tells them
+    with open(path if local else path.with_name(data[1].strip().decode("latin-1")), "rb") as stream:
+        stream.seek(data.end() if local else 0)
+        try:
+            while not decoder.eof and got <= needed and (block := decoder.unconsumed_tail or stream.read(1 << 16)):
+                got += len(decoder.decompress(block, 1 << 20))
+        except zlib.error as error:
+            raise InputError(f"its voxels cannot be unpacked ({error}); copy or export it again") from None
+    if got < needed or not (decoder.eof or got > needed):
+        raise InputError(f"its voxels unpack to {got} bytes of {needed} (truncated); copy or export it again")
 
 
 def _length(file: Path) -> int:
