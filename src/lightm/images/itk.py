@@ -189,7 +189,7 @@ def _look_at(path: Path, kind: str) -> list[Path]:
 
 
 def _check_deflated(path: Path, needed: int) -> None:
-    """Unpack the voxels of a compressed MetaImage once; InputError where they end early: ITK would wait for ever."""
+    """Unpack the voxels of a compressed MetaImage once; InputError where they end early: ITK then hangs."""
     with open(path, "rb") as stream:
         head = stream.read(_HEADER_BYTES)
     data = re.search(rb"^ElementDataFile *=(.*)\n?", head, re.M)
