@@ -22,9 +22,11 @@ from lightm.inference.sliding import window_starts
 from lightm.nets import load_model
 from lightm.preparation.cache import PreprocessedCase
 from lightm.preparation.plan import load_plan, make_plan
+from lightm.preparation.preprocess import preprocess_dataset
 from lightm.training import resume_training, train_model
 from lightm.training.checkpoint_io import load_checkpoint, save_checkpoint
 from lightm.training.config import Recipe, TrainConfig, load_config, parse_duration
+from lightm.training.loaders import PatchLoaders
 from lightm.training.loop import Training
 from lightm.training.record import WholeCases
 from lightm.training.run import _whole_cases, new_run
@@ -389,3 +391,12 @@ def test_a_patch_is_rounded_up_to_what_the_network_takes(
     assert result.plan.patch_size == patch
     assert load_plan(tmp_path / "run" / "plan.yaml").patch_size == patch
     assert "rounded up to" in caplog.text
+
+
+def test_validation_patches_are_the_same_in_every_epoch(balls: Path, tmp_path: Path) -> None:
+    run = new_run(balls, tmp_path / "run", **SMALL)
+    cases = {case.id: case for case in preprocess_dataset(run.data, run.plan, tmp_path / "cache")}
+    patches = PatchLoaders(run, [cases[i] for i in run.split.train], [cases[i] for i in run.split.val])
+    first = [batch["image"] for batch in patches.validation()]
+    assert len(list(patches.training(3, 0))) == 3
+    assert all(torch.equal(a, b["image"]) for a, b in zip(first, patches.validation(), strict=True))

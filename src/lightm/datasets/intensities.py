@@ -15,6 +15,7 @@ from lightm.images.volume import Volume
 _SAMPLES = 10_000  # foreground voxels of a case that the intensities are taken from
 _SHARE = 0.25  # of the usual range, by which an end of an image's range may lie outside of what is known
 _CT_LOW, _CT_PADDING = -500, -1100  # lungs and air lie below the one, and nothing but padding below the other
+_LEAST_PADDING = -5000  # -1024, -2000, -2048, -3024 and -4096 are in use
 KEPT = ("nonorm", "rescale_to_0_1", "rgb_to_0_1")
 """Names of channels, in lower case, that choose their normalization, as in nnU-Net; CT does so too."""
 
@@ -82,7 +83,7 @@ def intensity_problems(dataset: Dataset, found: Sequence[Sequence[Intensities]])
             )
             problems.append(error(dataset.cases[at].id, files[at], message, cure))
         lows = np.array([one.ends[0] for one in cases])
-        if kind not in ("ct", *KEPT) and float(np.median(lows)) <= _CT_LOW:
+        if kind not in ("ct", *KEPT) and _LEAST_PADDING <= float(np.median(lows)) <= _CT_LOW:
             padded = [file for file, low in zip(files, lows, strict=True) if low < _CT_PADDING]
             message = f"channel '{name}' holds values that look like CT, from {lows.min():g} on"
             if padded:

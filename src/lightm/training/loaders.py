@@ -57,7 +57,7 @@ class PatchLoaders:
         self._whole = whole = plan.batch_size * ranks
         val_patches = config.val_patches if ranks == 1 else -(-config.val_patches // whole) * whole
         self._train_sampler = RankSampler(config.steps_per_epoch * whole, run.fabric.global_rank, ranks)
-        self._val_sampler = RankSampler(val_patches, run.fabric.global_rank, ranks)
+        val_sampler = RankSampler(val_patches, run.fabric.global_rank, ranks)
 
         def loader(patches: TorchDataset[Batch], sampler: RankSampler, **more: Any) -> DataLoader[Batch]:
             generator = torch.Generator().manual_seed(config.seed)  # its own: the global ones are the steps' alone
@@ -72,7 +72,7 @@ class PatchLoaders:
             collate_fn=_collate,
             worker_init_fn=_start_worker,
         )
-        self._val_loader = loader(held_out, self._val_sampler)
+        self._val_loader = loader(held_out, val_sampler)
 
     def training(self, epoch: int, done: int) -> Iterator[Batch]:
         """The batches of an epoch but the first `done`; LightMError where a patch cannot be prepared."""
@@ -90,8 +90,8 @@ class PatchLoaders:
             iterator._shutdown_workers()
             self._train_loader._iterator = None
 
-    def validation(self, epoch: int) -> Iterator[Batch]:
-        self._val_sampler.set_epoch(epoch)
+    def validation(self) -> Iterator[Batch]:
+        """The validation batches, the same in every epoch."""
         return iter(self._val_loader)
 
 

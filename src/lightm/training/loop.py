@@ -252,7 +252,7 @@ class Training:
         self.network.eval(), self.criterion.eval()
         counts = torch.zeros(len(self.class_names), 3, dtype=torch.int64, device=self.fabric.device)
         losses = []
-        for batch in self.patches.validation(self.state.epoch):
+        for batch in self.patches.validation():
             batch = self.fabric.to_device(batch)
             logits, target = self.network(batch["image"]), batch["label"]
             losses.append(self.criterion(logits, target))
