@@ -21,6 +21,7 @@ from lightm.nets.baselines import BASELINES
 from lightm.nets.baselines.mamba import MambaBlock
 from lightm.nets.presets import names
 from lightm.training import train_model
+from lightm.training.run import new_run
 from tests.helpers import docs_script, make_balls
 
 DOCUMENT = docs_script("baselines_table")
@@ -273,8 +274,11 @@ def test_a_baseline_is_trained_saved_and_predicts(name: str, options: dict[str, 
     assert set(np.unique(labels.data).tolist()) <= {0, 1}
 
 
-def test_a_patch_that_a_baseline_cannot_take_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_patch_that_a_baseline_cannot_take_is_rounded_up_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data = make_balls(tmp_path / "Dataset001_Balls", cases=4, dims=2, classes=1)
-    with pytest.raises(InputError, match=r"network 'swinunetr': .*Y=16 is not divisible by 32; use 32"):
-        train_model(data, tmp_path / "run", network="swinunetr", patch_size=[16, 16], epochs=1)
+    run = new_run(data, tmp_path / "run", network="swinunetr", patch_size=[16, 16], epochs=1)
+    assert run.plan.patch_size == [64, 64]
+    assert "patch size 16,16 is rounded up to 64,64, the next that network 'swinunetr' can take" in caplog.text
     assert not (tmp_path / "run").exists()

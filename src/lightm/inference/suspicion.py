@@ -18,7 +18,8 @@ def suspicions(images: Sequence[LazyVolume], plan: Plan) -> list[str]:
     48 slices of each such channel are read.
     """
     known, found = plan.fingerprint, []
-    for image, name, scheme, seen in zip(images, plan.channels, plan.normalization, known.intensities, strict=True):
+    # An imported plan may know no intensities.
+    for image, name, scheme, seen in zip(images, plan.channels, plan.normalization, known.intensities, strict=False):
         if scheme.scheme in ("zscore", "rescale_to_0_1") or seen.image_low is None or seen.image_high is None:
             continue
         if told := unusual(image_ends(image), seen.image_low, seen.image_high):

@@ -143,7 +143,7 @@ def test_nothing_is_written_for_an_experiment_that_cannot_run(tmp_path: Path, da
     wrong = {
         "networks": {"small": {"network": "lightm-unet", "options": {"base_channels": 7}}},
         "recipes": {"tiny": {"recipe": "default", "settings": {"learning_rate": 1.0}}},
-        "patch_size": [10, 10, 10],
+        "patch_size": [16, 16],
         "spacing_mm": [1.0, 2.0],
         "dataset": str(tmp_path / "nowhere"),
     }
