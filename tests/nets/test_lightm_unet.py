@@ -196,7 +196,7 @@ def test_wrong_inputs_are_refused(shape: tuple[int, ...], message: str) -> None:
         (("lightm-unt", 3, 1, 2), {}, "did you mean 'lightm-unet"),
         (("lightm-unet", 4, 1, 2), {}, "use 2 or 3"),
         (("lightm-unet", 3, 0, 2), {}, "at least one channel"),
-        (("lightm-unet", 3, 1, 1), {}, "2 or more"),
+        (("lightm-unet", 3, 1, 0), {}, "out_channels"),
         (("lightm-unet", 3, 1, 2), {"base_channels": 20}, "not divisible by the 8 groups"),
         (("lightm-unet", 3, 1, 2), {"filter": 16}, "filter"),
         (("lightm-unet", 3, 1, 2), {"encoder_layers": (1, 0)}, "needs a layer"),
