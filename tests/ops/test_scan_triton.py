@@ -363,7 +363,7 @@ class _OnGpu:
 
 
 def test_auto_takes_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("lightm.ops.checks._said", set())
+    monkeypatch.setattr("lightm.ops.checks._used", set())
     caplog.set_level(logging.INFO, logger="lightm.ops")
     lead: Any = _OnGpu()
     monkeypatch.setattr(gpu, "_MISSING", None)
