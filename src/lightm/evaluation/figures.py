@@ -89,7 +89,7 @@ def curves(history: History) -> Figure:
     _lines(dice, epoch, [*lines, ("mean", history.get("pseudo_dice"), MUTED, "-")], width=1.0)
     _lines(dice, epoch, [("smoothed mean", history.get("pseudo_dice_smoothed"), INK, "-")], width=2.2)
     _lines(dice, epoch, [("whole cases", history.get("whole_case_dice"), VERMILION, "-")])
-    _finish(dice, "Dice of validation patches (pseudo Dice) and cases", "Dice", legend=True)
+    _finish(dice, "Pseudo Dice (patches), whole cases", "Dice", legend=True)
     dice.set_ylim(0, 1)
 
     _lines(rate, epoch, [("learning rate", history.get("lr"), GREEN, "-")])
