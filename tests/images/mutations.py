@@ -351,7 +351,7 @@ def _itk(rng: Rng, ending: str, *, packed: bool = False) -> bytes:
     image.SetSpacing((0.7, 0.8, 2.5))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"odd{ending}"
-        with itk._itk("not written"):
+        with itk._itk(ending, "not written"):
             SimpleITK.WriteImage(image, str(path), packed)
         return path.read_bytes()
 

@@ -66,7 +66,7 @@ def test_a_file_that_ends_too_early_is_refused_by_name(tmp_path: Path, suffix: s
     data = np.random.default_rng(0).integers(0, 1000, (13, 24, 25)).astype(np.int16)
     before = locale.setlocale(locale.LC_ALL)
     picture = suffix in (".bmp", ".jpg", ".png")
-    with itk._itk("not written"):
+    with itk._itk(suffix, "not written"):
         SimpleITK.WriteImage(
             SimpleITK.GetImageFromArray(data[0].astype(np.uint8) if picture else data), str(tmp_path / f"scan{suffix}")
         )

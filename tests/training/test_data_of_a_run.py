@@ -94,3 +94,14 @@ def test_options_of_a_draw_beside_a_split_are_refused(tmp_path: Path, more: dict
         with pytest.raises(InputError, match="of a split that is drawn, but one is given"):
             new_run(data, tmp_path / "run", split=given, **more)
     assert new_run(data, tmp_path / "run", split=tmp_path / "split.json").split == split
+
+
+def test_a_run_of_an_earlier_version_with_a_split_of_some_cases_is_resumed(tmp_path: Path) -> None:
+    data = make_balls(tmp_path / "data", cases=4)
+    split = lightm.Split(kind="by hand", seed=0, train=["ball_00"], val=["ball_01"], test=[])
+    run = train_model(data, tmp_path / "run", split=split, **SMALL)
+    record = run.run_dir / "run.json"
+    content = json.loads(record.read_text(encoding="utf-8"))
+    assert content["data_hash"] != run.plan.fingerprint.data_hash
+    record.write_text(json.dumps({**content, "data_hash": run.plan.fingerprint.data_hash}), encoding="utf-8")
+    assert resume_training(run.run_dir, epochs=2).epochs == 2

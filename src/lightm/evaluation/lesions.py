@@ -1,4 +1,9 @@
-"""Lesions one by one: which true ones were found, which predicted ones are false, how well each size is segmented."""
+"""Lesions one by one: which true ones were found, which predicted ones are false, how well each size is segmented.
+
+Detection matches whole lesions, so that a predicted one is either a true one or false. `lightm compare` asks another
+question, how well each size is segmented by several methods, and shares every predicted voxel among the true components
+instead (`part_scores`): no lesion is false there.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice, takewhile
 from math import prod
 from pathlib import Path
@@ -57,7 +57,7 @@ def read(path: Path, channel: int | None = None) -> Volume:
         check_bytes(needed, "its voxels")
         if _IO[path.suffix.lower()] == "Meta":
             _check_deflated(path, needed)
-        with _itk(f"not a readable {path.suffix.lower()} file", "; copy or export it again"):
+        with _itk(path.suffix.lower(), "not a readable {} file", "; copy or export it again"):
             image = header.Execute()
         data = SimpleITK.GetArrayFromImage(image)  # (T, Z, Y, X) or (Z, Y, X, C)
         if channels > 1:
@@ -102,7 +102,7 @@ def write(path: Path, suffix: str, volume: Volume) -> None:
         with tempfile.TemporaryDirectory(prefix=".lightm-", dir=path.parent) as folder:
             # The header names the file beside it, so both get their names before they are moved.
             made = Path(folder) / (path.name[: -len(suffix)] + suffix)  # ITK adds the ending where it is upper-case
-            with _itk(f"cannot be written as {suffix}"):
+            with _itk(suffix, "cannot be written as {}"):
                 SimpleITK.WriteImage(image, str(made), suffix not in (".vtk", ".hdr"))
             for file in sorted(Path(folder).iterdir(), key=lambda file: file == made):
                 beside = companions(path)[0].name if suffix == ".hdr" else file.name
@@ -129,7 +129,7 @@ def _header(path: Path) -> Any:
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO(f"{kind}ImageIO")
     reader.SetFileName(str(path))
-    with _itk(f"not a readable {path.suffix.lower()} file", "; copy or export it again"):
+    with _itk(path.suffix.lower(), "not a readable {} file", "; copy or export it again"):
         reader.ReadImageInformation()
     voxels = prod(reader.GetSize()) * reader.GetNumberOfComponents()
     if voxels > MAX_VOXELS:
@@ -257,21 +257,27 @@ def _itemsize(reader: Any) -> int:
 
 
 @contextmanager
-def _itk(failed: str, remedy: str = "") -> Iterator[None]:
-    """Let ITK read or write: its errors become InputError, and the process keeps its locale.
+def _itk(suffix: str, failed: str, remedy: str = "") -> Iterator[None]:
+    """Let ITK read or write a format: its errors become InputError, and the process keeps its locale.
 
     VTK's reader and writer set the locale of the whole process to "C", and with it the text encoding that Python's
-    `open` assumes in every other library.
+    `open` assumes in every other library; one thread at a time goes there. failed: with a place for the format.
     """
+    with _kept_locale() if suffix == ".vtk" else nullcontext():
+        try:
+            yield
+        except RuntimeError as error:
+            raise InputError(f"{failed.format(suffix)} ({_reason(error)}){remedy}") from None
+
+
+@contextmanager
+def _kept_locale() -> Iterator[None]:
     with _LOCALE:
         before = locale.setlocale(locale.LC_ALL)
         try:
             yield
-        except RuntimeError as error:
-            raise InputError(f"{failed} ({_reason(error)}){remedy}") from None
         finally:
-            if locale.setlocale(locale.LC_ALL) != before:
-                locale.setlocale(locale.LC_ALL, before)
+            locale.setlocale(locale.LC_ALL, before)
 
 
 def _reason(error: Exception) -> str:

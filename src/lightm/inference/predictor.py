@@ -104,6 +104,8 @@ class Predictor:
         models have the same. Raises InputError for models that do not fit together, naming two. Memory: one network's
         activations at a time, and the sums of logits of one patch depth for each model.
         """
+        if not models:
+            raise InputError("an ensemble needs a model; give one or several")
         first = models[0]
         for other in models[1:]:
             for what in ("spatial_dims", "channels", "labels", "regions", "regions_class_order"):
@@ -114,7 +116,7 @@ class Predictor:
         made = copy.copy(first)
         made.others, made._measured = tuple(models[1:]), {}
         if any(other.rules != first.rules for other in made.others):
-            _log.info("the models were saved with different post-processing: none is applied to their mean")
+            _log.warning("the models were saved with different post-processing: none is applied to their mean")
             made.rules = ()
         return made
 

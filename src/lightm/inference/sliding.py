@@ -36,7 +36,7 @@ _MIN_WEIGHT = 1e-3
 # Values of a slab that is handed on: 16 MB of float32.
 _CHUNK_VALUES = 4_000_000
 
-GPU_BATCH = 4  # windows at once on a GPU
+GPU_BATCH = 4  # windows at once on a CUDA device, whose refusals of memory are known by their type
 
 _log = logging.getLogger("lightm.inference")
 
@@ -91,8 +91,8 @@ def logit_slabs(
     image: an axis shorter than its patch is padded with zeros on both sides, as in training. patch_size: voxels per
     axis; the network gets exactly this size. overlap: share of a window in [0, 1). mirror_axes: spatial axes over whose
     2^n flips the logits are averaged. progress(done, total) is called after every window. folder: where the sums of
-    logits go, None for memory; the result is the same. batch: windows that the network is given at once, 1 on the CPU
-    and 4 on a GPU by default, and fewer where a GPU's memory is too small. On a GPU sums and slabs stay there.
+    logits go, None for memory; the result is the same. batch: windows that the network is given at once, by default 4
+    on a CUDA device, fewer where its memory is too small, and 1 elsewhere. Sums and slabs stay on a CUDA device.
 
     Windows are blended with Gaussian weights. Joined along axis 1 the slabs have the shape of the image. Raises
     InputError for sizes that do not fit, LightMError when the network returns another shape or values not finite.
@@ -157,7 +157,7 @@ def logit_slabs(
 
 
 class _Runner:
-    """Runs the network on windows (n, C, *patch), at most `batch` at once: one on the CPU, four on a GPU.
+    """Runs the network on windows (n, C, *patch), at most `batch` at once: four on a CUDA device, one elsewhere.
 
     Where a GPU's memory is too small the windows are run in halves, and later ones are as many from the start.
     """
@@ -166,7 +166,7 @@ class _Runner:
         self, network: nn.Module, mirror_axes: tuple[int, ...], device: torch.device, batch: int | None
     ) -> None:
         self.network, self.mirror_axes, self.device = network, mirror_axes, device
-        self.batch = batch or (1 if device.type == "cpu" else GPU_BATCH)
+        self.batch = batch or (GPU_BATCH if device.type == "cuda" else 1)
 
     def __call__(self, windows: Tensor) -> Tensor:
         try:
@@ -188,8 +188,8 @@ class _Runner:
 def _sums_on(
     device: torch.device, classes: int, patch: tuple[int, ...], lengths: tuple[int, ...], folder: Path | None
 ) -> _Sums | _DeviceSums:
-    """The sums on the device, where that is none whose memory the limit is about and has room; else on the CPU."""
-    if device.type != "cpu":
+    """The sums on a CUDA device that has room for them; else on the CPU."""
+    if device.type == "cuda":
         with suppress(torch.OutOfMemoryError):
             return _DeviceSums(device, classes, patch, lengths)
         _log.info("%s: no memory for the sums of logits, which are kept on the CPU", device)

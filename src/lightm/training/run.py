@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from math import prod
 from pathlib import Path
@@ -102,7 +101,7 @@ def new_run(
     drawn = choose_split(data, settings, objects["split"])
     if objects["split"] is None and settings.split is None and drawn.kind != ALL:
         drawn = keep_rare(data, chosen, drawn, settings.group_by)
-    seen = hash_of(data, drawn)
+    seen = hash_of(data, used_by(drawn))
     return Run(run_dir, settings, fabric, data, chosen, drawn, seen, objects["network"], objects["loss"])
 
 
@@ -123,9 +122,10 @@ def earlier_run(
     config = config.model_copy(update=chosen_here)
     data = open_data(run_dir, config)
     split = load_split(run_dir / "split.json", [case.id for case in data.cases])
-    record, seen = run_dir / "run.json", hash_of(data, split)
+    record, seen = run_dir / "run.json", hash_of(data, used_by(split))
     before = read_json(record).get("data_hash") if record.is_file() else None
-    if before not in (None, seen):
+    # Earlier versions kept the hash of all cases, also of those that a split leaves out.
+    if before not in (None, seen) and before != hash_of(data, {case.id for case in data.cases}):
         raise InputError(
             f"{data.root}: the files of the cases have changed since the run {run_dir} was begun (data hash "
             f"{before[:12]}, now {seen[:12]}); give the data as they were (--dataset), or begin a new run"
@@ -148,11 +148,15 @@ def open_data(run_dir: Path, config: TrainConfig) -> Dataset:
         ) from error
 
 
-def hash_of(data: Dataset, split: Split) -> str:
-    """The data hash of the cases of a split; hashes of unchanged files are taken from the cache."""
-    used = {*split.train, *split.val, *split.test}
+def used_by(split: Split) -> set[str]:
+    """The cases of a split, whichever part they are in."""
+    return {*split.train, *split.val, *split.test}
+
+
+def hash_of(data: Dataset, case_ids: Collection[str]) -> str:
+    """The data hash of these cases; hashes of unchanged files are taken from the cache."""
     hashes = FileHashes(cache_folder(data) / HASHES)
-    found = data_hash([case for case in data.cases if case.id in used], hashes.of)
+    found = data_hash([case for case in data.cases if case.id in case_ids], hashes.of)
     with contextlib.suppress(LightMError):  # a cache that cannot be written is said where it is needed
         hashes.save()
     return found
@@ -233,7 +237,7 @@ def _whole_cases(
     shapes = [case.meta["shape"] for case in chosen]
     # as the sliding window with its default overlap, half a patch
     windows = [
-        math.prod(1 + max(0, -(-2 * (size - part) // part)) for size, part in zip(shape, patch, strict=True))
+        prod(1 + max(0, -(-2 * (size - part) // part)) for size, part in zip(shape, patch, strict=True))
         for shape in shapes
     ]
     return WholeCases([case.id for case in chosen], windows, score)
@@ -394,8 +398,7 @@ def choose_plan(
             f"{where}: made for labels {plan.regions or plan.labels} and channels {list(plan.channels)}, but the data "
             f"set has {regions or data.labels} and {list(data.channels)}; make it anew with `lightm plan {data.root}`"
         )
-    every = Split(kind="", seed=0, train=[case.id for case in data.cases], val=[], test=[])
-    if plan.fingerprint.data_hash != hash_of(data, every):
+    if plan.fingerprint.data_hash != hash_of(data, {case.id for case in data.cases}):
         then, now = plan.fingerprint.cases, len(data.cases)
         if given is None:
             raise InputError(
@@ -449,7 +452,7 @@ def check_sizes(plan: Plan, config: TrainConfig, device: torch.device, *, own: b
     A lower bound: what it lets through may still be too much. own: for a module of the caller's, which may be small.
     """
     voxels = plan.batch_size * prod(plan.patch_size)
-    each = 4 * (len(plan.channels) + 2 * len(plan.labels)) + 8  # image, logits, their gradients, and the labels
+    each = 4 * (len(plan.channels) + 2 * len(plan.outputs)) + 8  # image, logits, their gradients, and the labels
     if not own:
         each = max(each, _LEAST_BYTES_PER_VOXEL // (1 if config.precision.startswith("32") else 2))
     there = available_bytes() if device.type != "cuda" else torch.cuda.mem_get_info(device)[0]
