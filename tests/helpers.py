@@ -1,16 +1,23 @@
-"""Small data sets for tests: bright balls (label 1) with a darker core (label 2) in noise, or boxes in noise."""
+"""Small data sets for tests, bright balls (label 1) with a darker core (label 2) or boxes, and trainings to kill."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import pytest
 
 from lightm import Volume, write_volume
+from lightm.training.loop import Training
+
+TINY: dict[str, Any] = {"network": "lightm-unet-small", "network_options": {"base_channels": 8, "bottleneck_layers": 1}}
 
 
 def make_balls(root: Path, *, cases: int = 6, size: int = 16, dims: int = 3, classes: int = 2, seed: int = 0) -> Path:
@@ -77,3 +84,23 @@ def docs_script(name: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+class Killed(BaseException):
+    """What ends a training at once, as a signal that nothing can catch."""
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """For a `with` statement around a training, which is killed when it comes to this step."""
+    before = Training.loss_of
+
+    def killing(self: Training, batch: dict[str, Any]) -> Any:
+        if self.state.step == step:
+            raise Killed
+        return before(self, batch)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Training, "loss_of", killing)
+        with pytest.raises(Killed):
+            yield

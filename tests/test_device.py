@@ -10,7 +10,7 @@ import torch
 from lightm.device import default_precision, default_workers, memory_bytes, resolve_device
 from lightm.errors import InputError
 from lightm.preparation.plan import _voxel_budget
-from lightm.training.run import build_fabric
+from lightm.training.settle import build_fabric
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from lightm.losses import create_loss
 from lightm.nets import create
 from lightm.preparation.plan import make_plan
 from lightm.training.config import TrainConfig
-from lightm.training.run import choose_split, with_sizes
+from lightm.training.settle import choose_split, with_sizes
 from tests.datasets.test_convert import make_lits, make_msd, make_xrays
 
 ROOT = Path(__file__).resolve().parents[1]

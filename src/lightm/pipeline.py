@@ -25,7 +25,8 @@ from lightm.progress import Progress
 from lightm.training import TrainResult
 from lightm.training.config import ResumeOptions, TrainConfig, load_config
 from lightm.training.record import Run
-from lightm.training.run import earlier_run, new_run, open_data, run_training
+from lightm.training.run import earlier_run, new_run, run_training
+from lightm.training.settle import open_data
 
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from lightm.inference.validation import choose_on_whole_cases
 from lightm.nets import load_model
 from lightm.training import TrainResult, train_model
 from lightm.training.loop import Training
-from tests.helpers import make_balls
+from tests.helpers import killed_at, make_balls
 from tests.messages import on_message
 from tests.training.test_train import history
 
@@ -188,10 +188,6 @@ def test_a_network_whose_cases_cannot_be_predicted_yet_has_no_score(trained: Tra
     assert 0 <= score(network, trained.split.val[:2]) <= 1
 
 
-class _Killed(BaseException):
-    """Stands for the end of the process."""
-
-
 @pytest.mark.slow
 def test_a_run_scores_whole_cases_now_and_then_and_resumes_to_the_same(
     discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -199,17 +195,8 @@ def test_a_run_scores_whole_cases_now_and_then_and_resumes_to_the_same(
     monkeypatch.setattr("lightm.training.loop.WHOLE_SHARE", 0.2)
     options = {**OPTIONS, "epochs": 3, "test": False, "split": SPLIT, "val_cases": 3}
     lightm.train(discs, tmp_path / "whole", **options)
-    step = Training.loss_of
-
-    def killing(self: Training, batch: dict[str, Any]) -> torch.Tensor:
-        if self.state.step == 10:  # in the third epoch
-            raise _Killed
-        return step(self, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Training, "loss_of", killing)
-        with pytest.raises(_Killed):
-            lightm.train(discs, tmp_path / "killed", **options)
+    with killed_at(10):  # in the third epoch
+        lightm.train(discs, tmp_path / "killed", **options)
     lightm.resume(tmp_path / "killed")
     rows = history(tmp_path / "whole")
     assert history(tmp_path / "killed") == rows

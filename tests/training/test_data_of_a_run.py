@@ -14,15 +14,9 @@ from lightm.errors import InputError
 from lightm.training import resume_training, train_model
 from lightm.training.config import TrainConfig, load_config
 from lightm.training.run import new_run
-from tests.helpers import make_balls
+from tests.helpers import TINY, make_balls
 
-SMALL: dict[str, Any] = {
-    "network": "lightm-unet-small",
-    "network_options": {"base_channels": 8, "bottleneck_layers": 1},
-    "steps_per_epoch": 1,
-    "val_patches": 1,
-    "epochs": 1,
-}
+SMALL: dict[str, Any] = {**TINY, "steps_per_epoch": 1, "val_patches": 1, "epochs": 1}
 
 
 def test_a_plan_of_the_data_set_is_refused_when_files_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

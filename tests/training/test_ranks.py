@@ -16,7 +16,8 @@ from lightm.preparation.preprocess import preprocess_dataset
 from lightm.training.config import resolve_config
 from lightm.training.loaders import PatchLoaders, RankSampler
 from lightm.training.record import Run
-from lightm.training.run import build, build_fabric, fit
+from lightm.training.run import build, fit
+from lightm.training.settle import build_fabric
 from tests.helpers import make_balls
 from tests.training.test_train import SMALL, history
 

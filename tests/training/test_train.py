@@ -30,12 +30,11 @@ from lightm.training.loaders import PatchLoaders
 from lightm.training.loop import Training
 from lightm.training.record import WholeCases
 from lightm.training.run import _whole_cases, new_run
-from tests.helpers import make_balls
+from tests.helpers import TINY, killed_at, make_balls
 from tests.messages import on_message
 
 SMALL: dict[str, Any] = {
-    "network": "lightm-unet-small",
-    "network_options": {"base_channels": 8, "bottleneck_layers": 1},
+    **TINY,
     "settings": {"steps_per_epoch": 3},
     "val_patches": 2,
 }
@@ -93,26 +92,13 @@ def test_the_same_seed_gives_the_same_curve_and_weights_and_another_seed_does_no
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-class _Killed(BaseException):
-    """Stands for the end of the process: nothing catches it."""
-
-
 @pytest.mark.slow
 def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(
     balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_model(balls, tmp_path / "whole", epochs=3, **SMALL)
-    step = Training.loss_of
-
-    def killing(self: Training, batch: dict[str, Any]) -> torch.Tensor:
-        if self.state.step == 7:  # in the third epoch
-            raise _Killed
-        return step(self, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Training, "loss_of", killing)
-        with pytest.raises(_Killed):
-            train_model(balls, tmp_path / "killed", epochs=3, **SMALL)
+    with killed_at(7):  # in the third epoch
+        train_model(balls, tmp_path / "killed", epochs=3, **SMALL)
     assert len(history(tmp_path / "killed")) == 2
     assert json.loads((tmp_path / "killed" / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
     result = resume_training(tmp_path / "killed")

@@ -32,7 +32,8 @@ from lightm.preparation.plan import Plan, load_plan
 from lightm.preparation.preprocess import preprocess_dataset
 from lightm.progress import Progress
 from lightm.training.config import parse_duration, resolve_config
-from lightm.training.run import choose_plan, choose_split, keep_rare, loss_sizes, with_sizes
+from lightm.training.run import loss_sizes
+from lightm.training.settle import choose_plan, choose_split, keep_rare, with_sizes
 
 _log = logging.getLogger(__name__)
 
