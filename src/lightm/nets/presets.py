@@ -186,12 +186,7 @@ def fitting_size(
     if isinstance(name, nn.Module):
         return up(image_size, divisor_of(name))
     refusal: InputError | None = None
-    for step in (
-        1,
-        16,
-        32,
-        64,
-    ):  # of networks that are built for one size, and refuse others before they have a divisor
+    for step in (1, 16, 32, 64):  # networks that are built for one size refuse others before they have a divisor
         size = up(image_size, (step,) * spatial_dims)
         try:
             for _ in range(4):  # a divisor may follow from the size
