@@ -23,7 +23,7 @@ from lightm.errors import InputError, LightMError
 from lightm.evaluation.evaluation import Evaluation
 from lightm.evaluation.folder import EvaluateOptions, evaluate_folder
 from lightm.evaluation.report import write_report
-from lightm.inference.folder import PredictOptions, load_predictor, predict_folder
+from lightm.inference.folder import LOADING, PredictOptions, load_predictor, predict_folder
 from lightm.inference.predictor import Predictor
 from lightm.nets.folder import pack_model
 from lightm.options import Names, Numbers, Options, PathText, Sizes
@@ -156,9 +156,6 @@ def plan(
     return made
 
 
-_LOADING = ("device", "overlap", "tta", "window", "postprocess", "max_memory", "correct_gantry_tilt")
-
-
 def load(model: Path | str | Sequence[Path | str], *, network: nn.Module | None = None, **options: Any) -> Predictor:
     """Return a model ready to segment: `predictor("scan.nii.gz")` is a label map, `predictor.network` the module.
 
@@ -177,8 +174,8 @@ def load(model: Path | str | Sequence[Path | str], *, network: nn.Module | None 
     (32, 32)
     """
     chosen = PredictOptions.of(None, options, "load")
-    if wrong := sorted(chosen.model_fields_set.difference(_LOADING)):
-        raise InputError(f"load: {', '.join(wrong)} belong to lightm.predict; expected some of {', '.join(_LOADING)}")
+    if wrong := sorted(chosen.model_fields_set.difference(LOADING)):
+        raise InputError(f"load: {', '.join(wrong)} belong to lightm.predict; expected some of {', '.join(LOADING)}")
     return load_predictor(model, chosen, network)
 
 
@@ -213,7 +210,7 @@ def predict(
 
         if not isinstance(model, Predictor):
             model = load_predictor(model, chosen)
-            chosen = PredictOptions(**chosen.model_dump(exclude_unset=True, exclude=set(_LOADING)))
+            chosen = PredictOptions(**chosen.model_dump(exclude_unset=True, exclude=set(LOADING)))
         writer = seg_writer_of_model(model)
     return predict_folder(model, inputs, out, options=chosen, progress=progress, extra_writer=writer)
 

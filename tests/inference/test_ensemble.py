@@ -115,6 +115,10 @@ def test_folds_as_an_ensemble_and_its_record(tmp_path: Path) -> None:
     lightm.predict(folds, data, tmp_path / "out", cases=["xray_000"], resume=True)  # the same models: nothing to do
     with pytest.raises(InputError, match="made with another model"):
         lightm.predict(folds[::-1], data, tmp_path / "out", cases=["xray_000"], resume=True)
+    plain = lightm.load(folds, postprocess=False)
+    lightm.predict(plain, data, tmp_path / "plain", cases=["xray_000"])
+    record = json.loads((tmp_path / "plain" / "prediction.json").read_text(encoding="utf-8"))
+    assert record["options"]["postprocess"] is False
     with pytest.raises(InputError, match="one module cannot hold"):
         lightm.load(folds, network=nn.Identity())
     with pytest.raises(InputError, match="no model"):

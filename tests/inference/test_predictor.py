@@ -132,6 +132,8 @@ def test_errors(make_plan: PlanMaker) -> None:
         Predictor(Threshold(0), plan).predict_volumes([deep])
     with pytest.raises(InputError, match="overlap"):
         Predictor(Threshold(0), plan, overlap=1.5)
+    with pytest.raises(InputError, match="tta=True: expected the axes"):
+        Predictor(Threshold(0), plan, tta=True)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="device"):
         Predictor(Threshold(0), plan, "nowhere")
     with pytest.raises(LightMError, match="returned 1 classes; its plan has 2"):

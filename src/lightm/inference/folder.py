@@ -141,14 +141,15 @@ def predict_folder(
     return [targets[case.id] for case in found]
 
 
-_LOADING = ("overlap", "tta", "window", "device", "max_memory", "correct_gantry_tilt")
+LOADING = ("device", "overlap", "tta", "window", "postprocess", "max_memory", "correct_gantry_tilt")
+"""The options that concern loading a model; `lightm.load` takes these."""
 
 
 def _as_loaded(predictor: Predictor, options: PredictOptions) -> PredictOptions:
     """The options with those that a Predictor has already; raises InputError where others were asked for."""
-    if wrong := [name for name in (*_LOADING, "postprocess") if name in options.model_fields_set]:
+    if wrong := [name for name in LOADING if name in options.model_fields_set]:
         raise InputError(f"{', '.join(wrong)}: the Predictor has these already; give them to lightm.load instead")
-    loaded = {name: getattr(predictor, name) for name in _LOADING if name != "device"}
+    loaded = {name: getattr(predictor, name) for name in LOADING if name != "device"}
     return options.model_copy(update=loaded | {"tta": bool(predictor.tta)})
 
 
@@ -158,9 +159,7 @@ def load_predictor(model: Models, options: PredictOptions, network: nn.Module | 
     network: the module, for a model with a network of one's own. Raises InputError as `load_model` and
     `Predictor.ensemble`.
     """
-    chosen = options.model_dump(
-        include={"overlap", "tta", "max_memory", "window", "postprocess", "correct_gantry_tilt"}
-    )
+    chosen = options.model_dump(include={*LOADING} - {"device"})
     given = [model] if isinstance(model, str | Path) else list(model)
     if not given:
         raise InputError("no model; give a model folder, a run, or several of them")

@@ -87,11 +87,14 @@ class Predictor:
             raise InputError(f"max_memory={max_memory}: expected a number of bytes, such as 2_000_000_000, or None")
         if window not in ("patch", "whole"):
             raise InputError(f"window='{window}': expected 'patch' (sliding windows) or 'whole' (one window)")
+        if isinstance(tta, bool):
+            raise InputError(f"tta={tta}: expected the axes to flip along, such as (2,); lightm.load takes yes or no")
         self.device = resolve_device(device)
         self.network = network.to(self.device).eval()
         self.plan, self.overlap, self.tta, self.rules = plan, overlap, tuple(tta), rules
         self.max_memory, self.window, self.correct_gantry_tilt = max_memory, window, correct_gantry_tilt
         self.source: Path | None = None  # the model folder or file that it was loaded from
+        self.postprocess = True  # whether the post-processing of that model was asked for
         self.others: tuple[Predictor, ...] = ()  # of an ensemble
         self._measured: dict[tuple[int, ...], int] = {}
 
@@ -159,7 +162,7 @@ class Predictor:
             )
         more: dict[str, Any] = {"max_memory": max_memory, "window": window, "correct_gantry_tilt": correct_gantry_tilt}
         made = cls(network, plan, device, overlap=overlap, tta=axes, rules=rules, **more)
-        made.source = Path(model_dir)
+        made.source, made.postprocess = Path(model_dir), postprocess
         return made
 
     def __call__(self, *images: Path | str | Volume) -> Volume:
